@@ -1,0 +1,174 @@
+"""Cells: the units of work, ownership and recovery. Pure values; what they mean is in the plan.
+
+A cell's `id` is its stage and its coordinates joined by slashes, `featurize/3/train/0-512` for
+instance. It names the cell in logs, receipts, job arguments and errors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import astuple, dataclass, fields
+from typing import ClassVar
+
+from trak_dist.errors import ConfigError
+
+TRAIN = "train"
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+
+
+def check_name(name: str, *, what: str) -> str:
+    """Return `name` if it is fit to be a path component and a part of a cell id.
+
+    Raises
+    ------
+    ConfigError
+        If it is not.
+    """
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"{what} {name!r} is not usable as a name",
+            next="at most 100 letters, digits, '_', '-' and '.', not beginning with '-' or '.'",
+        )
+    return name
+
+
+@dataclass(frozen=True, order=True)
+class Rows:
+    """The rows `start` to `stop`, the last one excluded."""
+
+    start: int
+    stop: int
+
+    def __str__(self) -> str:
+        return f"{self.start}-{self.stop}"
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+class _Id:
+    stage: ClassVar[str]
+
+    @property
+    def id(self) -> str:
+        """The cell's name, for instance `featurize/3/train/0-512`."""
+        coordinates = (str(getattr(self, f.name)) for f in fields(self))  # type: ignore[arg-type]
+        return "/".join([self.stage, *coordinates])
+
+
+@dataclass(frozen=True)
+class TrainCell(_Id):
+    """Trains the checkpoint of one seed on one subset of the train set (`full`: all of it)."""
+
+    stage: ClassVar[str] = "train"
+    subset: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class FeaturizeCell(_Id):
+    """Writes one chunk of grads: some rows of one split, for one checkpoint."""
+
+    stage: ClassVar[str] = "featurize"
+    model_id: int
+    split: str
+    rows: Rows
+
+
+@dataclass(frozen=True)
+class GramCell(_Id):
+    """Sums one checkpoint's XᵀX, which every λ and kernel scale shares."""
+
+    stage: ClassVar[str] = "gram"
+    model_id: int
+
+
+@dataclass(frozen=True)
+class KernelCell(_Id):
+    """Factorises one checkpoint's XᵀX + λI."""
+
+    stage: ClassVar[str] = "kernel"
+    model_id: int
+
+
+@dataclass(frozen=True)
+class PreconditionCell(_Id):
+    """Solves one checkpoint's kernel for the grads of one target set."""
+
+    stage: ClassVar[str] = "precondition"
+    model_id: int
+    targets: str
+
+
+@dataclass(frozen=True)
+class ScoreCell(_Id):
+    """Writes one chunk of scores: some train rows against one target set, over the ensemble."""
+
+    stage: ClassVar[str] = "score"
+    targets: str
+    rows: Rows
+
+
+@dataclass(frozen=True)
+class ReportCell(_Id):
+    """Draws the report of one target set."""
+
+    stage: ClassVar[str] = "report"
+    targets: str
+
+
+Cell = TrainCell | FeaturizeCell | GramCell | KernelCell | PreconditionCell | ScoreCell | ReportCell
+
+# The stages that a user names, and the cells that each runs, in this order.
+STAGE_CELLS: dict[str, tuple[type[Cell], ...]] = {
+    "train": (TrainCell,),
+    "featurize": (FeaturizeCell,),
+    "reduce": (GramCell, KernelCell, PreconditionCell, ScoreCell),
+    "report": (ReportCell,),
+}
+
+
+def _rows(text: str) -> Rows:
+    start, stop = text.split("-")
+    return Rows(int(start), int(stop))
+
+
+def _name(text: str) -> str:
+    return check_name(text, what="the cell coordinate")
+
+
+_FORMS: dict[str, tuple[type[Cell], tuple[Callable[[str], object], ...]]] = {
+    "train": (TrainCell, (_name, int)),
+    "featurize": (FeaturizeCell, (int, _name, _rows)),
+    "gram": (GramCell, (int,)),
+    "kernel": (KernelCell, (int,)),
+    "precondition": (PreconditionCell, (int, _name)),
+    "score": (ScoreCell, (_name, _rows)),
+    "report": (ReportCell, (_name,)),
+}
+
+
+def parse_cell(cell_id: str) -> Cell:
+    """The cell that `cell_id` names.
+
+    Raises
+    ------
+    ConfigError
+        If it names none.
+    """
+    stage, *parts = cell_id.split("/")
+    form = _FORMS.get(stage)
+    if form is not None and len(parts) == len(form[1]):
+        try:
+            coordinates = [read(part) for read, part in zip(form[1], parts, strict=True)]
+        except ValueError:
+            pass
+        else:
+            return form[0](*coordinates)  # type: ignore[arg-type]
+    raise ConfigError(f"{cell_id!r} names no cell", next="use an id that stage=status shows")
+
+
+def sort_key(cell: Cell) -> tuple[object, ...]:
+    """Order by stage in the job graph, then by coordinates."""
+    return (list(_FORMS).index(cell.stage), *astuple(cell))

@@ -1,0 +1,217 @@
+"""The configuration as frozen dataclasses. Pure: no torch, no Hydra.
+
+`Config.from_mapping` turns the nested mapping that Hydra composes into a `Config`, and reports
+every bad field at once. `Spec` is the part of it that the plan freezes; the rest says how to run.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, get_args, get_type_hints
+
+from trak_dist.errors import ConfigError
+
+STAGES = ("all", "plan", "train", "featurize", "reduce", "report", "status", "verify")
+PROJECTIONS = ("sjlt", "rademacher", "gaussian", "identity")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectionConfig:
+    """How gradients are projected: the kind, and the seed of its draw."""
+
+    kind: str = field(default="sjlt", metadata={"choices": PROJECTIONS})
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturizeConfig:
+    """What sets the bits of grads: which parameters, batches, cells, threads, storage type."""
+
+    params: tuple[str, ...] = ("*",)
+    batch_rows: int = field(default=64, metadata={"min": 1})
+    cell_rows: int = field(default=0, metadata={"min": 0})  # 0: chosen when planning
+    dtype: str = field(default="float16", metadata={"choices": ("float16", "float32")})
+    threads: int = field(default=1, metadata={"min": 1})
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReduceConfig:
+    """Regularisation and scale of the kernel, and the threads that set its bits."""
+
+    lambda_reg: float = field(default=1.0, metadata={"min": 0})
+    lambda_unit: str = field(
+        default="mean_diagonal", metadata={"choices": ("mean_diagonal", "absolute")}
+    )
+    kernel_scale: str = field(default="mean_abs", metadata={"choices": ("mean_abs", "none")})
+    threads: int = field(default=1, metadata={"min": 1})
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreConfig:
+    """How chunks are encoded; every chunk carries a CRC-32C whatever the choice."""
+
+    compression: str = field(default="none", metadata={"choices": ("none", "zstd")})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What a run computes: the part of the configuration that its plan freezes.
+
+    `problem` holds `_target_` and the arguments of that function.
+    """
+
+    problem: Mapping[str, Any]
+    limit: int = field(default=0, metadata={"min": 0})  # 0: no limit
+    proj_dim: int = field(default=2048, metadata={"min": 1})
+    store_dim: int = field(default=2048, metadata={"min": 1})
+    projection: ProjectionConfig = ProjectionConfig()
+    featurize: FeaturizeConfig = FeaturizeConfig()
+    reduce: ReduceConfig = ReduceConfig()
+    store: StoreConfig = StoreConfig()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """Where cells run. `workers` and `memory_gb` of 0 mean: what this machine has."""
+
+    kind: str = field(default="local", metadata={"choices": ("debug", "local")})
+    device: str = field(default="auto", metadata={"choices": ("auto", "cpu", "cuda")})
+    workers: int = field(default=0, metadata={"min": 0})
+    memory_gb: float = field(default=0.0, metadata={"min": 0})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One invocation: a spec, and what to do with it."""
+
+    spec: Spec
+    run_dir: str
+    stage: str = field(default="all", metadata={"choices": STAGES})
+    targets: tuple[str, ...] = ("all",)
+    repair: bool = False
+    cluster: ClusterConfig = ClusterConfig()
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> Config:
+        """Build a `Config` from the nested mapping that Hydra composed.
+
+        Raises
+        ------
+        ConfigError
+            Naming every bad field, with its path, at once.
+        """
+        bad: list[str] = []
+        spec_names = {f.name for f in fields(Spec)}
+        spec = _build(Spec, {k: v for k, v in mapping.items() if k in spec_names}, "", bad)
+        rest = {k: v for k, v in mapping.items() if k not in spec_names}
+        config: Config = _build(cls, rest, "", bad, given={"spec": spec})
+        if not bad:
+            bad.extend(_cross_checks(spec))
+        if bad:
+            raise ConfigError("\n".join(["the configuration is not valid:", *bad]))
+        return config
+
+
+def spec_from_mapping(mapping: Mapping[str, Any]) -> Spec:
+    """Rebuild a `Spec` from a plan's JSON."""
+    bad: list[str] = []
+    spec: Spec = _build(Spec, mapping, "", bad)
+    if bad:
+        raise ConfigError("\n".join(["the plan's spec is not valid:", *bad]))
+    return spec
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A half-sentence that names the valid key nearest to `name`, or lists all of them."""
+    valid = sorted(valid)
+    close = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
+    return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(valid)}"
+
+
+def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mapping to dotted keys: `{"a": {"b": 1}}` becomes `{"a.b": 1}`."""
+    flat: dict[str, Any] = {}
+    for name, value in mapping.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _build(
+    cls: type[Any],
+    mapping: Mapping[str, Any],
+    path: str,
+    bad: list[str],
+    *,
+    given: Mapping[str, Any] | None = None,
+) -> Any:
+    hints = get_type_hints(cls)
+    values: dict[str, Any] = dict(given or {})
+    known = {f.name: f for f in fields(cls)}
+    for name, raw in mapping.items():
+        if name not in known:
+            bad.append(f"  {path}{name}: unknown; {nearest(name, known)}")
+        elif hints[name] in _SECTIONS:
+            if isinstance(raw, Mapping):
+                values[name] = _build(hints[name], raw, f"{path}{name}.", bad)
+            else:
+                bad.append(f"  {path}{name}: {raw!r} is not a section of settings")
+        else:
+            values[name] = _value(raw, hints[name], known[name].metadata, f"{path}{name}", bad)
+    missing = [n for n, f in known.items() if n not in values and f.default is f.default_factory]
+    bad.extend(f"  {path}{name}: missing" for name in missing)
+    return None if bad else cls(**values)
+
+
+_SECTIONS = (ProjectionConfig, FeaturizeConfig, ReduceConfig, StoreConfig, ClusterConfig)
+
+
+def _value(raw: Any, hint: Any, limits: Mapping[str, Any], path: str, bad: list[str]) -> Any:
+    if hint == tuple[str, ...]:
+        raw = (raw,) if isinstance(raw, str) else raw
+        if isinstance(raw, list | tuple) and raw and all(isinstance(v, str) for v in raw):
+            return tuple(raw)
+        bad.append(f"  {path}: {raw!r} is not a name or a list of names")
+        return None
+    if get_args(hint):  # Mapping[str, Any]
+        if isinstance(raw, Mapping):
+            return dict(raw)
+        bad.append(f"  {path}: {raw!r} is not a mapping")
+        return None
+    whole = isinstance(raw, int) and not isinstance(raw, bool)
+    fits = {
+        int: whole,
+        float: whole or isinstance(raw, float),
+        bool: isinstance(raw, bool),
+        str: isinstance(raw, str),
+    }[hint]
+    if not fits:
+        bad.append(f"  {path}: {raw!r} is not of type {hint.__name__}")
+    elif "choices" in limits and raw not in limits["choices"]:
+        bad.append(f"  {path}: {raw!r} is not one of {', '.join(limits['choices'])}")
+    elif "min" in limits and not limits["min"] <= raw < float("inf"):
+        bad.append(f"  {path}: {raw!r} is not a finite number of at least {limits['min']}")
+    return hint(raw) if fits else None
+
+
+def _cross_checks(spec: Spec) -> Iterable[str]:
+    if not isinstance(spec.problem.get("_target_"), str):
+        yield "  problem._target_: missing; give the import path of a function returning a Problem"
+    if spec.projection.kind == "identity":
+        return
+    if spec.store_dim % spec.proj_dim:
+        yield f"  proj_dim: {spec.proj_dim} does not divide store_dim {spec.store_dim}"
+    elif spec.store_dim != spec.proj_dim and spec.projection.kind != "sjlt":
+        yield (
+            f"  store_dim: {spec.projection.kind} does not fold, so store_dim {spec.store_dim} "
+            f"must equal proj_dim {spec.proj_dim}"
+        )
+    if spec.featurize.cell_rows % spec.featurize.batch_rows:
+        yield (
+            f"  featurize.cell_rows: {spec.featurize.cell_rows} is not a multiple of "
+            f"featurize.batch_rows {spec.featurize.batch_rows}"
+        )

@@ -1,0 +1,17 @@
+"""debug: one task after another, in this process, so that `breakpoint()` and `pdb` work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from trak_dist.executors.protocol import Job, Task
+
+
+class DebugExecutor:
+    """Runs tasks in this process."""
+
+    def run(self, job: Job, tasks: Sequence[Task], tick: Callable[[], None]) -> None:
+        """See `Executor`."""
+        for task in tasks:
+            job(task)
+            tick()

@@ -1,0 +1,18 @@
+"""What an executor is: it runs tasks, somewhere, and says when some may have ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+# A task: ids of cells, to run in this order in one process.
+Task = tuple[str, ...]
+Job = Callable[[Sequence[str]], None]
+
+
+class Executor(Protocol):
+    """Runs tasks with a job. What came of them is in the run directory, not returned."""
+
+    def run(self, job: Job, tasks: Sequence[Task], tick: Callable[[], None]) -> None:
+        """Run all `tasks`, in any order; call `tick` now and then, for progress."""
+        ...

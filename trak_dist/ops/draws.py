@@ -1,0 +1,85 @@
+"""Counter-based random draws: a pure function of (key, counter), the same on every device.
+
+SplitMix64 (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators") in wrapping
+int64 arithmetic. Nothing here keeps state, so neither the size of a block nor the order of calls,
+nor the number of threads, can change a draw.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import statistics
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+VERSION = 1
+SIGNS_PER_DRAW = 64
+NORMALS_PER_DRAW = 4
+
+
+def stream_key(*parts: object) -> int:
+    """Key of the stream that `parts` name, a signed 64-bit integer."""
+    raw = hashlib.blake2b(repr((VERSION, *parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(raw, "little", signed=True)
+
+
+def draw(key: int, counters: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
+    """64 random bits for each counter."""
+    z = (counters + 1) * _signed(0x9E3779B97F4A7C15) + key
+    z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shift(z, 27)) * _signed(0x94D049BB133111EB)
+    return z ^ _shift(z, 31)
+
+
+def signs(key: int, rows: Int64[Tensor, " rows"], columns: int) -> Float[Tensor, "rows columns"]:
+    """±1 with equal probability; a counter's row does not depend on which others are asked for."""
+    bits = _lanes(key, rows, columns, per_draw=SIGNS_PER_DRAW)
+    return bits.to(torch.float32).mul_(2).sub_(1)
+
+
+def normals(key: int, rows: Int64[Tensor, " rows"], columns: int) -> Float[Tensor, "rows columns"]:
+    """Standard normal draws, from a table of 2¹⁶ quantiles with mean 0 and variance 1.
+
+    A table, since logarithms and cosines round differently from device to device.
+    """
+    lanes = _lanes(key, rows, columns, per_draw=NORMALS_PER_DRAW)
+    return _normal_table().to(rows.device)[lanes]
+
+
+def bucket_and_sign(
+    key: int, counters: Int64[Tensor, " m"], buckets: int
+) -> tuple[Int64[Tensor, " m"], Float[Tensor, " m"]]:
+    """A bucket in [0, `buckets`) and a sign for each counter, from different bits of one draw."""
+    bits = draw(key, counters)
+    return _shift(bits, 1) % buckets, (bits & 1).to(torch.float32).mul_(2).sub_(1)
+
+
+def _lanes(
+    key: int, rows: Int64[Tensor, " rows"], columns: int, *, per_draw: int
+) -> Int64[Tensor, "rows columns"]:
+    width = 64 // per_draw
+    draws_per_row = -(-columns // per_draw)
+    words = torch.arange(draws_per_row, device=rows.device)
+    bits = draw(key, rows[:, None] * draws_per_row + words)
+    shifts = torch.arange(0, 64, width, device=rows.device)
+    lanes = (bits[:, :, None] >> shifts) & ((1 << width) - 1)
+    return lanes.reshape(len(rows), -1)[:, :columns]
+
+
+def _shift(z: Int64[Tensor, "..."], by: int) -> Int64[Tensor, "..."]:
+    """Logical shift to the right; torch's is arithmetic."""
+    return (z >> by) & ((1 << (64 - by)) - 1)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+@functools.cache
+def _normal_table() -> Float[Tensor, " 65536"]:
+    half = [statistics.NormalDist().inv_cdf((i + 0.5) / 65536) for i in range(32768, 65536)]
+    table = torch.tensor([-x for x in reversed(half)] + half, dtype=torch.float64)
+    return (table / table.square().mean().sqrt()).to(torch.float32)

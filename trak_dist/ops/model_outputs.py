@@ -1,0 +1,71 @@
+"""Model outputs: the scalar f(z; θ) that TRAK linearises, and its out-to-loss.
+
+The two methods are those of TRAK's `AbstractModelOutput`, so that a class written for it fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.func import functional_call
+
+Weights = Mapping[str, Tensor]
+
+
+class ModelOutput(Protocol):
+    """A model output function and the derivative of the loss with respect to it."""
+
+    def get_output(
+        self, model: nn.Module, weights: Weights, buffers: Weights, *example: Any
+    ) -> Float[Tensor, ""]:
+        """f(z; θ) of one example, whose tensors come without a batch dimension (for `vmap`)."""
+        ...
+
+    def get_out_to_loss_grad(
+        self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
+    ) -> Float[Tensor, " batch"]:
+        """Q = −∂loss/∂f of each example of a batch."""
+        ...
+
+
+class ImageClassification:
+    """The margin f = log(p / (1 − p)) of the true class, batches of (images, labels).
+
+    Park et al. 2023, "TRAK: Attributing Model Behavior at Scale", section 3.3: with cross-entropy
+    ℓ = log(1 + exp(−f)), −∂ℓ/∂f = 1 − p.
+    """
+
+    def get_output(
+        self,
+        model: nn.Module,
+        weights: Weights,
+        buffers: Weights,
+        image: Float[Tensor, "..."],
+        label: Int64[Tensor, ""],
+    ) -> Float[Tensor, ""]:
+        """F of one example: its class's logit minus the log-sum-exp of the others."""
+        logits = functional_call(model, (dict(weights), dict(buffers)), (image.unsqueeze(0),))
+        return _margins(logits, label.unsqueeze(0)).squeeze(0)
+
+    def get_out_to_loss_grad(
+        self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
+    ) -> Float[Tensor, " batch"]:
+        """1 − p = sigmoid(−f) in float32, which keeps small values that 1 − p would cancel."""
+        images, labels = batch
+        logits = functional_call(model, (dict(weights), dict(buffers)), (images,))
+        return torch.sigmoid(-_margins(logits.float(), labels))
+
+
+def _margins(
+    logits: Float[Tensor, "batch classes"], labels: Int64[Tensor, " batch"]
+) -> Float[Tensor, " batch"]:
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    is_true = classes == labels[:, None]
+    # where(), not indexing in place: the same under vmap, and no NaN in its gradient
+    others = torch.where(is_true, -torch.inf, logits).logsumexp(1)
+    own = torch.where(is_true, logits, 0).sum(1)
+    return own - others

@@ -1,0 +1,165 @@
+"""Projections of per-sample gradients from p parameters to k numbers.
+
+A projector adds one parameter's gradients at a time into one (batch, k) accumulator. What it draws
+for a parameter follows from the seed, the `model_id`, the parameter's name and its shape alone, so
+that every worker, device, batch size and order of parameters has the same projection.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Generic, Protocol, TypeVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from trak_dist.ops import draws
+
+BLOCK_ELEMENTS = 2**22
+CACHE_BYTES = 2**30
+
+
+class Projector(Protocol):
+    """A linear map from gradients to `dim` numbers."""
+
+    dim: int
+
+    def add(
+        self, into: Float[Tensor, "batch k"], name: str, grads: Float[Tensor, "batch ..."]
+    ) -> None:
+        """Add the projection of the gradients of parameter `name` to `into`."""
+        ...
+
+
+Drawn = TypeVar("Drawn", Tensor, tuple[Tensor, Tensor])
+
+
+class _Draws(Generic[Drawn]):
+    """The streams of one (seed, model_id), and a bounded cache of what was drawn from them."""
+
+    def __init__(self, seed: int, model_id: int) -> None:
+        self._seed, self._model_id = seed, model_id
+        self._cache: dict[tuple[str, int], Drawn] = {}
+        self._free = CACHE_BYTES
+
+    def key(self, name: str, grads: Tensor) -> int:
+        return draws.stream_key(self._seed, self._model_id, name, tuple(grads.shape[1:]))
+
+    def cached(self, name: str, start: int, make: Callable[[], Drawn]) -> Drawn:
+        found = self._cache.get((name, start))
+        if found is None:
+            found = make()
+            size = sum(t.nbytes for t in (found if isinstance(found, tuple) else (found,)))
+            if size <= self._free:
+                self._free -= size
+                self._cache[name, start] = found
+        return found
+
+
+class Sjlt:
+    """Sparse Johnson–Lindenstrauss transform with one non-zero per column: CountSketch.
+
+    Each coordinate goes, with a random sign, to one random bucket: O(p) work per sample whatever k
+    is (Charikar, Chen & Farach-Colton 2002; Kane & Nelson 2014 for the family). The bucket is a
+    hash modulo k, so that summing columns modulo k' gives the sketch of dimension k' where k'
+    divides k.
+    E⟨Sx, Sy⟩ = ⟨x, y⟩; Var = (‖x‖²‖y‖² + ⟨x, y⟩² − 2 Σ xᵢ²yᵢ²) / k.
+    """
+
+    def __init__(self, dim: int, seed: int, model_id: int) -> None:
+        self.dim = dim
+        self._draws: _Draws[tuple[Tensor, Tensor]] = _Draws(seed, model_id)
+
+    def add(
+        self, into: Float[Tensor, "batch k"], name: str, grads: Float[Tensor, "batch ..."]
+    ) -> None:
+        """See `Projector`."""
+        key = self._draws.key(name, grads)
+        flat = grads.flatten(1)
+        for start in range(0, flat.shape[1], BLOCK_ELEMENTS):
+            block = flat[:, start : start + BLOCK_ELEMENTS]
+            counters = torch.arange(start, start + block.shape[1], device=flat.device)
+            draw = functools.partial(draws.bucket_and_sign, key, counters, self.dim)
+            bucket, sign = self._draws.cached(name, start, draw)
+            into.scatter_add_(1, bucket.expand(block.shape), block * sign)
+
+
+class Dense:
+    """A dense random matrix with entries of mean 0 and variance 1/k, drawn block by block.
+
+    `rademacher`: signs (Achlioptas 2003), with the variance of `Sjlt`. `gaussian`: normal entries;
+    Var⟨Rx, Ry⟩ = (‖x‖²‖y‖² + ⟨x, y⟩²) / k. Both cost O(p k) per sample.
+    """
+
+    def __init__(self, kind: str, dim: int, seed: int, model_id: int) -> None:
+        self.dim = dim
+        self._entries = {"rademacher": draws.signs, "gaussian": draws.normals}[kind]
+        self._draws: _Draws[Tensor] = _Draws(seed, model_id)
+
+    def add(
+        self, into: Float[Tensor, "batch k"], name: str, grads: Float[Tensor, "batch ..."]
+    ) -> None:
+        """See `Projector`."""
+        key = self._draws.key(name, grads)
+        flat = grads.flatten(1)
+        rows = max(1, BLOCK_ELEMENTS // self.dim)
+        for start in range(0, flat.shape[1], rows):
+            block = flat[:, start : start + rows]
+            counters = torch.arange(start, start + block.shape[1], device=flat.device)
+            draw = functools.partial(self._entries, key, counters, self.dim)
+            matrix = self._draws.cached(name, start, draw)
+            into.addmm_(block, matrix, alpha=1 / math.sqrt(self.dim))
+
+
+class Identity:
+    """No projection: gradients side by side, parameters in order of their names."""
+
+    def __init__(self, shapes: Mapping[str, torch.Size]) -> None:
+        self._slices: dict[str, slice] = {}
+        start = 0
+        for name in sorted(shapes):
+            stop = start + shapes[name].numel()
+            self._slices[name] = slice(start, stop)
+            start = stop
+        self.dim = start
+
+    def add(
+        self, into: Float[Tensor, "batch k"], name: str, grads: Float[Tensor, "batch ..."]
+    ) -> None:
+        """See `Projector`."""
+        into[:, self._slices[name]] += grads.flatten(1)
+
+
+def make_projector(
+    kind: str, *, dim: int, seed: int, model_id: int, shapes: Mapping[str, torch.Size]
+) -> Projector:
+    """The projector of one checkpoint.
+
+    Parameters
+    ----------
+    kind : str
+        `sjlt`, `rademacher`, `gaussian` or `identity`.
+    dim : int
+        k; for `identity` it must be the number of parameters.
+    seed, model_id : int
+        Name the draw: each checkpoint has its own.
+    shapes : mapping
+        The shape of each parameter, without the batch.
+    """
+    if kind == "identity":
+        identity = Identity(shapes)
+        assert identity.dim == dim
+        return identity
+    if kind == "sjlt":
+        return Sjlt(dim, seed, model_id)
+    return Dense(kind, dim, seed, model_id)
+
+
+def fold(grads: Float[Tensor, "rows k"], dim: int) -> Float[Tensor, "rows dim"]:
+    """The sketch of dimension `dim` from one of dimension k, a multiple of it (`Sjlt` only)."""
+    k = grads.shape[1]
+    assert k % dim == 0
+    return grads if k == dim else grads.view(-1, k // dim, dim).sum(1)

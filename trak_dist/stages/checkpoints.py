@@ -1,0 +1,138 @@
+"""Checkpoints: read without unpickling, digested, and held to one set of weights per `model_id`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from trak_dist.errors import CheckpointError
+from trak_dist.plan import Checkpoint
+from trak_dist.store import atomic
+from trak_dist.store.run import Run
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `.safetensors` file, or of a `.pt` file read with `weights_only=True`.
+
+    Raises
+    ------
+    CheckpointError
+        If there is no such file, or it holds anything but named tensors.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(
+            "no checkpoint found", where=str(path), next="stage=train, or mend the problem's paths"
+        ) from None
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            "a pickle where a state dict should be: it holds more than tensors, and is not loaded "
+            f"({str(error).splitlines()[0]})",
+            where=str(path),
+            next="save model.state_dict() with torch.save, or safetensors",
+        ) from None
+    except (RuntimeError, OSError, EOFError, SafetensorError) as error:
+        raise CheckpointError(
+            f"not a readable state dict: {str(error).splitlines()[0]}",
+            where=str(path),
+            next="save model.state_dict() with torch.save, or safetensors",
+        ) from error
+    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        found = f"keys {list(loaded)[:5]}" if isinstance(loaded, dict) else type(loaded).__name__
+        raise CheckpointError(
+            f"not a state dict of named tensors: {found}",
+            where=str(path),
+            next="save model.state_dict() alone",
+        )
+    return loaded
+
+
+def check_fit(state: Mapping[str, Tensor], model: nn.Module, *, where: str) -> None:
+    """Raise `CheckpointError` naming each key and shape of `state` that does not fit `model`."""
+    expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    found = {k: tuple(v.shape) for k, v in state.items()}
+    faults = [
+        *(f"missing {k} {expected[k]}" for k in expected.keys() - found.keys()),
+        *(f"unexpected {k} {found[k]}" for k in found.keys() - expected.keys()),
+        *(
+            f"{k} has shape {found[k]}, the model's {expected[k]}"
+            for k in expected.keys() & found.keys()
+            if expected[k] != found[k]
+        ),
+    ]
+    if faults:
+        shown = sorted(faults)[:10]
+        more = f" and {len(faults) - 10} more" if len(faults) > 10 else ""
+        raise CheckpointError(
+            f"the checkpoint does not fit the model: {'; '.join(shown)}{more}",
+            where=where,
+            next="give the problem the architecture that the checkpoint was saved from",
+        )
+
+
+def content_digest(state: Mapping[str, Tensor]) -> str:
+    """Digest of names, dtypes, shapes and bytes, in order of name."""
+    sha = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        sha.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()[:32]
+
+
+def load_into(run: Run, model: nn.Module, checkpoint: Checkpoint) -> str:
+    """Load a checkpoint's weights into `model`; the digest of their content.
+
+    The first worker to load a checkpoint publishes its digest; the others compare.
+
+    Raises
+    ------
+    CheckpointError
+        If the checkpoint can't be read or does not fit, if other weights were seen under this
+        `model_id`, or the same weights under another.
+    """
+    path = run.layout.checkpoint(checkpoint.path)
+    state = read_state_dict(path)
+    check_fit(state, model, where=str(path))
+    digest = content_digest(state)
+    _publish(run, checkpoint.model_id, digest, path)
+    model.load_state_dict(state)
+    return digest
+
+
+def _publish(run: Run, model_id: int, digest: str, path: Path) -> None:
+    mine = run.layout.checkpoint_digest(model_id)
+    first = _published(atomic.write_once(mine, json.dumps({"digest": digest}).encode()))
+    if first != digest:
+        raise CheckpointError(
+            f"model_id {model_id} has other weights than those it was first featurized with: "
+            f"digest {digest} now, {first} then",
+            where=str(path),
+            next="restore the checkpoint, or start a new run with another run_dir",
+        )
+    # Published before compared, so that of two workers at once at least one sees the other.
+    for other in run.plan.model_ids:
+        there = run.layout.checkpoint_digest(other)
+        if other != model_id and there.exists() and _published(there.read_bytes()) == digest:
+            raise CheckpointError(
+                f"model_ids {min(other, model_id)} and {max(other, model_id)} have the same "
+                f"weights (digest {digest})",
+                where=str(path),
+                next="give each model_id its own checkpoint, in a new run_dir",
+            )
+
+
+def _published(content: bytes) -> str:
+    return str(json.loads(content)["digest"])

@@ -1,0 +1,93 @@
+"""featurize: one cell's projected per-sample gradients, from examples to one chunk of grads."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from trak_dist.cells import FeaturizeCell
+from trak_dist.errors import NonFiniteGradient
+from trak_dist.ops import rows as row_format
+from trak_dist.ops.draws import VERSION
+from trak_dist.stages.outcome import Outcome
+from trak_dist.stages.session import Session, batch_digest
+from trak_dist.store import contents
+
+
+def featurize(session: Session, cell: FeaturizeCell) -> Outcome:
+    """Compute and write grads X / √p, their row scales, and out-to-loss Q.
+
+    Raises
+    ------
+    NonFiniteGradient
+        If a row has NaN or infinite entries; nothing is written then.
+    CheckpointError, DatasetError, ProblemError
+        If the inputs are not the planned ones.
+    """
+    plan, spec = session.run.plan, session.run.plan.spec
+    loaded = session.load(cell.model_id)
+    weights = dict(loaded.model.named_parameters())
+    buffers = dict(loaded.model.named_buffers())
+    grads = torch.zeros(len(cell.rows), plan.store_dim, device=session.device)
+    out_to_loss = torch.zeros(len(cell.rows), device=session.device)
+    inputs = hashlib.sha256()
+    done = 0
+    for host_batch in session.batches(cell.split, cell.rows):
+        batch_digest(inputs, host_batch)
+        batch = session.to_device(host_batch)
+        per_sample = loaded.gradients(batch)
+        size = len(next(iter(per_sample.values())))
+        into = grads[done : done + size]
+        for name in sorted(per_sample):
+            loaded.projector.add(into, name, per_sample.pop(name).float())
+        with torch.no_grad():
+            out_to_loss[done : done + size] = session.problem.model_output.get_out_to_loss_grad(
+                loaded.model, weights, buffers, batch
+            )
+        done += size
+    assert done == len(cell.rows)
+    grads /= math.sqrt(plan.parameters)
+    _refuse_non_finite(session, cell, grads, out_to_loss)
+    stored, scale = row_format.encode(grads, spec.featurize.dtype)
+    arrays = {"grads": stored, "row_scale": scale, "out_to_loss": out_to_loss}
+    digests = contents.write(
+        session.run, cell, {name: tensor.cpu().numpy() for name, tensor in arrays.items()}
+    )
+    return Outcome(
+        digests,
+        {
+            "checkpoint_digest": loaded.digest,
+            "inputs_digest": inputs.hexdigest()[:32],
+            "projector": spec.projection.kind,
+            "projector_seed": spec.projection.seed,
+            "projector_dim": plan.store_dim,
+            "projector_version": VERSION,
+            "dtype": spec.featurize.dtype,
+            "rows": len(cell.rows),
+            "batch_rows": spec.featurize.batch_rows,
+            "non_finite_rows": 0,
+        },
+    )
+
+
+def _refuse_non_finite(
+    session: Session,
+    cell: FeaturizeCell,
+    grads: Float[Tensor, "rows k"],
+    out_to_loss: Float[Tensor, " rows"],
+) -> None:
+    bad = ~(grads.isfinite().all(1) & out_to_loss.isfinite())
+    if bad.any():
+        rows = (bad.nonzero().flatten() + cell.rows.start).tolist()
+        shown = ", ".join(map(str, rows[:10])) + (", …" if len(rows) > 10 else "")
+        path = session.run.plan.checkpoint(cell.model_id).path
+        raise NonFiniteGradient(
+            f"non-finite gradient or out-to-loss in {len(rows)} of {len(cell.rows)} rows of "
+            f"{cell.split!r}: {shown}; checkpoint {cell.model_id} ({path})",
+            where=cell.id,
+            next="look for NaN in these examples and the checkpoint; then the same command again",
+        )

@@ -1,0 +1,173 @@
+"""reduce, per checkpoint: Gram, kernel, and the target grads preconditioned by it.
+
+Everything is read from the store in a cell's rows at a time, so memory does not grow with n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from trak_dist.cells import (
+    TRAIN,
+    Cell,
+    FeaturizeCell,
+    GramCell,
+    KernelCell,
+    PreconditionCell,
+)
+from trak_dist.errors import MissingInputs, MixedRun, SingularGram
+from trak_dist.ops import kernel, projection
+from trak_dist.ops import rows as row_format
+from trak_dist.stages.outcome import Outcome
+from trak_dist.stages.session import Session
+from trak_dist.store import contents
+from trak_dist.store.receipts import Receipt
+from trak_dist.store.run import Run
+
+SHARED_FACTS = (
+    "checkpoint_digest",
+    "projector",
+    "projector_seed",
+    "projector_dim",
+    "projector_version",
+    "dtype",
+)
+
+
+def gram(session: Session, cell: GramCell) -> Outcome:
+    """Sum XᵀX over a checkpoint's train rows, then consolidate its receipts.
+
+    Raises
+    ------
+    MissingInputs, MixedRun
+        If its featurize cells are not all done, or were not made from the same things.
+    """
+    plan = session.run.plan
+    cells = list(plan.featurize_cells(cell.model_id, TRAIN))
+    receipts = require(session.run, cells, needed_by=cell)
+    refuse_mixed(receipts)
+    total = torch.zeros(plan.proj_dim, plan.proj_dim, dtype=torch.float64, device=session.device)
+    for source in cells:
+        kernel.add_gram(total, read_grads(session, source))
+    digests = contents.write(session.run, cell, {"gram": total.cpu().numpy()})
+    session.run.receipts.consolidate(cell.model_id)
+    digest = next(iter(receipts.values())).facts["checkpoint_digest"]
+    return Outcome(digests, {"checkpoint_digest": digest})
+
+
+def factorise(session: Session, cell: KernelCell) -> Outcome:
+    """Factorise XᵀX + λI of one checkpoint.
+
+    Raises
+    ------
+    SingularGram
+        If it is singular to working precision.
+    """
+    plan = session.run.plan
+    source = GramCell(cell.model_id)
+    require(session.run, [source], needed_by=cell)
+    reduce = plan.spec.reduce
+    try:
+        result = kernel.factorise(
+            torch.from_numpy(contents.read(session.run, source, "gram")).to(session.device),
+            rows=plan.train.rows,
+            lambda_reg=reduce.lambda_reg,
+            lambda_unit=reduce.lambda_unit,
+            kernel_scale=reduce.kernel_scale,
+        )
+    except SingularGram as error:
+        raise SingularGram(error.what, where=cell.id, next=error.next) from None
+    digests = contents.write(session.run, cell, {"kernel": result.factor.cpu().numpy()})
+    return Outcome(
+        digests,
+        {
+            "lambda_absolute": result.lambda_absolute,
+            "scale": result.scale,
+            "condition": result.condition,
+            "effective_rank": result.effective_rank,
+            "effective_dimension": result.effective_dimension,
+        },
+    )
+
+
+def precondition(session: Session, cell: PreconditionCell) -> Outcome:
+    """Solve the kernel for the grads of one target set, a target cell's rows at a time."""
+    run, plan = session.run, session.run.plan
+    source = KernelCell(cell.model_id)
+    (receipt,) = require(run, [source], needed_by=cell).values()
+    targets = list(plan.featurize_cells(cell.model_id, cell.targets))
+    # One train cell stands for all: the gram cell saw to it that they agree.
+    train = next(plan.featurize_cells(cell.model_id, TRAIN))
+    refuse_mixed(require(run, [train, *targets], needed_by=cell))
+    factor = torch.from_numpy(contents.read(run, source, "kernel")).to(session.device)
+    result = torch.empty(plan.proj_dim, plan.split(cell.targets).rows)
+    for target in targets:
+        solved = kernel.precondition(factor, receipt.facts["scale"], read_grads(session, target))
+        result[:, target.rows.start : target.rows.stop] = solved.cpu()
+    return Outcome(contents.write(run, cell, {"precond": result.numpy()}))
+
+
+def read_grads(session: Session, cell: FeaturizeCell) -> Float[Tensor, "rows k"]:
+    """The grads of a featurize cell, decoded and folded to `proj_dim`, on the device."""
+    stored, scale = (
+        torch.from_numpy(contents.read(session.run, cell, name)).to(session.device)
+        for name in ("grads", "row_scale")
+    )
+    return projection.fold(row_format.decode(stored, scale), session.run.plan.proj_dim)
+
+
+def require(run: Run, cells: Sequence[Cell], *, needed_by: Cell) -> dict[Cell, Receipt]:
+    """The receipts of `cells`.
+
+    Raises
+    ------
+    MissingInputs
+        Naming those that are not done.
+    """
+    done = run.receipts.done(cells)
+    missing = [c.id for c in cells if c not in done]
+    if missing:
+        raise MissingInputs(
+            f"{len(missing)} of the cells that {needed_by.id} needs are not done: "
+            f"{', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}",
+            where=needed_by.id,
+            next=f"python -m trak_dist.launch run_dir={run.layout.run_dir}",
+        )
+    return done
+
+
+def refuse_mixed(receipts: dict[Cell, Receipt]) -> None:
+    """Raise `MixedRun` naming the cells of one checkpoint that were not made alike."""
+    for fact in SHARED_FACTS:
+        _refuse_unequal(fact, [(cell, r.facts.get(fact)) for cell, r in receipts.items()])
+
+
+def refuse_other_rows(run: Run, ensemble: Sequence[int], splits: Sequence[str]) -> None:
+    """Raise `MixedRun` naming cells whose input rows differ between checkpoints."""
+    for split in splits:
+        cells = [list(run.plan.featurize_cells(m, split)) for m in ensemble]
+        receipts = run.receipts.done([c for row in cells for c in row])
+        for same_rows in zip(*cells, strict=True):
+            seen = [(c, receipts[c].facts.get("inputs_digest")) for c in same_rows if c in receipts]
+            _refuse_unequal("inputs_digest", seen)
+
+
+def _refuse_unequal(fact: str, values: Sequence[tuple[Cell, object]]) -> None:
+    by_value: dict[object, list[str]] = {}
+    for cell, value in values:
+        by_value.setdefault(value, []).append(cell.id)
+    if len(by_value) > 1:
+        groups: Iterator[str] = (
+            f"{value!r} in {', '.join(cells[:3])}{', …' if len(cells) > 3 else ''}"
+            for value, cells in by_value.items()
+        )
+        hint = " (random augmentation? data that changed?)" if fact == "inputs_digest" else ""
+        raise MixedRun(
+            f"cells that belong together disagree on {fact}{hint}: {'; '.join(groups)}",
+            where=min(by_value.values(), key=len)[0],
+            next="mend the cause, then start a new run_dir: these cells can't be reduced together",
+        )

@@ -1,0 +1,159 @@
+"""What the cells of one job share: the run, the problem, the device, and the model in memory."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, Subset
+
+from trak_dist import problem as problems
+from trak_dist.cells import Rows
+from trak_dist.errors import DatasetError, DeviceError
+from trak_dist.ops.gradients import GradientComputer, VmapGradients, select_params
+from trak_dist.ops.projection import Projector, make_projector
+from trak_dist.plan import Plan, Split
+from trak_dist.problem import MapDataset, Problem
+from trak_dist.stages import checkpoints
+from trak_dist.store.run import Run
+
+PROBE_ROWS = 16
+
+
+class Session:
+    """One job's view of a run; holds one checkpoint's model at a time."""
+
+    def __init__(self, run: Run, device: torch.device) -> None:
+        self.run = run
+        self.device = device
+        self._loaded: _Loaded | None = None
+        self._checked: set[str] = set()
+
+    @cached_property
+    def problem(self) -> Problem:
+        """The problem, rebuilt from the plan and held against it."""
+        plan = self.run.plan
+        problem = problems.rebuild(plan.spec.problem, plan.source)
+        for split in (plan.train, *plan.targets):
+            check_split(problem, split, plan.spec.limit)
+        return problem
+
+    def once(self, what: str, check: Callable[[], None]) -> None:
+        """Run a check whose result holds for the whole job, the first time only."""
+        if what not in self._checked:
+            check()
+            self._checked.add(what)
+
+    def dataset(self, split: str) -> MapDataset:
+        """The examples of a split, `limit` applied."""
+        return limited(self.problem.dataset(split), self.run.plan.spec.limit)
+
+    def load(self, model_id: int) -> _Loaded:
+        """The model of one checkpoint, on the device, with its gradients and its projection."""
+        if self._loaded is None or self._loaded.model_id != model_id:
+            self._loaded = _Loaded(self, model_id)
+        return self._loaded
+
+    def batches(self, split: str, rows: Rows) -> Iterator[tuple[Any, ...]]:
+        """Batches of `batch_rows` examples, on the CPU, none reaching beyond `rows`."""
+        subset: Subset[Any] = Subset(self.dataset(split), range(rows.start, rows.stop))  # type: ignore[arg-type]
+        loader = DataLoader(
+            subset,
+            batch_size=self.run.plan.spec.featurize.batch_rows,
+            collate_fn=self.problem.collate,
+        )
+        for batch in loader:
+            yield tuple(batch) if isinstance(batch, list | tuple) else (batch,)
+
+    def to_device(self, batch: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The batch with its tensors on the device."""
+        moved = pytree.tree_map_only(Tensor, lambda t: t.to(self.device), batch)
+        assert isinstance(moved, tuple)
+        return moved
+
+
+class _Loaded:
+    def __init__(self, session: Session, model_id: int) -> None:
+        plan = session.run.plan
+        self.model_id = model_id
+        self.model: nn.Module = session.problem.model.to(session.device).eval()
+        self.digest = checkpoints.load_into(session.run, self.model, plan.checkpoint(model_id))
+        self.gradients: GradientComputer = VmapGradients(
+            self.model, session.problem.model_output, plan.spec.featurize.params
+        )
+        self.projector = _projector(plan, model_id, self.model)
+
+
+def _projector(plan: Plan, model_id: int, model: nn.Module) -> Projector:
+    return make_projector(
+        plan.spec.projection.kind,
+        dim=plan.store_dim,
+        seed=plan.spec.projection.seed,
+        model_id=model_id,
+        shapes=select_params(model, plan.spec.featurize.params),
+    )
+
+
+def limited(dataset: MapDataset, limit: int) -> MapDataset:
+    """The first `limit` examples; all of them if it is 0."""
+    if limit == 0 or limit >= len(dataset):
+        return dataset
+    subset: Subset[Any] = Subset(dataset, range(limit))  # type: ignore[arg-type]
+    return subset
+
+
+def batch_digest(sha: Any, batch: Any) -> None:
+    """Add a batch's content to the hash `sha`."""
+    for leaf in pytree.tree_leaves(batch):
+        if isinstance(leaf, Tensor):
+            sha.update(str((leaf.dtype, tuple(leaf.shape))).encode())
+            sha.update(leaf.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        else:
+            sha.update(repr(leaf).encode())
+
+
+def probe(problem: Problem, dataset: MapDataset) -> str:
+    """Digest of some rows spread over the dataset, to tell cheaply whether it is another one."""
+    count = min(PROBE_ROWS, len(dataset))
+    rows = sorted({round(i * (len(dataset) - 1) / max(1, count - 1)) for i in range(count)})
+    collate = problem.collate or torch.utils.data.default_collate
+    sha = hashlib.sha256()
+    for row in rows:
+        batch_digest(sha, collate([dataset[row]]))
+    return sha.hexdigest()[:32]
+
+
+def check_split(problem: Problem, split: Split, limit: int) -> None:
+    """Raise `DatasetError` if the problem's dataset is not the one that was planned."""
+    dataset = limited(problem.dataset(split.name), limit)
+    found = (len(dataset), probe(problem, dataset))
+    if found != (split.rows, split.probe):
+        raise DatasetError(
+            f"the dataset {split.name!r} changed since planning: {split.rows} rows with digest "
+            f"{split.probe} then, {found[0]} rows with digest {found[1]} now",
+            where="problem",
+            next="restore the data (without random augmentation), or start a new run_dir",
+        )
+
+
+def open_device(name: str) -> torch.device:
+    """The device called `auto`, `cpu` or `cuda`.
+
+    Raises
+    ------
+    DeviceError
+        If `cuda` is asked for and not there.
+    """
+    cuda = torch.cuda.is_available()
+    if name == "cuda" and not cuda:
+        raise DeviceError(
+            "device cuda was asked for, torch sees no CUDA device",
+            where="cluster.device",
+            next="cluster.device=cpu, or run where there is a GPU",
+        )
+    return torch.device("cuda" if cuda and name != "cpu" else "cpu")

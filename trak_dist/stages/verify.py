@@ -1,0 +1,38 @@
+"""verify: re-read all that done cells wrote, and hold it against their receipts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from trak_dist.cells import STAGE_CELLS, Cell, ReportCell, TrainCell
+from trak_dist.errors import CheckpointError, StoreError
+from trak_dist.stages.checkpoints import content_digest, read_state_dict
+from trak_dist.store import contents
+from trak_dist.store.receipts import Receipt
+from trak_dist.store.run import Run
+
+
+def damaged_cells(run: Run) -> Iterator[tuple[Cell, list[str]]]:
+    """Each done cell whose bytes are missing or not what its receipt says, with the reasons."""
+    for stage in STAGE_CELLS:
+        for cell, receipt in run.receipts.done(run.plan.cells(stage)).items():
+            try:
+                reasons = list(_damages(run, cell, receipt))
+            except (StoreError, CheckpointError) as error:
+                reasons = [error.what]
+            if reasons:
+                yield cell, reasons
+
+
+def _damages(run: Run, cell: Cell, receipt: Receipt) -> Iterator[str]:
+    if isinstance(cell, TrainCell):
+        path = run.layout.checkpoint(run.layout.trained_checkpoint(cell.seed))
+        found = content_digest(read_state_dict(path))
+        if found != receipt.digests.get("checkpoint"):
+            written = receipt.digests.get("checkpoint")
+            yield f"checkpoint: digest {found}, the receipt says {written}"
+    elif isinstance(cell, ReportCell):
+        if not run.layout.report(cell.targets).exists():
+            yield "report: the page is missing"
+    else:
+        yield from contents.damages(run, cell, receipt)

@@ -1,0 +1,81 @@
+"""What each cell wrote, and where: one home for writing, reading back and verifying."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from trak_dist.cells import (
+    Cell,
+    FeaturizeCell,
+    GramCell,
+    KernelCell,
+    PreconditionCell,
+    ScoreCell,
+)
+from trak_dist.errors import CorruptChunk
+from trak_dist.store import arrays
+from trak_dist.store.receipts import Receipt
+from trak_dist.store.run import Run
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Rows `start` to `stop` of the array at `path`."""
+
+    path: Path
+    start: int
+    stop: int
+
+
+def slabs(run: Run, cell: Cell) -> dict[str, Slab]:
+    """The arrays' rows that `cell` owns, by the name of the array; train and report own none."""
+    plan, layout = run.plan, run.layout
+    match cell:
+        case FeaturizeCell(model_id, split, rows):
+            group = layout.grads(plan, model_id, split)
+            names = ("grads", "row_scale", "out_to_loss")
+            return {name: Slab(group / name, rows.start, rows.stop) for name in names}
+        case GramCell(model_id):
+            return {"gram": Slab(layout.gram(plan, model_id), 0, plan.proj_dim)}
+        case KernelCell(model_id):
+            return {"kernel": Slab(layout.kernel(plan, model_id) / "kernel", 0, plan.proj_dim)}
+        case PreconditionCell(model_id, targets):
+            path = layout.kernel(plan, model_id) / "precond" / targets
+            return {"precond": Slab(path, 0, plan.proj_dim)}
+        case ScoreCell(targets, rows):
+            return {"scores": Slab(layout.scores(targets), rows.start, rows.stop)}
+    return {}
+
+
+def write(run: Run, cell: Cell, values: Mapping[str, NDArray[Any]]) -> dict[str, str]:
+    """Write to disk what `cell` owns; the digests of it."""
+    owned = slabs(run, cell)
+    assert owned.keys() == values.keys()
+    digests = {}
+    for name, slab in owned.items():
+        assert len(values[name]) == slab.stop - slab.start
+        digests[name] = arrays.write_rows(slab.path, slab.start, values[name])
+    return digests
+
+
+def read(run: Run, cell: Cell, name: str) -> NDArray[Any]:
+    """Read back one of the arrays that `cell` wrote."""
+    slab = slabs(run, cell)[name]
+    return arrays.read_rows(slab.path, slab.start, slab.stop)
+
+
+def damages(run: Run, cell: Cell, receipt: Receipt) -> Iterator[str]:
+    """Read all that `cell` wrote; a sentence for each array that is not what its receipt says."""
+    for name in slabs(run, cell):
+        try:
+            found = arrays.content_digest(read(run, cell, name))
+        except CorruptChunk as error:
+            yield f"{name}: {error.what}"
+        else:
+            if found != receipt.digests.get(name):
+                yield f"{name}: digest {found}, the receipt says {receipt.digests.get(name)}"

@@ -1,0 +1,104 @@
+"""The names inside a run directory. No other module knows them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from trak_dist.cells import (
+    TRAIN,
+    Cell,
+    FeaturizeCell,
+    GramCell,
+    KernelCell,
+    PreconditionCell,
+    ReportCell,
+    ScoreCell,
+    TrainCell,
+)
+from trak_dist.plan import Plan
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the run at `run_dir` keeps its things."""
+
+    run_dir: Path
+
+    @property
+    def plan(self) -> Path:
+        """The frozen spec."""
+        return self.run_dir / "plan.json"
+
+    @property
+    def store(self) -> Path:
+        """The root group of all arrays."""
+        return self.run_dir / "store.zarr"
+
+    @property
+    def logs(self) -> Path:
+        """What workers print."""
+        return self.run_dir / "logs"
+
+    def checkpoint(self, path: str) -> Path:
+        """A checkpoint as the plan names it."""
+        return self.run_dir / path  # an absolute path stays what it is
+
+    @staticmethod
+    def trained_checkpoint(seed: int) -> str:
+        """The checkpoint that `stage=train` makes from `seed`, relative to the run directory."""
+        return f"checkpoints/{seed}.safetensors"
+
+    def checkpoint_digest(self, model_id: int) -> Path:
+        """The content digest that the first worker to load a checkpoint publishes."""
+        return self.run_dir / "receipts" / "checkpoints" / f"{model_id}.json"
+
+    def receipts(self, plan: Plan, cell: Cell) -> Path:
+        """The directory of the cell's receipt, shared with others that are read along with it."""
+        root = self.run_dir / "receipts" / cell.stage
+        match cell:
+            case FeaturizeCell():
+                return root / plan.projection_id / str(cell.model_id)
+            case GramCell():
+                return root / plan.projection_id / str(plan.proj_dim)
+            case KernelCell() | PreconditionCell():
+                return root / plan.projection_id / plan.kernel_id
+            case ScoreCell() | ReportCell() | TrainCell():
+                return root
+
+    def receipt(self, plan: Plan, cell: Cell) -> Path:
+        """The cell's own receipt."""
+        name = cell.id.replace("/", "_")
+        return self.receipts(plan, cell) / f"{name}.json"
+
+    def consolidated(self, plan: Plan, cell: FeaturizeCell) -> Path:
+        """The columnar file of one checkpoint's featurize receipts."""
+        return self.receipts(plan, cell) / "consolidated.npz"
+
+    def failure(self, cell: Cell) -> Path:
+        """What went wrong in the cell's last attempt."""
+        return self.run_dir / "receipts" / "failed" / f"{cell.id.replace('/', '_')}.json"
+
+    def grads(self, plan: Plan, model_id: int, split: str) -> Path:
+        """The group of `grads`, `row_scale` and `out_to_loss`."""
+        assert split == TRAIN or any(s.name == split for s in plan.targets)
+        return self._model(plan, model_id) / split
+
+    def gram(self, plan: Plan, model_id: int) -> Path:
+        """The array XᵀX."""
+        return self._model(plan, model_id) / "gram" / str(plan.proj_dim)
+
+    def kernel(self, plan: Plan, model_id: int) -> Path:
+        """The group of `kernel` and `precond/<targets>`."""
+        return self._model(plan, model_id) / "reduce" / plan.kernel_id
+
+    def scores(self, targets: str) -> Path:
+        """The array of the ensemble's scores."""
+        return self.store / "scores" / targets
+
+    def report(self, targets: str) -> Path:
+        """The page; its picture lies beside it as `.png`."""
+        return self.run_dir / "report" / f"{targets}.html"
+
+    def _model(self, plan: Plan, model_id: int) -> Path:
+        return self.store / "models" / str(model_id) / plan.projection_id

@@ -1,0 +1,81 @@
+"""Make the arrays that a plan calls for. The planner does so; workers only fill them."""
+
+from __future__ import annotations
+
+from trak_dist.plan import CHUNK_BYTES, Plan, Split
+from trak_dist.store import arrays
+from trak_dist.store.arrays import ArraySpec
+from trak_dist.store.run import Run
+
+
+def prepare(run: Run) -> None:
+    """Make whatever array of `run` is not there yet; those that are there are verified.
+
+    Raises
+    ------
+    StoreError
+        If an array of another kind is in the way, or the file system refuses.
+    """
+    plan, layout = run.plan, run.layout
+    root = layout.store
+    arrays.ensure_group(root)
+    for model_id in plan.model_ids:
+        for split in (plan.train, *plan.targets):
+            group = layout.grads(plan, model_id, split.name)
+            for name, spec in grads_specs(plan, split).items():
+                arrays.ensure(group / name, spec)
+        arrays.ensure(layout.gram(plan, model_id), _square(plan))
+        kernel = layout.kernel(plan, model_id)
+        arrays.ensure(kernel / "kernel", _square(plan))
+        for split in plan.targets:
+            arrays.ensure(kernel / "precond" / split.name, _preconditioned(plan, split))
+    for split in plan.targets:
+        arrays.replace(layout.scores(split.name), _scores(plan, split))
+    for directory in {p.parent for p in root.glob("**/zarr.json")}:
+        for parent in directory.relative_to(root).parents:
+            arrays.ensure_group(root / parent)
+
+
+def grads_specs(plan: Plan, split: Split) -> dict[str, ArraySpec]:
+    """`grads` (n, k), `row_scale` (n,) and `out_to_loss` (n,), chunked alike."""
+    rows, chunk = split.rows, min(split.cell_rows, split.rows)
+    compression = plan.spec.store.compression
+
+    def row_array(dtype: str, *columns: int) -> ArraySpec:
+        return ArraySpec(
+            shape=(rows, *columns), chunks=(chunk, *columns), dtype=dtype, compression=compression
+        )
+
+    return {
+        "grads": row_array(plan.spec.featurize.dtype, plan.store_dim),
+        "row_scale": row_array("float32"),
+        "out_to_loss": row_array("float32"),
+    }
+
+
+def _square(plan: Plan) -> ArraySpec:
+    k = plan.proj_dim
+    chunk = max(1, min(k, CHUNK_BYTES // (8 * k)))
+    return ArraySpec(shape=(k, k), chunks=(chunk, k), dtype="float64")
+
+
+def _preconditioned(plan: Plan, split: Split) -> ArraySpec:
+    shape = (plan.proj_dim, split.rows)
+    chunk = max(1, min(shape[0], CHUNK_BYTES // (4 * split.rows)))
+    return ArraySpec(shape=shape, chunks=(chunk, split.rows), dtype="float32")
+
+
+def _scores(plan: Plan, split: Split) -> ArraySpec:
+    train = plan.score_split(split)
+    return ArraySpec(
+        shape=(plan.train.rows, split.rows),
+        chunks=(train.cell_rows, split.rows),
+        dtype="float32",
+        attributes={
+            "model_ids": list(plan.model_ids),
+            "proj_dim": plan.proj_dim,
+            "lambda_reg": plan.spec.reduce.lambda_reg,
+            "lambda_unit": plan.spec.reduce.lambda_unit,
+            "kernel_scale": plan.spec.reduce.kernel_scale,
+        },
+    )

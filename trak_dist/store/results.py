@@ -1,0 +1,133 @@
+"""A finished run, for reading: scores, top examples, receipts. Loads no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trak_dist.cells import STAGE_CELLS, Cell, ScoreCell
+from trak_dist.errors import ConfigError, MissingInputs
+from trak_dist.plan import Plan
+from trak_dist.store import arrays, contents
+from trak_dist.store.receipts import Receipt
+from trak_dist.store.run import Run
+
+
+@dataclass(frozen=True)
+class Top:
+    """The train rows with the highest (`helpful`) and lowest (`harmful`) scores for one target.
+
+    Each is ordered from the strongest on; rows (count,) int64, scores (count,) float32.
+    """
+
+    target: int
+    helpful: NDArray[np.int64]
+    helpful_scores: NDArray[np.float32]
+    harmful: NDArray[np.int64]
+    harmful_scores: NDArray[np.float32]
+
+
+class Results:
+    """The results of one run."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+
+    @property
+    def plan(self) -> Plan:
+        """What the run computes."""
+        return self._run.plan
+
+    def scores(self, targets: str) -> NDArray[np.float32]:
+        """The scores (n_train, n_targets) float32; positive ones are helpful.
+
+        Raises
+        ------
+        MissingInputs
+            If not all of them are computed yet.
+        ConfigError
+            If the run has no such target set.
+        """
+        return np.concatenate([block for _, block in self._blocks(targets)])
+
+    def top(self, targets: str, columns: Sequence[int], count: int) -> list[Top]:
+        """The strongest train rows for some targets, in memory that does not grow with n_train.
+
+        Raises
+        ------
+        MissingInputs, ConfigError
+            As `scores` does.
+        """
+        best = _Strongest(len(columns), count)
+        worst = _Strongest(len(columns), count)
+        for start, block in self._blocks(targets):
+            chosen = block[:, list(columns)].T
+            rows = np.broadcast_to(np.arange(start, start + len(block)), chosen.shape)
+            best.add(chosen, rows)
+            worst.add(-chosen, rows)
+        return [
+            Top(target, best.rows[i], best.scores[i], worst.rows[i], -worst.scores[i])
+            for i, target in enumerate(columns)
+        ]
+
+    def receipts(self, stage: str) -> dict[str, Receipt]:
+        """The receipts of the done cells of `train`, `featurize`, `reduce` or `report`, by cell."""
+        if stage not in STAGE_CELLS:
+            raise ConfigError(f"no stage {stage!r}", next=f"one of {', '.join(STAGE_CELLS)}")
+        done = self._run.receipts.done(self._run.plan.cells(stage))
+        return {cell.id: receipt for cell, receipt in done.items()}
+
+    def _blocks(self, targets: str) -> Iterator[tuple[int, NDArray[np.float32]]]:
+        names = [s.name for s in self._run.plan.targets]
+        if targets not in names:
+            raise ConfigError(
+                f"the run has no target set {targets!r}", next=f"one of {', '.join(names)}"
+            )
+        cells = [c for c in self._run.plan.cells_of(ScoreCell) if _is_of(c, targets)]
+        done = self._run.receipts.done(cells)
+        if len(done) < len(cells):
+            raise MissingInputs(
+                f"{len(cells) - len(done)} of {len(cells)} score cells of {targets!r} are missing",
+                where=str(self._run.layout.run_dir),
+                next=f"python -m trak_dist.launch run_dir={self._run.layout.run_dir}",
+            )
+        path = self._run.layout.scores(targets)
+        for cell in cells:
+            slab = contents.slabs(self._run, cell)["scores"]
+            yield slab.start, arrays.read_rows(path, slab.start, slab.stop)
+
+
+class _Strongest:
+    """The `count` largest scores of each column seen so far; ties go to the lower row."""
+
+    def __init__(self, columns: int, count: int) -> None:
+        self._count = count
+        self.scores: NDArray[Any] = np.empty((columns, 0), np.float32)
+        self.rows: NDArray[Any] = np.empty((columns, 0), np.int64)
+
+    def add(self, scores: NDArray[Any], rows: NDArray[Any]) -> None:
+        all_scores = np.concatenate([self.scores, scores], axis=1)
+        all_rows = np.concatenate([self.rows, rows], axis=1)
+        order = np.argsort(-all_scores, axis=1, kind="stable")[:, : self._count]
+        self.scores = np.take_along_axis(all_scores, order, axis=1)
+        self.rows = np.take_along_axis(all_rows, order, axis=1)
+
+
+def _is_of(cell: Cell, targets: str) -> bool:
+    return isinstance(cell, ScoreCell) and cell.targets == targets
+
+
+def open_run(run_dir: str | Path) -> Results:
+    """Open a run directory for reading.
+
+    Raises
+    ------
+    PlanMismatch
+        If there is no run, or not one that this version reads.
+    """
+    return Results(Run.open(Path(run_dir)))

@@ -1,0 +1,157 @@
+"""Run cells: all that any job does, on any executor.
+
+A job receives a run directory, the fingerprint it was made for, and cell ids. For each cell that is
+not done it runs the stage, then publishes the receipt; a failure is recorded and the next cell
+tried, unless the failure would stop every cell.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+import platform
+import socket
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trak_dist.cells import Cell, parse_cell
+from trak_dist.errors import (
+    DatasetError,
+    DeviceError,
+    MissingInputs,
+    PlanMismatch,
+    ProblemError,
+    StoreError,
+    TrakDistError,
+)
+from trak_dist.stages.outcome import Outcome
+from trak_dist.stages.session import Session, open_device
+from trak_dist.store.receipts import Failure, Receipt
+from trak_dist.store.run import Run
+
+log = logging.getLogger(__name__)
+
+LOG_VARIABLE = "TRAK_DIST_LOG"
+STOPS_WORKER = (DatasetError, DeviceError, PlanMismatch, ProblemError, StoreError)
+
+# Imported when a cell needs them, so that a score job does not pay for matplotlib.
+_STAGES = {
+    "train": ("train", "train"),
+    "featurize": ("featurize", "featurize"),
+    "gram": ("reduce", "gram"),
+    "kernel": ("reduce", "factorise"),
+    "precondition": ("reduce", "precondition"),
+    "score": ("score", "score"),
+    "report": ("report", "report"),
+}
+
+
+def run_cells(run_dir: str, fingerprint: str, device: str, cell_ids: Sequence[str]) -> None:
+    """Run those of `cell_ids` that are not done. What came of each is in the run directory.
+
+    Raises
+    ------
+    PlanMismatch
+        If the run's plan has another fingerprint.
+    """
+    run = Run.open(Path(run_dir))
+    if run.plan.fingerprint != fingerprint:
+        raise PlanMismatch(
+            f"this job was made for fingerprint {fingerprint}, the plan has {run.plan.fingerprint}",
+            where=str(run.layout.plan),
+            next="run the launch command again",
+        )
+    session = _session(run_dir, run.plan.to_json(), device)
+    for cell in map(parse_cell, cell_ids):
+        if run.receipts.is_done(cell):
+            log.info("%s: done before", cell.id)
+            continue
+        try:
+            _run_cell(session, cell)
+        except MissingInputs as error:
+            log.warning("%s: not run: %s", cell.id, error)  # its inputs' failures are on record
+        except Exception as error:  # the boundary of a cell: recorded, shown by launch and status
+            log.exception("%s: failed", cell.id)
+            run.receipts.fail(cell, _failure(session, cell, error))
+            if isinstance(error, STOPS_WORKER):
+                return
+
+
+@functools.lru_cache(maxsize=1)  # in one process the phases of a run share the problem in memory
+def _session(run_dir: str, plan: str, device: str) -> Session:
+    run = Run.open(Path(run_dir))
+    assert run.plan.to_json() == plan
+    return Session(run, open_device(device))
+
+
+def _run_cell(session: Session, cell: Cell) -> None:
+    run = session.run
+    run.refuse_if_superseded()
+    _fix_numerics(session, cell)
+    started = time.time()
+    module, name = _STAGES[cell.stage]
+    stage: Callable[[Session, Any], Outcome] = getattr(
+        importlib.import_module(f"trak_dist.stages.{module}"), name
+    )
+    outcome = stage(session, cell)
+    run.refuse_if_superseded()
+    seconds = time.time() - started
+    run.receipts.publish(
+        cell,
+        Receipt(
+            cell=cell.id,
+            key=run.plan.key(cell),
+            fingerprint=run.plan.fingerprint,
+            digests=outcome.digests,
+            facts=outcome.facts,
+            job={**_job(session, cell), "started": started, "seconds": round(seconds, 3)},
+        ),
+    )
+    rows = outcome.facts.get("rows")
+    rate = f", {rows} rows, {rows / seconds:,.0f} rows/s" if rows else ""
+    log.info("%s: done in %.1f s%s", cell.id, seconds, rate)
+
+
+def _fix_numerics(session: Session, cell: Cell) -> None:
+    """Set all that could change bits from one executor to another."""
+    spec = session.run.plan.spec
+    featurizes = cell.stage in ("train", "featurize")
+    torch.set_num_threads(spec.featurize.threads if featurizes else spec.reduce.threads)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+def _job(session: Session, cell: Cell) -> dict[str, Any]:
+    failed = session.run.receipts.failures([cell]).get(cell)
+    device = session.device
+    return {
+        "attempt": 1 + (int(failed.job.get("attempt", 0)) if failed else 0),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "job_id": os.environ.get("SLURM_JOB_ID") or os.environ.get("SUBMITIT_LOCAL_JOB_ID") or "",
+        "log": os.environ.get(LOG_VARIABLE, ""),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("trak_dist", "torch", "numpy", "zarr")},
+    }
+
+
+def _failure(session: Session, cell: Cell, error: Exception) -> Failure:
+    expected = isinstance(error, TrakDistError)
+    return Failure(
+        cell=cell.id,
+        error=str(error) if expected else f"{type(error).__name__}: {error}",
+        traceback="".join(traceback.format_exception(error)),
+        expected=expected,
+        job=_job(session, cell),
+    )
