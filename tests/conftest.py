@@ -1,0 +1,80 @@
+"""Fixtures: the command line in this process, and a small run to work on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from trak_dist.launch import main
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+Launch = Callable[..., Ended]
+
+
+@pytest.fixture(autouse=True)
+def _leave_threads_as_they_were() -> object:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def odd_path(tmp_path: Path) -> Path:
+    """A directory whose name has a space, quotes and a percent sign."""
+    path = tmp_path / "a dir with 'quotes' \"and\" %j"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def launch(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Launch:
+    """`python -m trak_dist.launch` with some arguments, in this process."""
+
+    def run(*overrides: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["trak-dist", *overrides])
+        capfd.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        out, err = capfd.readouterr()
+        return Ended(code, out, err)
+
+    return run
+
+
+@pytest.fixture
+def tiny_run(tmp_path: Path) -> list[str]:
+    """Overrides that run the tiny problem with 3 checkpoints in `tmp_path / "run"`."""
+    tiny.write_checkpoints(tmp_path / "checkpoints")
+    return tiny_overrides(tmp_path)
+
+
+def tiny_overrides(path: Path) -> list[str]:
+    return [
+        "problem._target_=tiny.problem",
+        f"+problem.directory={path / 'checkpoints'}",
+        f"run_dir={path / 'run'}",
+        "cluster=debug",
+        "proj_dim=16",
+        "featurize.batch_rows=4",
+        "featurize.cell_rows=8",
+    ]
