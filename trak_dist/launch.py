@@ -31,6 +31,7 @@ from trak_dist.store.run import Run
 
 if TYPE_CHECKING:
     from trak_dist.executors.protocol import Executor
+    from trak_dist.plan import Plan
 
 DONE, FAILED, MISTAKE = 0, 1, 2
 out = Console(soft_wrap=True, highlight=False, markup=False)
@@ -83,8 +84,8 @@ def _launch(composed: DictConfig, given: frozenset[str]) -> int:
             asdict(run.plan.spec), asdict(config.spec), where=str(run.layout.plan)
         )
         return _status(run) if config.stage == "status" else _verify(run, repair=config.repair)
-    run = _planned(config, run)
-    executor = _executor(run, config.cluster)
+    run, workers = _planned(config, run)
+    executor = _executor(run, config.cluster, workers)
     if config.stage == "plan":
         return DONE
     stages = [s for s in STAGE_CELLS if config.stage in ("all", s)]
@@ -99,7 +100,8 @@ def _launch(composed: DictConfig, given: frozenset[str]) -> int:
 # Plan ---------------------------------------------------------------------------------------
 
 
-def _planned(config: Config, run: Run | None) -> Run:
+def _planned(config: Config, run: Run | None) -> tuple[Run, int]:
+    """The run, made or extended, and how many workers fit; refuses before it writes."""
     from trak_dist import problem as problems
     from trak_dist.stages import planning
     from trak_dist.store.prepare import prepare
@@ -115,6 +117,7 @@ def _planned(config: Config, run: Run | None) -> Run:
     else:
         plan = planning.extend_plan(run, problem, source, config.targets)
     planning.check_checkpoints(plan, problem)
+    workers = _fit_workers(plan, config.cluster)
     _refuse_full_disk(Path(config.run_dir).expanduser(), 0 if run else plan.store_bytes())
     if run is None:
         run = Run.create(Path(config.run_dir).expanduser(), plan)
@@ -128,10 +131,12 @@ def _planned(config: Config, run: Run | None) -> Run:
         f"{plan.spec.projection.kind} to {plan.proj_dim}, {cells} cells, "
         f"{plan.store_bytes() / 2**20:,.0f} MiB, in {run.layout.run_dir}"
     )
-    return run
+    return run, workers
 
 
 def _refuse_full_disk(run_dir: Path, needed: int) -> None:
+    with atomic.told(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
     free = atomic.free_bytes(run_dir.absolute())
     if free < needed:
         raise StoreError(
@@ -145,18 +150,25 @@ def _refuse_full_disk(run_dir: Path, needed: int) -> None:
 # Run ----------------------------------------------------------------------------------------
 
 
-def _executor(run: Run, cluster: ClusterConfig) -> Executor:
+def _fit_workers(plan: Plan, cluster: ClusterConfig) -> int:
+    threads = max(plan.spec.featurize.threads, plan.spec.reduce.threads)
+    return machine.fit_workers(
+        wanted=cluster.workers or _gpus(cluster) or max(1, machine.cores() // threads),
+        needed=plan.reduce_memory(),
+        memory=int(cluster.memory_gb * 2**30) or machine.memory_bytes(),
+        what=f"a kernel of proj_dim {plan.proj_dim}",
+    )
+
+
+def _gpus(cluster: ClusterConfig) -> int:
+    import torch
+
     from trak_dist.stages.session import open_device
 
-    device = open_device(cluster.device)
-    memory = int(cluster.memory_gb * 2**30) or machine.memory_bytes()
-    threads = run.plan.spec.featurize.threads
-    gpus = _gpus() if device.type == "cuda" else 0
-    wanted = cluster.workers or gpus or max(1, machine.cores() // threads)
-    what = f"a kernel of proj_dim {run.plan.proj_dim}"
-    workers = machine.fit_workers(
-        wanted=wanted, needed=run.plan.reduce_memory(), memory=memory, what=what
-    )
+    return torch.cuda.device_count() if open_device(cluster.device).type == "cuda" else 0
+
+
+def _executor(run: Run, cluster: ClusterConfig, workers: int) -> Executor:
     if cluster.kind == "debug":
         from trak_dist.executors.debug import DebugExecutor
 
@@ -166,14 +178,8 @@ def _executor(run: Run, cluster: ClusterConfig) -> Executor:
     from trak_dist.worker import LOG_VARIABLE
 
     return LocalExecutor(
-        logs=run.layout.logs, workers=workers, gpus=gpus, log_variable=LOG_VARIABLE
+        logs=run.layout.logs, workers=workers, gpus=_gpus(cluster), log_variable=LOG_VARIABLE
     )
-
-
-def _gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()
 
 
 def _refuse_missing_upstream(run: Run, stage: str) -> None:

@@ -7,6 +7,7 @@ tried, unless the failure would stop every cell.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import logging
@@ -80,7 +81,8 @@ def run_cells(run_dir: str, fingerprint: str, device: str, cell_ids: Sequence[st
             log.warning("%s: not run: %s", cell.id, error)  # its inputs' failures are on record
         except Exception as error:  # the boundary of a cell: recorded, shown by launch and status
             log.exception("%s: failed", cell.id)
-            run.receipts.fail(cell, _failure(session, cell, error))
+            with contextlib.suppress(StoreError):  # a full disk: the log above has to do
+                run.receipts.fail(cell, _failure(session, cell, error))
             if isinstance(error, STOPS_WORKER):
                 return
 

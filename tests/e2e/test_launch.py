@@ -20,7 +20,9 @@ def test_all_makes_scores_that_any_zarr_reader_opens(launch, tiny_run, tmp_path:
     assert np.isfinite(scores[:]).all()
     assert scores.attrs["model_ids"] == [0, 1, 2]
     group = zarr.open_group(tmp_path / "run/store.zarr", mode="r")
-    np.testing.assert_array_equal(group["scores/test"][:], open_run(tmp_path / "run").scores("test"))
+    np.testing.assert_array_equal(
+        group["scores/test"][:], open_run(tmp_path / "run").scores("test")
+    )
 
 
 def test_status_ends_with_the_json_line(launch, tiny_run, tmp_path: Path) -> None:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from trak_dist.errors import CheckpointError
 from trak_dist.plan import Checkpoint
 from trak_dist.store import atomic
 from trak_dist.store.run import Run
+
+_SAVE = "save model.state_dict() with torch.save, or safetensors"
 
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
@@ -31,30 +34,33 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
-        loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # of the pickle protocol, before it fails
+            warnings.simplefilter("ignore", UserWarning)
+            loaded: Any = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise CheckpointError(
             "no checkpoint found", where=str(path), next="stage=train, or mend the problem's paths"
         ) from None
     except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"asks for {asked[1]}" if asked else "holds more than tensors"
         raise CheckpointError(
-            "a pickle where a state dict should be: it holds more than tensors, and is not loaded "
-            f"({str(error).splitlines()[0]})",
+            f"a pickle where a state dict should be: it {what}, and is not loaded",
             where=str(path),
-            next="save model.state_dict() with torch.save, or safetensors",
+            next=_SAVE,
         ) from None
-    except (RuntimeError, OSError, EOFError, SafetensorError) as error:
+    except Exception as error:  # torch's unpickler lets through whatever it stumbles over
         raise CheckpointError(
-            f"not a readable state dict: {str(error).splitlines()[0]}",
+            f"not a readable state dict: {type(error).__name__}: {error}",
             where=str(path),
-            next="save model.state_dict() with torch.save, or safetensors",
+            next=_SAVE,
         ) from error
     if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
         found = f"keys {list(loaded)[:5]}" if isinstance(loaded, dict) else type(loaded).__name__
         raise CheckpointError(
             f"not a state dict of named tensors: {found}",
             where=str(path),
-            next="save model.state_dict() alone",
+            next=_SAVE,
         )
     return loaded
 
