@@ -1,0 +1,65 @@
+"""The documentation, followed literally."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def run(command: str, cwd: Path) -> str:
+    program, *arguments = shlex.split(command)
+    assert program == "python"
+    ended = subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, f"{command}\n{ended.stdout}\n{ended.stderr}"
+    return ended.stdout
+
+
+@pytest.mark.slow
+def test_the_page_on_your_own_problem_works_as_written(tmp_path: Path) -> None:
+    page = ROOT / "docs/your-problem.md"
+    for block in blocks(page, "python"):
+        name = re.match(r"# (\w+\.py)\n", block)
+        assert name, block
+        (tmp_path / name[1]).write_text(block)
+    outputs = [run(line, tmp_path) for block in blocks(page, "bash") for line in block.splitlines()]
+    assert '"complete": true' in outputs[-2]
+    assert outputs[-1].startswith("(1500, 297) [")
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme_work_as_written(tmp_path: Path) -> None:
+    lines = [line for block in blocks(ROOT / "README.md", "bash") for line in block.splitlines()]
+    commands = [line for line in lines if line.startswith("python ")]
+    outputs = [run(command, tmp_path) for command in commands]
+    assert any('"complete": true' in output for output in outputs)
+    for block in blocks(ROOT / "README.md", "python"):
+        (tmp_path / "block.py").write_text(block)
+        run("python block.py", tmp_path)
+
+
+def test_the_readme_names_only_files_that_exist() -> None:
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")):
+        for link in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
+            assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+def test_the_design_names_only_modules_that_exist() -> None:
+    tree = re.search(r"^    trak_dist/\n(.*?)\n\n", (ROOT / "docs/design.md").read_text(), re.S | re.M)
+    assert tree
+    for name in re.findall(r"^      (\w+(?:\.py|/))", tree[1], re.M):
+        assert (ROOT / "trak_dist" / name).exists(), name
+    assert os.access(ROOT / ".ci/run", os.X_OK)
