@@ -90,6 +90,14 @@ class Plan:
         return self.parameters if identity else self.spec.proj_dim
 
     @property
+    def precondition_dtype(self) -> str:
+        """Type of the preconditioned targets, and so of the products of scores.
+
+        One step above that of the stored grads: products with large entries of B cancel.
+        """
+        return "float32" if self.spec.featurize.dtype == "float16" else "float64"
+
+    @property
     def model_ids(self) -> tuple[int, ...]:
         """The ensemble."""
         return tuple(c.model_id for c in self.checkpoints)
@@ -232,8 +240,8 @@ class Plan:
         rows = max(s.cell_rows for s in (self.train, *self.targets)) * self.store_dim * 16
         kernel = 4 * 8 * k * k
         gram = 8 * k * k + rows
-        precondition = 8 * k * k + 20 * k * targets
-        score = 4 * k * targets + 6 * CHUNK_BYTES
+        precondition = 8 * k * k + 24 * k * targets
+        score = 8 * k * targets + 6 * CHUNK_BYTES
         return max(kernel, gram, precondition, score)
 
     def store_bytes(self) -> int:
@@ -242,7 +250,7 @@ class Plan:
         rows = self.train.rows + sum(s.rows for s in self.targets)
         grads = rows * (self.store_dim * item + 8)
         k = self.proj_dim
-        reduce = 2 * k * k * 8 + sum(s.rows for s in self.targets) * k * 4
+        reduce = 2 * k * k * 8 + sum(s.rows for s in self.targets) * k * 8
         scores = self.train.rows * sum(s.rows for s in self.targets) * 4
         return len(self.checkpoints) * (grads + reduce) + scores
 

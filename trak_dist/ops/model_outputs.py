@@ -65,7 +65,10 @@ def _margins(
 ) -> Float[Tensor, " batch"]:
     classes = torch.arange(logits.shape[1], device=logits.device)
     is_true = classes == labels[:, None]
+    # The margin does not depend on an offset; its rounding, forward and backward, would.
+    logits = logits - logits.detach().amax(1, keepdim=True)
     # where(), not indexing in place: the same under vmap, and no NaN in its gradient
     others = torch.where(is_true, -torch.inf, logits).logsumexp(1)
     own = torch.where(is_true, logits, 0).sum(1)
-    return own - others
+    # A label that is no class must not pass for one: NaN is found, and its row named.
+    return torch.where(is_true.any(1), own - others, torch.nan)

@@ -78,7 +78,7 @@ class Sjlt:
     ) -> None:
         """See `Projector`."""
         key = self._draws.key(name, grads)
-        flat = grads.flatten(1)
+        flat = grads.reshape(len(grads), -1)
         for start in range(0, flat.shape[1], BLOCK_ELEMENTS):
             block = flat[:, start : start + BLOCK_ELEMENTS]
             counters = torch.arange(start, start + block.shape[1], device=flat.device)
@@ -104,7 +104,7 @@ class Dense:
     ) -> None:
         """See `Projector`."""
         key = self._draws.key(name, grads)
-        flat = grads.flatten(1)
+        flat = grads.reshape(len(grads), -1)
         rows = max(1, BLOCK_ELEMENTS // self.dim)
         for start in range(0, flat.shape[1], rows):
             block = flat[:, start : start + rows]
@@ -130,7 +130,7 @@ class Identity:
         self, into: Float[Tensor, "batch k"], name: str, grads: Float[Tensor, "batch ..."]
     ) -> None:
         """See `Projector`."""
-        into[:, self._slices[name]] += grads.flatten(1)
+        into[:, self._slices[name]] += grads.reshape(len(grads), -1)
 
 
 def make_projector(

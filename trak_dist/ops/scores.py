@@ -17,7 +17,7 @@ def ensemble_scores(
     """Mean over m of [X_m B_m] ⊙ mean over m of [Q_m].
 
     Park et al. 2023, section 3 and Algorithm 1, with B_m = (X_mᵀX_m + λI)⁻¹ G_mᵀ. One member is in
-    memory at a time; products are float32, their mean over members float64.
+    memory at a time; products are formed in the type of B_m, their mean over members in float64.
 
     Parameters
     ----------
@@ -26,7 +26,7 @@ def ensemble_scores(
     """
     count, products, out_to_loss = 0, torch.zeros(()), torch.zeros(())
     for grads, preconditioned, q in members:
-        products = products + (grads @ preconditioned).double()
+        products = products + (grads.to(preconditioned.dtype) @ preconditioned).double()
         out_to_loss = out_to_loss + q.double()
         count += 1
     assert count > 0

@@ -104,7 +104,8 @@ def precondition(session: Session, cell: PreconditionCell) -> Outcome:
     train = next(plan.featurize_cells(cell.model_id, TRAIN))
     refuse_mixed(require(run, [train, *targets], needed_by=cell))
     factor = torch.from_numpy(contents.read(run, source, "kernel")).to(session.device)
-    result = torch.empty(plan.proj_dim, plan.split(cell.targets).rows)
+    dtype = getattr(torch, plan.precondition_dtype)
+    result = torch.empty(plan.proj_dim, plan.split(cell.targets).rows, dtype=dtype)
     for target in targets:
         solved = kernel.precondition(factor, receipt.facts["scale"], read_grads(session, target))
         result[:, target.rows.start : target.rows.stop] = solved.cpu()

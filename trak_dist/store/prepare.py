@@ -61,8 +61,8 @@ def _square(plan: Plan) -> ArraySpec:
 
 def _preconditioned(plan: Plan, split: Split) -> ArraySpec:
     shape = (plan.proj_dim, split.rows)
-    chunk = max(1, min(shape[0], CHUNK_BYTES // (4 * split.rows)))
-    return ArraySpec(shape=shape, chunks=(chunk, split.rows), dtype="float32")
+    chunk = max(1, min(shape[0], CHUNK_BYTES // (8 * split.rows)))
+    return ArraySpec(shape=shape, chunks=(chunk, split.rows), dtype=plan.precondition_dtype)
 
 
 def _scores(plan: Plan, split: Split) -> ArraySpec:
