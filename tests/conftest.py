@@ -35,16 +35,14 @@ def _leave_threads_as_they_were() -> object:
 
 @pytest.fixture
 def odd_path(tmp_path: Path) -> Path:
-    """A directory whose name has a space, quotes and a percent sign."""
-    path = tmp_path / "a dir with 'quotes' \"and\" %j"
+    """A directory whose name has a space, quotes and a newline."""
+    path = tmp_path / "a dir with 'quotes' \"and\" a\nnewline"
     path.mkdir()
     return path
 
 
 @pytest.fixture
-def launch(
-    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Launch:
+def launch(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Launch:
     """`python -m trak_dist.launch` with some arguments, in this process."""
 
     def run(*overrides: str) -> Ended:

@@ -25,7 +25,7 @@ def check_name(name: str, *, what: str) -> str:
     ConfigError
         If it is not.
     """
-    if not _NAME.fullmatch(name):
+    if not _NAME.fullmatch(name) or name == "zarr.json":
         raise ConfigError(
             f"{what} {name!r} is not usable as a name",
             next="at most 100 letters, digits, '_', '-' and '.', not beginning with '-' or '.'",
@@ -129,9 +129,18 @@ STAGE_CELLS: dict[str, tuple[type[Cell], ...]] = {
 }
 
 
+def _number(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise ValueError(text)
+    return number
+
+
 def _rows(text: str) -> Rows:
-    start, stop = text.split("-")
-    return Rows(int(start), int(stop))
+    start, stop = map(_number, text.split("-"))
+    if start >= stop:
+        raise ValueError(text)
+    return Rows(start, stop)
 
 
 def _name(text: str) -> str:
@@ -139,11 +148,11 @@ def _name(text: str) -> str:
 
 
 _FORMS: dict[str, tuple[type[Cell], tuple[Callable[[str], object], ...]]] = {
-    "train": (TrainCell, (_name, int)),
-    "featurize": (FeaturizeCell, (int, _name, _rows)),
-    "gram": (GramCell, (int,)),
-    "kernel": (KernelCell, (int,)),
-    "precondition": (PreconditionCell, (int, _name)),
+    "train": (TrainCell, (_name, _number)),
+    "featurize": (FeaturizeCell, (_number, _name, _rows)),
+    "gram": (GramCell, (_number,)),
+    "kernel": (KernelCell, (_number,)),
+    "precondition": (PreconditionCell, (_number, _name)),
     "score": (ScoreCell, (_name, _rows)),
     "report": (ReportCell, (_name,)),
 }
@@ -165,7 +174,9 @@ def parse_cell(cell_id: str) -> Cell:
         except ValueError:
             pass
         else:
-            return form[0](*coordinates)  # type: ignore[arg-type]
+            cell = form[0](*coordinates)  # type: ignore[arg-type]
+            if cell.id == cell_id:  # one spelling per cell
+                return cell
     raise ConfigError(f"{cell_id!r} names no cell", next="use an id that stage=status shows")
 
 

@@ -104,8 +104,11 @@ class Config:
         """
         bad: list[str] = []
         spec_names = {f.name for f in fields(Spec)}
+        own_names = {f.name for f in fields(cls)} - {"spec"}
+        unknown = sorted(mapping.keys() - spec_names - own_names)
+        bad.extend(f"  {n}: unknown; {nearest(n, spec_names | own_names)}" for n in unknown)
         spec = _build(Spec, {k: v for k, v in mapping.items() if k in spec_names}, "", bad)
-        rest = {k: v for k, v in mapping.items() if k not in spec_names}
+        rest = {k: v for k, v in mapping.items() if k in own_names}
         config: Config = _build(cls, rest, "", bad, given={"spec": spec})
         if not bad:
             bad.extend(_cross_checks(spec))
@@ -201,11 +204,9 @@ def _value(raw: Any, hint: Any, limits: Mapping[str, Any], path: str, bad: list[
 def _cross_checks(spec: Spec) -> Iterable[str]:
     if not isinstance(spec.problem.get("_target_"), str):
         yield "  problem._target_: missing; give the import path of a function returning a Problem"
-    if spec.projection.kind == "identity":
-        return
-    if spec.store_dim % spec.proj_dim:
+    if spec.projection.kind != "identity" and spec.store_dim % spec.proj_dim:
         yield f"  proj_dim: {spec.proj_dim} does not divide store_dim {spec.store_dim}"
-    elif spec.store_dim != spec.proj_dim and spec.projection.kind != "sjlt":
+    elif spec.projection.kind in ("rademacher", "gaussian") and spec.store_dim != spec.proj_dim:
         yield (
             f"  store_dim: {spec.projection.kind} does not fold, so store_dim {spec.store_dim} "
             f"must equal proj_dim {spec.proj_dim}"

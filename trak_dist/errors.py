@@ -73,8 +73,8 @@ class StoreError(TrakDistError):
     """The run directory can't be read or written."""
 
 
-class CorruptChunk(StoreError):
-    """A chunk's checksum or digest is not what was written."""
+class CorruptChunk(TrakDistError):
+    """What a cell wrote is gone, or is not what was written."""
 
 
 class MissingInputs(TrakDistError):

@@ -23,7 +23,7 @@ from rich.console import Console
 from trak_dist import machine, settings
 from trak_dist.cells import STAGE_CELLS, Cell
 from trak_dist.config import ClusterConfig, Config
-from trak_dist.errors import MissingInputs, StoreError, TrakDistError
+from trak_dist.errors import ConfigError, MissingInputs, StoreError, TrakDistError
 from trak_dist.progress import Progress
 from trak_dist.stages import status
 from trak_dist.store import atomic
@@ -72,10 +72,18 @@ def _tell(error: TrakDistError) -> None:
 def _launch(composed: DictConfig, given: frozenset[str]) -> int:
     mapping = settings.to_mapping(composed)
     run_dir = Path(mapping["run_dir"]).expanduser()
+    if "%" in str(run_dir):
+        raise ConfigError(
+            "run_dir has a '%', which submitit and Slurm take for a job's number",
+            where=str(run_dir),
+            next="use a run_dir without one",
+        )
     with atomic.told(run_dir):
         run = Run.open(run_dir) if Run.exists(run_dir) else None
     if run:
-        mapping = settings.merge_with_plan(mapping, asdict(run.plan.spec), given)
+        mapping, kept = settings.merge_with_plan(mapping, asdict(run.plan.spec), given)
+        if kept and mapping["stage"] != "status":
+            out.print(f"from the plan: {', '.join(kept)}")
     settings.refuse_missing(mapping)
     config = Config.from_mapping(mapping)
     if config.stage in ("status", "verify"):
@@ -204,14 +212,16 @@ def _run_stage(run: Run, stage: str, cluster: ClusterConfig, executor: Executor)
     job = functools.partial(
         worker.run_cells, str(run.layout.run_dir), run.plan.fingerprint, cluster.device
     )
-    for phase in run.plan.phases(stage):
+    phases = list(run.plan.phases(stage))
+    for number, phase in enumerate(phases, 1):
         done = run.receipts.done([c for task in phase for c in task])
         tasks = [tuple(c for c in task if c not in done) for task in phase]
         waiting = [c for task in tasks for c in task]
         if not waiting:
             continue
+        label = stage if len(phases) == 1 else f"{stage} {number}/{len(phases)}"
         live = out.is_terminal and cluster.kind != "debug"
-        with Progress(run, waiting, label=stage, console=out, live=live) as progress:
+        with Progress(run, waiting, label=label, console=out, live=live) as progress:
             executor.run(job, [tuple(c.id for c in t) for t in tasks if t], progress.tick)
         if not _all_done(run, stage, waiting):
             return False

@@ -24,6 +24,7 @@ from trak_dist.cells import (
     Rows,
     ScoreCell,
     TrainCell,
+    check_name,
 )
 from trak_dist.config import Spec, flatten, spec_from_mapping
 from trak_dist.errors import PlanMismatch
@@ -43,6 +44,9 @@ class Split:
     cell_rows: int
     probe: str
 
+    def __post_init__(self) -> None:
+        check_name(self.name, what="the split")  # it names directories
+
     def blocks(self) -> Iterator[Rows]:
         """The rows of each cell, in order."""
         for start in range(0, self.rows, self.cell_rows):
@@ -56,6 +60,9 @@ class Checkpoint:
     model_id: int
     path: str
     trained: bool
+
+    def __post_init__(self) -> None:
+        assert isinstance(self.model_id, int)  # it names directories
 
 
 @dataclass(frozen=True)
@@ -258,9 +265,8 @@ class Plan:
 
     def to_json(self) -> str:
         """The text of `plan.json`."""
-        return json.dumps(
-            {"schema": SCHEMA, "fingerprint": self.fingerprint, **asdict(self)}, indent=1
-        )
+        content = {"schema": SCHEMA, "fingerprint": self.fingerprint, **asdict(self)}
+        return json.dumps({**content, "digest": digest(content)}, indent=1)
 
     @classmethod
     def from_json(cls, text: str, *, where: str) -> Plan:
@@ -273,7 +279,7 @@ class Plan:
         """
         try:
             raw = json.loads(text)
-            schema, fingerprint = raw["schema"], raw["fingerprint"]
+            schema, said = raw["schema"], raw.pop("digest")
         except (ValueError, KeyError, TypeError) as error:
             raise PlanMismatch(
                 f"the plan can't be read ({error})",
@@ -286,7 +292,13 @@ class Plan:
                 where=where,
                 next="use the version that made it, or another run_dir",
             )
-        plan = cls(
+        if said != digest(raw):
+            raise PlanMismatch(
+                f"the plan says digest {said}, its content has {digest(raw)}",
+                where=where,
+                next="restore the file, or use another run_dir: a plan is never edited by hand",
+            )
+        return cls(
             spec=spec_from_mapping(raw["spec"]),
             source=Source(**raw["source"]),
             parameters=raw["parameters"],
@@ -294,13 +306,6 @@ class Plan:
             checkpoints=tuple(Checkpoint(**c) for c in raw["checkpoints"]),
             targets=tuple(Split(**s) for s in raw["targets"]),
         )
-        if plan.fingerprint != fingerprint:
-            raise PlanMismatch(
-                f"the plan says fingerprint {fingerprint}, its content has {plan.fingerprint}",
-                where=where,
-                next="restore the file, or use another run_dir: a plan is never edited by hand",
-            )
-        return plan
 
 
 def digest(value: Any) -> str:

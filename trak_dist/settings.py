@@ -84,13 +84,22 @@ def to_mapping(config: DictConfig) -> dict[str, Any]:
 
 def merge_with_plan(
     mapping: Mapping[str, Any], planned: Mapping[str, Any], given: frozenset[str]
-) -> dict[str, Any]:
-    """`mapping` with the plan's spec wherever the command line does not give a key."""
+) -> tuple[dict[str, Any], list[str]]:
+    """`mapping` with the plan's spec wherever the command line does not give a key.
+
+    Also, as `key=value`, what the plan says otherwise than the defaults do.
+    """
+    composed = flatten({k: mapping[k] for k in _SPEC_KEYS})
     ours = {
         k: v
-        for k, v in flatten({k: mapping[k] for k in _SPEC_KEYS}).items()
+        for k, v in composed.items()
         if v != _MISSING and any(k == g or k.startswith(f"{g}.") for g in given)
     }
+    kept = [
+        f"{k}={old}"
+        for k, (old, new) in differences(planned, composed).items()
+        if k not in ours and old is not None and old != new
+    ]
     merged: dict[str, Any] = {}
     for key, value in {**flatten(planned), **ours}.items():
         *sections, name = key.split(".")
@@ -98,7 +107,7 @@ def merge_with_plan(
         for part in sections:
             section = section.setdefault(part, {})
         section[name] = value
-    return {**mapping, **merged}
+    return {**mapping, **merged}, kept
 
 
 def refuse_missing(mapping: Mapping[str, Any]) -> None:

@@ -58,8 +58,8 @@ def test_the_readme_names_only_files_that_exist() -> None:
 
 
 def test_the_design_names_only_modules_that_exist() -> None:
-    tree = re.search(r"^    trak_dist/\n(.*?)\n\n", (ROOT / "docs/design.md").read_text(), re.S | re.M)
+    tree = re.search(r"(?sm)^    trak_dist/\n(.*?)\n\n", (ROOT / "docs/design.md").read_text())
     assert tree
-    for name in re.findall(r"^      (\w+(?:\.py|/))", tree[1], re.M):
+    for name in re.findall(r"(?m)^      (\w+(?:\.py|/))", tree[1]):
         assert (ROOT / "trak_dist" / name).exists(), name
     assert os.access(ROOT / ".ci/run", os.X_OK)

@@ -261,6 +261,14 @@ def test_unwritable_directory(launch, tiny_run, tmp_path: Path) -> None:
     )
 
 
+def test_percent_sign_in_run_dir(launch, tiny_run) -> None:
+    says(
+        launch(*tiny_run, "run_dir=runs/%j"),
+        2,
+        "error: run_dir has a '%', which submitit and Slurm",
+    )
+
+
 def test_status_where_no_run_is(launch, tmp_path: Path) -> None:
     says(
         launch("stage=status", f"run_dir={tmp_path}"),

@@ -25,6 +25,13 @@ def test_all_makes_scores_that_any_zarr_reader_opens(launch, tiny_run, tmp_path:
     )
 
 
+def test_run_dir_may_have_spaces_and_quotes(launch, tiny_run, tmp_path: Path) -> None:
+    run_dir = tmp_path / 'a "run" für alle'
+    ended = launch(*tiny_run, f"run_dir='{run_dir}'", "cluster=debug")
+    assert ended.code == 0, ended.err
+    assert open_run(run_dir).scores("val").shape == (50, 7)
+
+
 def test_status_ends_with_the_json_line(launch, tiny_run, tmp_path: Path) -> None:
     launch(*tiny_run)
     ended = launch("stage=status", f"run_dir={tmp_path / 'run'}")

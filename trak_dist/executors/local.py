@@ -31,6 +31,8 @@ class LocalExecutor:
 
     def run(self, job: Job, tasks: Sequence[Task], tick: Callable[[], None]) -> None:
         """See `Executor`."""
+        if not tasks:
+            return
         count = min(self._workers, len(tasks))
         bounds = [round(i * len(tasks) / count) for i in range(count + 1)]
         jobs = [
@@ -44,6 +46,8 @@ class LocalExecutor:
         except BaseException:
             for j in jobs:
                 j.cancel()
+            while not all(j.done() for j in jobs):
+                time.sleep(POLL_SECONDS)
             raise
 
     def _submit(self, job: Job, cells: Sequence[str], worker: int) -> submitit.Job[None]:

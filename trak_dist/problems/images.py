@@ -25,8 +25,8 @@ class LabelledImages:
         std: Sequence[float],
     ) -> None:
         assert images.ndim == 4 and len(images) == len(labels)
-        self.images = torch.from_numpy(np.ascontiguousarray(images))
-        self.labels = torch.from_numpy(np.ascontiguousarray(labels, dtype=np.int64))
+        self.images = torch.tensor(images)
+        self.labels = torch.tensor(labels, dtype=torch.int64)
         self._mean, self._std = (torch.tensor(v)[:, None, None] for v in (mean, std))
 
     def __len__(self) -> int:

@@ -89,5 +89,5 @@ def _refuse_non_finite(
             f"non-finite gradient or out-to-loss in {len(rows)} of {len(cell.rows)} rows of "
             f"{cell.split!r}: {shown}; checkpoint {cell.model_id} ({path})",
             where=cell.id,
-            next="look there for NaN, and for labels that are no class; then the same command again",
+            next="look there for NaN, and for labels that are no class, then run it again",
         )

@@ -134,7 +134,7 @@ def _target_names(problem: Problem, targets: Sequence[str]) -> list[str]:
     names = list(problem.targets) if tuple(targets) == ("all",) else list(targets)
     for name in names:
         check_name(name, what="the target set")
-        if name == TRAIN or name not in problem.targets:
+        if name in (TRAIN, "all") or name not in problem.targets:
             raise ConfigError(
                 f"the problem has no target set {name!r}",
                 where="targets",

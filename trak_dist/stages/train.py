@@ -33,5 +33,6 @@ def train(session: Session, cell: TrainCell) -> Outcome:
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     checkpoints.check_fit(state, problem.model, where=cell.id)
     path = session.run.layout.checkpoint(session.run.layout.trained_checkpoint(cell.seed))
+    session.run.refuse_if_superseded(cell)
     atomic.write(path, safetensors.torch.save(state))
     return Outcome({"checkpoint": checkpoints.content_digest(state)})

@@ -51,7 +51,7 @@ def ensure(path: Path, spec: ArraySpec) -> None:
     StoreError
         If another array is there, or the file system refuses.
     """
-    if not path.exists() and atomic.publish_directory(path, lambda at: _create(at, spec)):
+    if not _there(path) and atomic.publish_directory(path, lambda at: _create(at, spec)):
         return
     there = _described(_open(path, mode="r"), spec.compression)
     if there != spec:
@@ -64,7 +64,7 @@ def ensure(path: Path, spec: ArraySpec) -> None:
 
 def replace(path: Path, spec: ArraySpec) -> None:
     """Put an empty array at `path`; one of another kind that is there is discarded."""
-    if path.exists():
+    if _there(path):
         if _described(_open(path, mode="r"), spec.compression) == spec:
             return
         discarded = path.with_name(f".{path.name}.discarded")
@@ -136,6 +136,10 @@ def content_digest(values: NDArray[Any]) -> str:
     return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()[:32]
 
 
+def _there(path: Path) -> bool:
+    return (path / "zarr.json").exists()
+
+
 def _create(path: Path, spec: ArraySpec) -> None:
     codecs = [ZstdCodec(level=1)] if spec.compression == "zstd" else []
     zarr.create_array(
@@ -152,6 +156,8 @@ def _create(path: Path, spec: ArraySpec) -> None:
 
 def _open(path: Path, *, mode: Any) -> Any:
     try:
+        if not _there(path):  # asked first, since zarr makes a directory for what it then misses
+            raise FileNotFoundError(path)
         return zarr.open_array(LocalStore(path, read_only=mode == "r"), mode=mode)
     except (OSError, ValueError, KeyError) as error:
         raise StoreError(

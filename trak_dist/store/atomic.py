@@ -59,22 +59,20 @@ def write(path: Path, content: bytes) -> None:
     StoreError
         If the file system refuses.
     """
-    with told(path):
-        temporary = _write_temporary(path, content)
+    with told(path), _temporary(path) as temporary:
+        _write(temporary, content)
         temporary.replace(path)
         fsync_directory(path.parent)
 
 
 def write_once(path: Path, content: bytes) -> bytes:
     """Publish `content` at `path` unless something is there; return what is there in the end."""
-    with told(path):
-        temporary = _write_temporary(path, content)
+    with told(path), _temporary(path) as temporary:
+        _write(temporary, content)
         try:
             os.link(temporary, path)
         except FileExistsError:
             return path.read_bytes()
-        finally:
-            temporary.unlink()
         fsync_directory(path.parent)
         return content
 
@@ -87,14 +85,11 @@ def publish_directory(path: Path, build: Callable[[Path], None]) -> bool:
     StoreError
         If the file system refuses.
     """
-    with told(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    with told(path), _temporary(path) as temporary:
+        build(temporary)
         try:
-            build(temporary)
             temporary.rename(path)
         except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
             if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
                 return False
             raise
@@ -118,11 +113,22 @@ def fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write_temporary(path: Path, content: bytes) -> Path:
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A name beside `path`, of which nothing is left behind."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    with temporary.open("wb") as file:
+    try:
+        yield temporary
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    return temporary

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from trak_dist.cells import (
@@ -53,7 +54,16 @@ def slabs(run: Run, cell: Cell) -> dict[str, Slab]:
 
 
 def write(run: Run, cell: Cell, values: Mapping[str, NDArray[Any]]) -> dict[str, str]:
-    """Write to disk what `cell` owns; the digests of it."""
+    """Write to disk what `cell` owns; the digests of it.
+
+    Raises
+    ------
+    PlanMismatch
+        If the plan on disk is no longer the one that this worker runs.
+    StoreError
+        If the file system refuses.
+    """
+    run.refuse_if_superseded(cell)
     owned = slabs(run, cell)
     assert owned.keys() == values.keys()
     digests = {}
@@ -64,16 +74,38 @@ def write(run: Run, cell: Cell, values: Mapping[str, NDArray[Any]]) -> dict[str,
 
 
 def read(run: Run, cell: Cell, name: str) -> NDArray[Any]:
-    """Read back one of the arrays that `cell` wrote."""
+    """Read back one of the arrays that `cell` wrote.
+
+    Raises
+    ------
+    CorruptChunk
+        If it can't be read, or holds NaN: cells write finite values only, so a NaN is the fill
+        value of a chunk that is gone.
+    """
     slab = slabs(run, cell)[name]
-    return arrays.read_rows(slab.path, slab.start, slab.stop)
+    try:
+        return _read(slab)
+    except CorruptChunk as error:
+        raise CorruptChunk(
+            f"{name} of {cell.id} is damaged: {error.what}",
+            where=str(slab.path),
+            next=f"python -m trak_dist.launch stage=verify repair=true "
+            f"run_dir={run.layout.run_dir}, then the same command again",
+        ) from error
+
+
+def _read(slab: Slab) -> NDArray[Any]:
+    values = arrays.read_rows(slab.path, slab.start, slab.stop)
+    if not np.isfinite(values).all():
+        raise CorruptChunk("a chunk is missing")
+    return values
 
 
 def damages(run: Run, cell: Cell, receipt: Receipt) -> Iterator[str]:
     """Read all that `cell` wrote; a sentence for each array that is not what its receipt says."""
-    for name in slabs(run, cell):
+    for name, slab in slabs(run, cell).items():
         try:
-            found = arrays.content_digest(read(run, cell, name))
+            found = arrays.content_digest(_read(slab))
         except CorruptChunk as error:
             yield f"{name}: {error.what}"
         else:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import io
 import json
 import logging
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -137,13 +136,16 @@ Kind = TypeVar("Kind", Receipt, Failure)
 def _read(path: Path, kind: type[Kind]) -> Kind | None:
     """What is at `path`; None if there is nothing, or nothing whole."""
     try:
-        return kind(**json.loads(path.read_bytes()))
+        value = kind(**json.loads(path.read_bytes()))
+        if not isinstance(value.cell, str) or not isinstance(value.job, dict):
+            raise TypeError("not what a receipt holds")
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:
         # Ours appear whole, so this is damage to the file: its cell counts as missing and is rerun.
         log.warning("unreadable, counted as missing: %s (%s)", path, error)
         return None
+    return value
 
 
 def _read_directory(directory: Path) -> dict[str, Receipt]:
@@ -156,23 +158,28 @@ def _flat(receipt: Receipt) -> dict[str, Any]:
     return flatten(asdict(receipt))
 
 
-def _read_columns(path: Path) -> Iterator[Receipt]:
+def _read_columns(path: Path) -> list[Receipt]:
     try:
-        content = io.BytesIO(path.read_bytes())
-        with np.load(content, allow_pickle=False) as file:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
             columns = {name: file[name].tolist() for name in file.files}
+        return [
+            _unflat(dict(zip(columns, row, strict=True)))
+            for row in zip(*columns.values(), strict=True)
+        ]
     except FileNotFoundError:
-        return
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        return []
+    except Exception as error:  # zip, npy and JSON have their own ways to fail on damage
         log.warning("unreadable, its cells counted as missing: %s (%s)", path, error)
-        return
-    for row in zip(*columns.values(), strict=True):
-        flat = {n: json.loads(v) for n, v in zip(columns, row, strict=True)}
-        sections: dict[str, Any] = {"digests": {}, "facts": {}, "job": {}}
-        for name, value in flat.items():
-            section, _, key = name.partition(".")
-            if key and value is not None:
-                sections[section][key] = value
-            elif not key:
-                sections[name] = value
-        yield Receipt(**sections)
+        return []
+
+
+def _unflat(row: Mapping[str, bytes]) -> Receipt:
+    fields: dict[str, Any] = {"digests": {}, "facts": {}, "job": {}}
+    for name, text in row.items():
+        value = json.loads(text)
+        section, _, key = name.partition(".")
+        if not key:
+            fields[section] = value
+        elif value is not None:
+            fields[section][key] = value
+    return Receipt(**fields)

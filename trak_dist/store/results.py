@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trak_dist.cells import STAGE_CELLS, Cell, ScoreCell
+from trak_dist.cells import STAGE_CELLS, ScoreCell
 from trak_dist.errors import ConfigError, MissingInputs
 from trak_dist.plan import Plan
-from trak_dist.store import arrays, contents
+from trak_dist.store import contents
 from trak_dist.store.receipts import Receipt
 from trak_dist.store.run import Run
 
@@ -88,7 +88,11 @@ class Results:
             raise ConfigError(
                 f"the run has no target set {targets!r}", next=f"one of {', '.join(names)}"
             )
-        cells = [c for c in self._run.plan.cells_of(ScoreCell) if _is_of(c, targets)]
+        cells = [
+            c
+            for c in self._run.plan.cells_of(ScoreCell)
+            if isinstance(c, ScoreCell) and c.targets == targets
+        ]
         done = self._run.receipts.done(cells)
         if len(done) < len(cells):
             raise MissingInputs(
@@ -96,10 +100,8 @@ class Results:
                 where=str(self._run.layout.run_dir),
                 next=f"python -m trak_dist.launch run_dir={self._run.layout.run_dir}",
             )
-        path = self._run.layout.scores(targets)
         for cell in cells:
-            slab = contents.slabs(self._run, cell)["scores"]
-            yield slab.start, arrays.read_rows(path, slab.start, slab.stop)
+            yield cell.rows.start, contents.read(self._run, cell, "scores")
 
 
 class _Strongest:
@@ -116,10 +118,6 @@ class _Strongest:
         order = np.argsort(-all_scores, axis=1, kind="stable")[:, : self._count]
         self.scores = np.take_along_axis(all_scores, order, axis=1)
         self.rows = np.take_along_axis(all_rows, order, axis=1)
-
-
-def _is_of(cell: Cell, targets: str) -> bool:
-    return isinstance(cell, ScoreCell) and cell.targets == targets
 
 
 def open_run(run_dir: str | Path) -> Results:

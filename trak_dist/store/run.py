@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from trak_dist.cells import Cell
 from trak_dist.errors import PlanMismatch
 from trak_dist.plan import Plan
 from trak_dist.store import atomic
@@ -75,19 +76,19 @@ class Run:
         """The run's receipts."""
         return Receipts(self.layout, self.plan)
 
-    def refuse_if_superseded(self) -> None:
+    def refuse_if_superseded(self, cell: Cell) -> None:
         """Called before a worker writes, so that one left over from an old plan does no harm.
 
         Raises
         ------
         PlanMismatch
-            If the plan on disk has another frozen part than ours.
+            If `cell` has another key in the plan on disk than in ours.
         """
         there = Run.open(self.layout.run_dir).plan
-        if there.fingerprint != self.plan.fingerprint:
+        if there.fingerprint != self.plan.fingerprint or there.key(cell) != self.plan.key(cell):
             raise PlanMismatch(
-                f"the plan was superseded: this worker has fingerprint {self.plan.fingerprint}, "
-                f"plan.json has {there.fingerprint}",
+                f"the plan was superseded: {cell.id} has key {self.plan.key(cell)} in this "
+                f"worker, {there.key(cell)} in plan.json",
                 where=str(self.layout.plan),
                 next="nothing: the jobs of the new plan do the work",
             )

@@ -1,0 +1,142 @@
+"""Cell ids: every cell has its own, which names it alone, and nothing else names a cell."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trak_dist import cells
+from trak_dist.cells import Cell, Rows, check_name, parse_cell, sort_key
+from trak_dist.errors import ConfigError
+
+names = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", fullmatch=True)
+numbers = st.integers(0, 10**7)
+blocks = st.builds(lambda start, count: Rows(start, start + count), numbers, st.integers(1, 10**6))
+any_cell = st.one_of(
+    st.builds(cells.TrainCell, subset=names, seed=numbers),
+    st.builds(cells.FeaturizeCell, model_id=numbers, split=names, rows=blocks),
+    st.builds(cells.GramCell, model_id=numbers),
+    st.builds(cells.KernelCell, model_id=numbers),
+    st.builds(cells.PreconditionCell, model_id=numbers, targets=names),
+    st.builds(cells.ScoreCell, targets=names, rows=blocks),
+    st.builds(cells.ReportCell, targets=names),
+)
+
+NO_CELL = [
+    "",
+    " ",
+    "/",
+    "kernel",
+    "kernel/",
+    "kernel/x",
+    "kernel/1/2",
+    "/kernel/1",
+    "kernel//1",
+    "nonsense/1",
+    "KERNEL/1",
+    "kernel/1.0",
+    "report/",
+    "report/..",
+    "report/.hidden",
+    "report/-option",
+    "report/a b",
+    "report/a\n",
+    "report/a\\b",
+    "report/ä",
+    "report//etc/passwd",
+    "report/../../etc",
+    "/etc/passwd",
+    "../kernel/1",
+    "report/" + "a" * 101,
+    "featurize/0/../0-4",
+    "featurize/0/train/0",
+    "featurize/0/train/0-4-8",
+    "featurize/0/train/-4",
+    "score/val/a-b",
+]
+NOT_CANONICAL = [
+    "kernel/ 1",
+    "kernel/1 ",
+    "kernel/1\n",
+    "kernel/+1",
+    "kernel/01",
+    "kernel/1_0",
+    "kernel/\u0661",
+    "kernel/-1",
+    "featurize/0/train/0 - 4",
+    "featurize/0/train/00-4",
+    "featurize/0/train/4-0",
+    "featurize/0/train/4-4",
+    "score/val/0-+4",
+]
+
+
+@given(any_cell)
+def test_every_id_parses_back_to_its_cell(cell: Cell) -> None:
+    assert parse_cell(cell.id) == cell
+    assert parse_cell(cell.id).id == cell.id
+
+
+@given(any_cell, any_cell)
+def test_different_cells_have_different_ids(a: Cell, b: Cell) -> None:
+    assert (a.id == b.id) == (a == b)
+
+
+@pytest.mark.parametrize("text", NO_CELL)
+def test_what_names_no_cell_is_refused_and_quoted(text: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        parse_cell(text)
+    assert str(raised.value) == (
+        f"{text!r} names no cell\n  next:  use an id that stage=status shows"
+    )
+
+
+@pytest.mark.parametrize("text", NOT_CANONICAL)
+def test_a_second_spelling_of_a_cell_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="names no cell"):
+        parse_cell(text)
+
+
+@given(any_cell.map(lambda cell: cell.id), st.data())
+def test_an_edited_id_is_refused_or_names_exactly_what_it_says(
+    text: str, data: st.DataObject
+) -> None:
+    at = data.draw(st.integers(0, len(text)))
+    edited = text[:at] + data.draw(st.sampled_from([*"/.-+ _019a\n", ""])) + text[at + 1 :]
+    try:
+        cell = parse_cell(edited)
+    except ConfigError:
+        return
+    assert cell.id == edited
+
+
+@pytest.mark.parametrize("name", ["val", "a", "0", "_", "a.b-c_d", "a" * 100])
+def test_plain_names_are_accepted(name: str) -> None:
+    assert check_name(name, what="the target set") == name
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "a/b", "/a", "a b", "-a", "a\n", "a" * 101, "ü"])
+def test_names_unfit_for_a_path_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        check_name(name, what="the target set")
+    assert raised.value.what == f"the target set {name!r} is not usable as a name"
+
+
+def test_cells_sort_in_the_order_of_the_job_graph() -> None:
+    ordered: list[Cell] = [
+        cells.TrainCell("full", 0),
+        cells.FeaturizeCell(0, "train", Rows(0, 4)),
+        cells.FeaturizeCell(0, "train", Rows(4, 8)),
+        cells.FeaturizeCell(0, "train", Rows(16, 20)),
+        cells.FeaturizeCell(0, "val", Rows(0, 4)),
+        cells.FeaturizeCell(10, "train", Rows(0, 4)),
+        cells.GramCell(0),
+        cells.KernelCell(0),
+        cells.PreconditionCell(0, "val"),
+        cells.ScoreCell("val", Rows(0, 20)),
+        cells.ReportCell("val"),
+    ]
+    assert sorted(random.Random(0).sample(ordered, len(ordered)), key=sort_key) == ordered

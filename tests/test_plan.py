@@ -1,0 +1,260 @@
+"""The plan: its cells, when their keys change, and that its file is taken only as it was."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trak_dist.cells import STAGE_CELLS, Cell, Rows
+from trak_dist.config import Spec
+from trak_dist.errors import PlanMismatch
+from trak_dist.plan import (
+    CHUNK_BYTES,
+    Checkpoint,
+    Plan,
+    Source,
+    Split,
+    cell_rows,
+    differences,
+    digest,
+)
+from trak_dist.store.layout import Layout
+
+PLAN = Plan(
+    spec=Spec(problem={"_target_": "a.b", "rows": 10}, proj_dim=4, store_dim=8),
+    source=Source("s", "/root"),
+    parameters=100,
+    train=Split("train", 10, 4, "p"),
+    checkpoints=(Checkpoint(0, "/c/0.pt", False), Checkpoint(1, "checkpoints/1.st", True)),
+    targets=(Split("val", 3, 4, "q"), Split("test", 9, 4, "r")),
+)
+names = st.from_regex(r"[a-z0-9_][A-Za-z0-9_.-]{0,20}", fullmatch=True).filter(
+    lambda name: name != "train"
+)
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plan:
+    def split(name: str) -> Split:
+        rows, per_cell = draw(st.integers(1, 40)), draw(st.integers(1, 50))
+        return Split(name, rows, per_cell, draw(st.text(max_size=4)))
+
+    dim = draw(st.integers(1, 10**5))
+    count = draw(st.integers(1, 3))
+    return replace(
+        PLAN,
+        spec=replace(PLAN.spec, proj_dim=dim, store_dim=dim * draw(st.integers(1, 3))),
+        train=split("train"),
+        checkpoints=tuple(Checkpoint(i, draw(st.text()), i > 0) for i in range(count)),
+        targets=tuple(split(n) for n in draw(st.lists(names, max_size=3, unique=True))),
+    )
+
+
+def cells(plan: Plan) -> list[Cell]:
+    return [cell for stage in STAGE_CELLS for cell in plan.cells(stage)]
+
+
+def with_spec(section: str, **changes: Any) -> Plan:
+    inner = replace(getattr(PLAN.spec, section), **changes)
+    return replace(PLAN, spec=replace(PLAN.spec, **{section: inner}))
+
+
+def changed(other: Plan) -> set[str]:
+    """The stages of the cells of `PLAN` whose keys differ in `other`; all of one stage, or none."""
+    differs: dict[str, set[bool]] = {}
+    for cell in set(cells(PLAN)) & set(cells(other)):
+        differs.setdefault(cell.stage, set()).add(PLAN.key(cell) != other.key(cell))
+    assert all(len(answers) == 1 for answers in differs.values())
+    return {stage for stage, answers in differs.items() if True in answers}
+
+
+EVERYTHING = {c.stage for c in cells(PLAN)}
+FROM_GRAM = {"gram", "kernel", "precondition", "score", "report"}
+FROM_KERNEL = FROM_GRAM - {"gram"}
+ENSEMBLE = {"score", "report"}
+
+
+@given(plans())
+def test_the_blocks_of_a_split_partition_its_rows_exactly(plan: Plan) -> None:
+    scored = [plan.score_split(targets) for targets in plan.targets]
+    for split in (plan.train, *plan.targets, *scored):
+        blocks = list(split.blocks())
+        assert [row for b in blocks for row in range(b.start, b.stop)] == list(range(split.rows))
+        assert all(len(b) == split.cell_rows for b in blocks[:-1])
+        assert 0 < len(blocks[-1]) <= split.cell_rows
+
+
+@given(rows=st.integers(1, 10**7), row_bytes=st.integers(1, 10**9), batch=st.integers(1, 4096))
+def test_cells_hold_whole_batches_and_chunks_stay_small(
+    rows: int, row_bytes: int, batch: int
+) -> None:
+    chosen = cell_rows(rows, row_bytes=row_bytes, batch_rows=batch)
+    assert chosen >= batch
+    assert chosen % batch == 0
+    assert chosen == batch or chosen * row_bytes <= CHUNK_BYTES
+
+
+@given(plans())
+def test_every_cell_has_its_own_id_key_and_receipt(plan: Plan) -> None:
+    all_cells = cells(plan)
+    layout = Layout(Path("/run"))
+    for name in ("id", "key", "receipt", "failure"):
+        of: Callable[[Cell], object] = {
+            "id": lambda cell: cell.id,
+            "key": plan.key,
+            "receipt": lambda cell: layout.receipt(plan, cell),
+            "failure": layout.failure,
+        }[name]
+        assert len({of(cell) for cell in all_cells}) == len(all_cells), name
+
+
+@given(plans())
+def test_every_path_stays_inside_the_run_directory(plan: Plan) -> None:
+    layout = Layout(Path("/run"))
+    paths = [layout.plan, layout.store, layout.logs]
+    paths += [layout.checkpoint(Layout.trained_checkpoint(m)) for m in plan.model_ids]
+    for cell in cells(plan):
+        paths += [layout.receipt(plan, cell), layout.failure(cell)]
+    for model_id in plan.model_ids:
+        paths += [layout.gram(plan, model_id), layout.kernel(plan, model_id)]
+        paths += [layout.grads(plan, model_id, s.name) for s in (plan.train, *plan.targets)]
+        paths.append(layout.checkpoint_digest(model_id))
+    for targets in plan.targets:
+        paths += [layout.scores(targets.name), layout.report(targets.name)]
+    for path in paths:
+        assert path.is_relative_to("/run")
+        assert ".." not in path.parts
+
+
+@given(plans())
+def test_the_phases_of_a_stage_hold_each_of_its_cells_once(plan: Plan) -> None:
+    for stage in STAGE_CELLS:
+        phased = [cell for phase in plan.phases(stage) for task in phase for cell in task]
+        assert len(phased) == len(set(phased))
+        assert set(phased) == set(plan.cells(stage))
+
+
+def test_a_phase_runs_what_one_checkpoint_needs_in_order() -> None:
+    chains, scores = PLAN.phases("reduce")
+    assert [c.id for c in chains[1]] == [
+        "gram/1",
+        "kernel/1",
+        "precondition/1/val",
+        "precondition/1/test",
+    ]
+    assert [[c.id for c in task] for task in scores] == [["score/val/0-10"], ["score/test/0-10"]]
+
+
+@pytest.mark.parametrize(
+    ("other", "stages"),
+    [
+        (PLAN, set()),
+        (with_spec("projection", seed=1), EVERYTHING),
+        (with_spec("projection", kind="gaussian"), EVERYTHING),
+        (with_spec("featurize", dtype="float32"), EVERYTHING),
+        (with_spec("featurize", threads=2), EVERYTHING),
+        (with_spec("featurize", batch_rows=4), EVERYTHING),
+        (with_spec("featurize", params=("0.*",)), EVERYTHING),
+        (replace(PLAN, spec=replace(PLAN.spec, problem={"_target_": "a.b"})), EVERYTHING),
+        (replace(PLAN, spec=replace(PLAN.spec, store_dim=16)), EVERYTHING),
+        (replace(PLAN, source=Source("other", "/root")), EVERYTHING),
+        (replace(PLAN, parameters=101), EVERYTHING),
+        (replace(PLAN, train=replace(PLAN.train, probe="other")), EVERYTHING),
+        (replace(PLAN, source=Source("s", "/elsewhere")), set()),
+        (replace(PLAN, spec=replace(PLAN.spec, proj_dim=2)), FROM_GRAM),
+        (with_spec("reduce", threads=2), FROM_GRAM),
+        (with_spec("reduce", lambda_reg=0.5), FROM_KERNEL),
+        (with_spec("reduce", lambda_unit="absolute"), FROM_KERNEL),
+        (with_spec("reduce", kernel_scale="none"), FROM_KERNEL),
+        (replace(PLAN, checkpoints=(*PLAN.checkpoints, Checkpoint(2, "2.pt", False))), ENSEMBLE),
+        (replace(PLAN, targets=(*PLAN.targets, Split("more", 5, 4, "t"))), set()),
+        (replace(PLAN, targets=PLAN.targets[::-1]), set()),
+    ],
+)
+def test_a_key_changes_exactly_when_what_sets_its_cells_bytes_does(
+    other: Plan, stages: set[str]
+) -> None:
+    assert changed(other) == stages
+    assert (other.fingerprint != PLAN.fingerprint) == (stages == EVERYTHING)
+
+
+def test_a_changed_target_set_changes_the_keys_of_its_own_cells_only() -> None:
+    other = replace(PLAN, targets=(replace(PLAN.targets[0], probe="other"), PLAN.targets[1]))
+    differing = {c.id for c in cells(PLAN) if other.key(c) != PLAN.key(c)}
+    assert differing == {
+        *("featurize/0/val/0-3", "featurize/1/val/0-3", "score/val/0-10", "report/val"),
+        *("precondition/0/val", "precondition/1/val"),
+    }
+
+
+@given(plans())
+def test_a_plan_comes_back_from_its_file(plan: Plan) -> None:
+    back = Plan.from_json(plan.to_json(), where="plan.json")
+    assert back == plan
+    assert [back.key(c) for c in cells(back)] == [plan.key(c) for c in cells(plan)]
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, inner in items:
+        if isinstance(inner, dict | list):
+            yield from leaves(inner, (*path, key))
+        else:
+            yield (*path, key)
+
+
+def _other(inner: Any, key: Any) -> None:
+    old = inner[key]
+    numeric = isinstance(old, int | float) and not isinstance(old, bool)
+    inner[key] = (not old) if isinstance(old, bool) else old + 1 if numeric else old + "x"
+
+
+def _without(inner: Any, key: Any) -> None:
+    del inner[key]
+
+
+@pytest.mark.parametrize("edit", [_other, _without])
+def test_a_plan_edited_anywhere_is_refused(edit: Callable[[Any, Any], None]) -> None:
+    answers: dict[str, str] = {}
+    wheres: set[str] = set()
+    for path in leaves(json.loads(PLAN.to_json())):
+        if edit is _without and path[0] == "spec":  # its fields have defaults
+            continue
+        raw = json.loads(PLAN.to_json())
+        edit(functools.reduce(lambda inner, key: inner[key], path[:-1], raw), path[-1])
+        try:
+            Plan.from_json(json.dumps(raw), where="/run/plan.json")
+        except PlanMismatch as error:
+            wheres.add(error.where)
+        except Exception as error:
+            answers[".".join(map(str, path))] = repr(error)
+        else:
+            answers[".".join(map(str, path))] = "accepted"
+    assert answers == {}
+    assert wheres == {"/run/plan.json"}
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", PLAN.to_json()[:-40]])
+def test_a_file_that_is_no_plan_is_refused(text: str) -> None:
+    with pytest.raises(PlanMismatch, match="the plan can't be read"):
+        Plan.from_json(text, where="plan.json")
+
+
+def test_plans_are_compared_by_dotted_field() -> None:
+    old, new = {"a": {"b": 1, "c": (1, 2)}, "d": 0}, {"a": {"b": 2, "c": [1, 2]}, "e": None}
+    assert differences(old, new) == {"a.b": (1, 2), "d": (0, None)}
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 1})
+
+
+def test_a_kernel_of_a_large_dimension_needs_memory_for_its_square() -> None:
+    large = replace(PLAN, spec=replace(PLAN.spec, proj_dim=2**14, store_dim=2**14))
+    assert large.reduce_memory() >= 4 * 8 * 2**28
+    assert Rows(0, 4) < Rows(4, 8)
