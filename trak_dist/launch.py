@@ -114,16 +114,17 @@ def _planned(config: Config, run: Run | None) -> tuple[Run, int]:
     from trak_dist.stages import planning
     from trak_dist.store.prepare import prepare
 
+    plan = run and run.plan
     if run and settings.refuse_other_spec(
         asdict(run.plan.spec), asdict(config.spec), where=str(run.layout.plan)
     ):
-        run = run.extend(planning.with_reduce(run, config.spec))
-    import_root = run.plan.source.import_root if run else str(Path.cwd())
+        plan = planning.with_reduce(run, config.spec)
+    import_root = plan.source.import_root if plan else str(Path.cwd())
     problem, source = problems.build(config.spec.problem, import_root=import_root)
-    if run is None:
-        plan = planning.make_plan(config.spec, problem, source, config.targets)
+    if plan:
+        plan = planning.extend_plan(plan, problem, source, config.targets)
     else:
-        plan = planning.extend_plan(run, problem, source, config.targets)
+        plan = planning.make_plan(config.spec, problem, source, config.targets)
     planning.check_checkpoints(plan, problem)
     workers = _fit_workers(plan, config.cluster)
     _refuse_full_disk(Path(config.run_dir).expanduser(), 0 if run else plan.store_bytes())

@@ -41,15 +41,14 @@ def make_plan(spec: Spec, problem: Problem, source: Source, targets: Sequence[st
     )
 
 
-def extend_plan(run: Run, problem: Problem, source: Source, targets: Sequence[str]) -> Plan:
-    """The plan of `run` with the checkpoints and target sets that were added to the problem.
+def extend_plan(plan: Plan, problem: Problem, source: Source, targets: Sequence[str]) -> Plan:
+    """`plan` with the checkpoints that were added to the problem, and the target sets asked for.
 
     Raises
     ------
     ProblemError, DatasetError, PlanMismatch
         If anything that was planned changed.
     """
-    plan = run.plan
     problems.refuse_changed_source(plan.spec.problem, plan.source, source)
     for split in (plan.train, *plan.targets):
         check_split(problem, split, plan.spec.limit)
@@ -63,7 +62,7 @@ def extend_plan(run: Run, problem: Problem, source: Source, targets: Sequence[st
         raise PlanMismatch(
             f"checkpoint {old.model_id} was {old.path} when planned, "
             f"{'it is missing' if new is None else f'it is {new.path}'} now",
-            where=str(run.layout.plan),
+            where="the problem's checkpoints",
             next="append checkpoints after those that are planned, or use another run_dir",
         )
     splits = tuple(_split(n, problem, plan.spec, plan.store_dim) for n in added)

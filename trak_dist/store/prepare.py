@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
+
 from trak_dist.plan import CHUNK_BYTES, Plan, Split
 from trak_dist.store import arrays
 from trak_dist.store.arrays import ArraySpec
@@ -17,26 +20,34 @@ def prepare(run: Run) -> None:
         If an array of another kind is in the way, or the file system refuses.
     """
     plan, layout = run.plan, run.layout
-    root = layout.store
-    arrays.ensure_group(root)
+    paths = []
+    for path, spec in _checkpoint_arrays(run):
+        arrays.ensure(path, spec)
+        paths.append(path)
+    for split in plan.targets:
+        path = layout.scores(split.name)
+        arrays.replace(path, _scores(plan, split))  # of another ensemble, if there were any
+        paths.append(path)
+    for group in {parent for path in paths for parent in path.parents}:
+        if group.is_relative_to(layout.store):
+            arrays.ensure_group(group)
+
+
+def _checkpoint_arrays(run: Run) -> Iterator[tuple[Path, ArraySpec]]:
+    plan, layout = run.plan, run.layout
     for model_id in plan.model_ids:
         for split in (plan.train, *plan.targets):
             group = layout.grads(plan, model_id, split.name)
-            for name, spec in grads_specs(plan, split).items():
-                arrays.ensure(group / name, spec)
-        arrays.ensure(layout.gram(plan, model_id), _square(plan))
+            for name, spec in _grads_specs(plan, split).items():
+                yield group / name, spec
+        yield layout.gram(plan, model_id), _square(plan)
         kernel = layout.kernel(plan, model_id)
-        arrays.ensure(kernel / "kernel", _square(plan))
+        yield kernel / "kernel", _square(plan)
         for split in plan.targets:
-            arrays.ensure(kernel / "precond" / split.name, _preconditioned(plan, split))
-    for split in plan.targets:
-        arrays.replace(layout.scores(split.name), _scores(plan, split))
-    for directory in {p.parent for p in root.glob("**/zarr.json")}:
-        for parent in directory.relative_to(root).parents:
-            arrays.ensure_group(root / parent)
+            yield kernel / "precond" / split.name, _preconditioned(plan, split)
 
 
-def grads_specs(plan: Plan, split: Split) -> dict[str, ArraySpec]:
+def _grads_specs(plan: Plan, split: Split) -> dict[str, ArraySpec]:
     """`grads` (n, k), `row_scale` (n,) and `out_to_loss` (n,), chunked alike."""
     rows, chunk = split.rows, min(split.cell_rows, split.rows)
     compression = plan.spec.store.compression
