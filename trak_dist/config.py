@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, get_args, get_type_hints
 
 from trak_dist.errors import ConfigError
 
 STAGES = ("all", "plan", "train", "featurize", "reduce", "report", "status", "verify")
+DRAW_VERSION = 1  # of the projections; another one draws other numbers
 PROJECTIONS = ("sjlt", "rademacher", "gaussian", "identity")
 
 
@@ -73,6 +74,13 @@ class Spec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckpointsConfig:
+    """How many checkpoints `stage=train` makes, where the problem brings none."""
+
+    train: int = field(default=5, metadata={"min": 1})
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
     """Where cells run. `workers` and `memory_gb` of 0 mean: what this machine has."""
 
@@ -91,6 +99,8 @@ class Config:
     stage: str = field(default="all", metadata={"choices": STAGES})
     targets: tuple[str, ...] = ("all",)
     repair: bool = False
+    accept_source: bool = False
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
     cluster: ClusterConfig = ClusterConfig()
 
     @classmethod
@@ -113,7 +123,10 @@ class Config:
         if not bad:
             bad.extend(_cross_checks(spec))
         if bad:
-            raise ConfigError("\n".join(["the configuration is not valid:", *bad]))
+            raise ConfigError(
+                "\n".join(["the configuration is not valid:", *bad]),
+                next="python -m trak_dist.launch --help lists the keys",
+            )
         return config
 
 
@@ -133,14 +146,24 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(valid)}"
 
 
+def distinct(spec: Spec) -> dict[str, Any]:
+    """The dotted settings that are not at their defaults.
+
+    Keys are made of these, so that a later version's new setting, at its default, leaves what was
+    computed before it valid.
+    """
+    defaults = flatten(asdict(Spec(problem={})))
+    return {k: v for k, v in flatten(asdict(spec)).items() if k not in defaults or v != defaults[k]}
+
+
 def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mapping to dotted keys: `{"a": {"b": 1}}` becomes `{"a.b": 1}`."""
     flat: dict[str, Any] = {}
     for name, value in mapping.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             flat.update(flatten(value, f"{prefix}{name}."))
         else:
-            flat[prefix + name] = value
+            flat[f"{prefix}{name}"] = value
     return flat
 
 
@@ -170,7 +193,14 @@ def _build(
     return None if bad else cls(**values)
 
 
-_SECTIONS = (ProjectionConfig, FeaturizeConfig, ReduceConfig, StoreConfig, ClusterConfig)
+_SECTIONS = (
+    ProjectionConfig,
+    FeaturizeConfig,
+    ReduceConfig,
+    StoreConfig,
+    CheckpointsConfig,
+    ClusterConfig,
+)
 
 
 def _value(raw: Any, hint: Any, limits: Mapping[str, Any], path: str, bad: list[str]) -> Any:

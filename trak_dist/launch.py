@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
+import signal
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,12 +19,11 @@ import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 
-from trak_dist import machine, settings
-from trak_dist.cells import STAGE_CELLS, Cell
+from trak_dist import machine, needs, settings, telling
+from trak_dist.cells import STAGE_CELLS
 from trak_dist.config import ClusterConfig, Config
 from trak_dist.errors import ConfigError, MissingInputs, StoreError, TrakDistError
 from trak_dist.progress import Progress
-from trak_dist.stages import status
 from trak_dist.store import atomic
 from trak_dist.store.run import Run
 
@@ -33,28 +31,30 @@ if TYPE_CHECKING:
     from trak_dist.executors.protocol import Executor
     from trak_dist.plan import Plan
 
-DONE, FAILED, MISTAKE = 0, 1, 2
+DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 out = Console(soft_wrap=True, highlight=False, markup=False)
 
 
 def main() -> None:
     """Entry point of `python -m trak_dist.launch` and of `trak-dist`."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that local workers end too
     try:
-        overrides = settings.complete_overrides(sys.argv[1:], Path.cwd())
-        if not any(o.startswith("-") for o in overrides):
+        arguments = settings.complete_overrides(sys.argv[1:], Path.cwd())
+        overrides = settings.overrides_among(arguments)
+        if overrides == arguments:
             settings.check_overrides(overrides)
+        given = settings.given_keys(overrides)
     except TrakDistError as error:
         _tell(error)
         sys.exit(MISTAKE)
-    sys.argv[1:] = overrides
-    given = settings.given_keys(overrides)
+    sys.argv[1:] = arguments
 
-    def task(config: DictConfig) -> None:
+    def launched(config: DictConfig) -> None:
         code = _guarded(config, given)
         if code:
             sys.exit(code)
 
-    hydra.main(version_base="1.3", config_path=str(settings.CONF), config_name="config")(task)()
+    hydra.main(version_base="1.3", config_path=str(settings.CONF), config_name="config")(launched)()
 
 
 def _guarded(composed: DictConfig, given: frozenset[str]) -> int:
@@ -63,6 +63,9 @@ def _guarded(composed: DictConfig, given: frozenset[str]) -> int:
     except TrakDistError as error:
         _tell(error)
         return MISTAKE
+    except KeyboardInterrupt:
+        print("interrupted; finished cells are kept: the same command goes on", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _tell(error: TrakDistError) -> None:
@@ -71,13 +74,7 @@ def _tell(error: TrakDistError) -> None:
 
 def _launch(composed: DictConfig, given: frozenset[str]) -> int:
     mapping = settings.to_mapping(composed)
-    run_dir = Path(mapping["run_dir"]).expanduser()
-    if "%" in str(run_dir):
-        raise ConfigError(
-            "run_dir has a '%', which submitit and Slurm take for a job's number",
-            where=str(run_dir),
-            next="use a run_dir without one",
-        )
+    run_dir = _run_dir(mapping["run_dir"])
     with atomic.told(run_dir):
         run = Run.open(run_dir) if Run.exists(run_dir) else None
     if run:
@@ -85,51 +82,66 @@ def _launch(composed: DictConfig, given: frozenset[str]) -> int:
         if kept and mapping["stage"] != "status":
             out.print(f"from the plan: {', '.join(kept)}")
     settings.refuse_missing(mapping)
-    config = Config.from_mapping(mapping)
+    config = Config.from_mapping({**mapping, "run_dir": str(run_dir)})
     if config.stage in ("status", "verify"):
         run = run or Run.open(run_dir)  # raises, and says how to begin
-        settings.refuse_other_spec(
-            asdict(run.plan.spec), asdict(config.spec), where=str(run.layout.plan)
-        )
-        return _status(run) if config.stage == "status" else _verify(run, repair=config.repair)
-    run, workers = _planned(config, run)
-    executor = _executor(run, config.cluster, workers)
+        _refuse_other_spec(run, config, may_reduce=False)
+        if config.stage == "status":
+            telling.status(run)
+            return DONE
+        return DONE if telling.verify(run, repair=config.repair) else FAILED
+    run, workers = _planned(config, run, given)
     if config.stage == "plan":
         return DONE
-    stages = [s for s in STAGE_CELLS if config.stage in ("all", s)]
+    executor = _executor(run, config.cluster, workers)
     _refuse_missing_upstream(run, config.stage)
-    for stage in stages:
-        if not _run_stage(run, stage, config.cluster, executor):
+    for stage in STAGE_CELLS:
+        if config.stage in ("all", stage) and not _run_stage(run, stage, config.cluster, executor):
             return FAILED
-    _tell_what_next(run)
+    telling.tell_what_next(run)
     return DONE
+
+
+def _run_dir(given: object) -> Path:
+    if not isinstance(given, str) or not given or "%" in given:
+        raise ConfigError(
+            f"run_dir {given!r} is not usable: a path without '%', which submitit and Slurm take "
+            "for a job's number",
+            where="run_dir",
+            next="run_dir=runs/…",
+        )
+    return Path(given).expanduser().absolute()
+
+
+def _refuse_other_spec(run: Run, config: Config, *, may_reduce: bool) -> bool:
+    return settings.refuse_other_spec(
+        asdict(run.plan.spec),
+        asdict(config.spec),
+        where=str(run.layout.run_dir),
+        may_reduce=may_reduce,
+    )
 
 
 # Plan ---------------------------------------------------------------------------------------
 
 
-def _planned(config: Config, run: Run | None) -> tuple[Run, int]:
+def _planned(config: Config, run: Run | None, given: frozenset[str]) -> tuple[Run, int]:
     """The run, made or extended, and how many workers fit; refuses before it writes."""
-    from trak_dist import problem as problems
     from trak_dist.stages import planning
     from trak_dist.store.prepare import prepare
 
-    plan = run and run.plan
-    if run and settings.refuse_other_spec(
-        asdict(run.plan.spec), asdict(config.spec), where=str(run.layout.plan)
-    ):
+    plan = run.plan if run else None
+    if run and _refuse_other_spec(run, config, may_reduce=True):
         plan = planning.with_reduce(run, config.spec)
-    import_root = plan.source.import_root if plan else str(Path.cwd())
-    problem, source = problems.build(config.spec.problem, import_root=import_root)
-    if plan:
-        plan = planning.extend_plan(plan, problem, source, config.targets)
-    else:
-        plan = planning.make_plan(config.spec, problem, source, config.targets)
-    planning.check_checkpoints(plan, problem)
+    if plan is None or config.stage != "reduce":
+        plan = _plan_with_problem(config, plan, run, given)
     workers = _fit_workers(plan, config.cluster)
-    _refuse_full_disk(Path(config.run_dir).expanduser(), 0 if run else plan.store_bytes())
+    run_dir = Path(config.run_dir)
+    _refuse_full_disk(
+        run_dir, needs.store_bytes(plan) - (needs.store_bytes(run.plan) if run else 0)
+    )
     if run is None:
-        run = Run.create(Path(config.run_dir).expanduser(), plan)
+        run = Run.create(run_dir, plan)
     elif plan != run.plan:
         run = run.extend(plan)
     prepare(run)
@@ -138,9 +150,34 @@ def _planned(config: Config, run: Run | None) -> tuple[Run, int]:
         f"plan: {plan.train.rows} train rows, {len(plan.checkpoints)} checkpoints, "
         f"{', '.join(f'{s.name} {s.rows}' for s in plan.targets)} targets, p {plan.parameters:,}, "
         f"{plan.spec.projection.kind} to {plan.proj_dim}, {cells} cells, "
-        f"{plan.store_bytes() / 2**20:,.0f} MiB, in {run.layout.run_dir}"
+        f"{needs.store_bytes(plan) / 2**20:,.0f} MiB, in {run.layout.run_dir}"
     )
     return run, workers
+
+
+def _plan_with_problem(
+    config: Config, plan: Plan | None, run: Run | None, given: frozenset[str]
+) -> Plan:
+    from trak_dist import problem as problems
+    from trak_dist.stages import planning
+
+    import_root = plan.source.import_root if plan else str(Path.cwd())
+    problem, source = problems.build(config.spec.problem, import_root=import_root)
+    if plan is None:
+        plan = planning.make_plan(config, problem, source)
+    else:
+        trained = sum(c.trained for c in plan.checkpoints)
+        plan = planning.extend_plan(
+            plan,
+            problem,
+            source,
+            targets=config.targets if "targets" in given else (),
+            train=config.checkpoints.train if "checkpoints.train" in given else trained,
+            accept_source=config.accept_source,
+        )
+    if config.stage != "report":
+        planning.check_checkpoints(plan, problem, run)
+    return plan
 
 
 def _refuse_full_disk(run_dir: Path, needed: int) -> None:
@@ -163,9 +200,8 @@ def _fit_workers(plan: Plan, cluster: ClusterConfig) -> int:
     threads = max(plan.spec.featurize.threads, plan.spec.reduce.threads)
     return machine.fit_workers(
         wanted=cluster.workers or _gpus(cluster) or max(1, machine.cores() // threads),
-        needed=plan.reduce_memory(),
+        needed=needs.memory(plan),
         memory=int(cluster.memory_gb * 2**30) or machine.memory_bytes(),
-        what=f"a kernel of proj_dim {plan.proj_dim}",
     )
 
 
@@ -214,6 +250,8 @@ def _run_stage(run: Run, stage: str, cluster: ClusterConfig, executor: Executor)
         worker.run_cells, str(run.layout.run_dir), run.plan.fingerprint, cluster.device
     )
     phases = list(run.plan.phases(stage))
+    if not any(phases):
+        out.print(f"{stage}: nothing to do, the problem brings its checkpoints")
     for number, phase in enumerate(phases, 1):
         done = run.receipts.done([c for task in phase for c in task])
         tasks = [tuple(c for c in task if c not in done) for task in phase]
@@ -224,71 +262,9 @@ def _run_stage(run: Run, stage: str, cluster: ClusterConfig, executor: Executor)
         live = out.is_terminal and cluster.kind != "debug"
         with Progress(run, waiting, label=label, console=out, live=live) as progress:
             executor.run(job, [tuple(c.id for c in t) for t in tasks if t], progress.tick)
-        if not _all_done(run, stage, waiting):
+        if not telling.all_done(run, stage, waiting):
             return False
     return True
-
-
-def _all_done(run: Run, stage: str, cells: Sequence[Cell]) -> bool:
-    done = run.receipts.done(cells)
-    missing = [c for c in cells if c not in done]
-    if not missing:
-        return True
-    failures = run.receipts.failures(missing)
-    print(f"error: {stage}: {len(missing)} of {len(cells)} cells are not done", file=sys.stderr)
-    for cell, failure in failures.items():
-        text = failure.error if failure.expected else failure.traceback
-        log = f" (log: {failure.job['log']})" if failure.job.get("log") else ""
-        print(f"\n{cell.id}{log}:\n{text.rstrip()}", file=sys.stderr)
-    others = [c.id for c in missing if c not in failures]
-    if others:
-        shown = ", ".join(others[:10]) + (", …" if len(others) > 10 else "")
-        print(f"\nnot run, or ended without a word (killed?): {shown}", file=sys.stderr)
-    print(
-        "\nnext: mend the cause, then run the same command again; finished cells are kept",
-        file=sys.stderr,
-    )
-    return False
-
-
-# Read ---------------------------------------------------------------------------------------
-
-
-def _status(run: Run) -> int:
-    found = status.read_status(run)
-    for line in (*status.lines(found), "", found.json_line()):
-        print(line)
-    return DONE
-
-
-def _verify(run: Run, *, repair: bool) -> int:
-    from trak_dist.stages.verify import damaged_cells
-
-    damaged = list(damaged_cells(run))
-    for cell, reasons in damaged:
-        print(f"damaged {cell.id}: {'; '.join(reasons)}")
-        if repair:
-            run.receipts.revoke(cell, why="; ".join(reasons))
-    command = f"python -m trak_dist.launch run_dir={run.layout.run_dir}"
-    if not damaged:
-        print("verify: all that done cells wrote is as their receipts say")
-        return DONE
-    if repair:
-        print(f"verify: {len(damaged)} cells are queued again\nnext: {command}")
-        return DONE
-    print(f"verify: {len(damaged)} cells are damaged\nnext: {command} stage=verify repair=true")
-    return FAILED
-
-
-def _tell_what_next(run: Run) -> None:
-    for split in run.plan.targets:
-        if run.layout.report(split.name).exists():
-            print(f"scores: {run.layout.scores(split.name)}")
-            print(f"report: {run.layout.report(split.name)}")
-    where = run.layout.run_dir
-    if os.path.commonpath([where, Path.cwd()]) == str(Path.cwd()):
-        where = where.relative_to(Path.cwd())
-    print(f"next:   python -m trak_dist.launch stage=status run_dir={where}")
 
 
 if __name__ == "__main__":

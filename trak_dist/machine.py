@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from trak_dist.errors import MemoryRefused
@@ -26,19 +27,34 @@ def memory_bytes() -> int:
     return min(limits)
 
 
-def fit_workers(*, wanted: int, needed: int, memory: int, what: str) -> int:
-    """How many of `wanted` workers fit into `memory`, if each needs `needed` bytes.
+def fit_workers(*, wanted: int, needed: Mapping[str, int], memory: int) -> int:
+    """How many of `wanted` workers fit into `memory`.
+
+    Parameters
+    ----------
+    needed : mapping
+        Bytes that a worker needs for the largest cell of each kind.
 
     Raises
     ------
     MemoryRefused
-        If not even one does.
+        If not even one fits.
     """
-    fitting = memory // needed
-    if fitting < 1:
+    kind = max(needed, key=lambda k: needed[k])
+    if needed[kind] > memory:
         raise MemoryRefused(
-            f"{what} needs {needed / 2**30:,.1f} GiB, a worker has {memory / 2**30:,.1f} GiB",
-            where="proj_dim",
-            next="a smaller proj_dim (memory goes with its square), or cluster.memory_gb=…",
+            f"a {kind} cell needs {needed[kind] / 2**30:,.1f} GiB, there are "
+            f"{memory / 2**30:,.1f} GiB",
+            where=kind,
+            next=_LESS[kind],
         )
-    return min(wanted, fitting)
+    return min(wanted, memory // needed[kind])
+
+
+_LESS = {
+    "featurize": "a smaller featurize.batch_rows or proj_dim, or cluster.memory_gb=…",
+    "gram": "a smaller proj_dim or featurize.cell_rows, or cluster.memory_gb=…",
+    "kernel": "a smaller proj_dim (memory goes with its square), or cluster.memory_gb=…",
+    "precondition": "a smaller proj_dim, or fewer targets in a set, or cluster.memory_gb=…",
+    "score": "a smaller proj_dim, or fewer targets in a set, or cluster.memory_gb=…",
+}

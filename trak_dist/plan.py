@@ -26,7 +26,7 @@ from trak_dist.cells import (
     TrainCell,
     check_name,
 )
-from trak_dist.config import Spec, flatten, spec_from_mapping
+from trak_dist.config import DRAW_VERSION, Spec, distinct, flatten, spec_from_mapping
 from trak_dist.errors import PlanMismatch
 
 SCHEMA = 1
@@ -46,6 +46,11 @@ class Split:
 
     def __post_init__(self) -> None:
         check_name(self.name, what="the split")  # it names directories
+
+    @property
+    def content(self) -> tuple[str, int, str]:
+        """What the split holds, however it is cut into cells."""
+        return self.name, self.rows, self.probe
 
     def blocks(self) -> Iterator[Rows]:
         """The rows of each cell, in order."""
@@ -67,10 +72,16 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Source:
-    """The Python file of the problem's function, so that a job runs what was planned."""
+    """What the problem is made of, so that a job runs what was planned.
 
-    digest: str
+    `file` digests the Python file of its function, as planned; `accepted` are those of later
+    versions that the user said compute the same; `model` digests how model and output print.
+    """
+
+    file: str
+    model: str
     import_root: str
+    accepted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,54 +131,52 @@ class Plan:
     # Identity -------------------------------------------------------------------------------
 
     @cached_property
-    def frozen(self) -> dict[str, Any]:
-        """All that determines the bytes of grads, but for checkpoints and target sets."""
-        spec = {
-            k: v for k, v in flatten(asdict(self.spec)).items() if not k.startswith(REDUCE_KEYS)
-        }
-        return {
-            "schema": SCHEMA,
-            "spec": spec,
-            "source": self.source.digest,
-            "parameters": self.parameters,
-            "train": asdict(self.train),
-        }
+    def _trained_from(self) -> str:
+        problem = self._settings("problem", "limit")
+        return digest([SCHEMA, problem, self.source.file, self.source.model, self.train.content])
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of the frozen part; workers of another fingerprint refuse to write."""
-        return digest(self.frozen)
+        """Digest of what determines all grads; jobs of another fingerprint refuse to work."""
+        return digest(
+            [
+                *(self._trained_from, self.projection_id, self.parameters),
+                *(self._settings("featurize"), self.train.cell_rows),
+            ]
+        )
 
     @cached_property
     def projection_id(self) -> str:
         """Names one projection of one choice of parameters, `sjlt-2048-1f0c9a3e` for instance."""
-        spec = self.spec
-        what = [asdict(spec.projection), spec.featurize.params, self.store_dim]
-        return f"{spec.projection.kind}-{self.store_dim}-{digest(what)[:8]}"
+        what = [self._settings("projection", "featurize.params", "featurize.dtype"), DRAW_VERSION]
+        return f"{self.spec.projection.kind}-{self.store_dim}-{digest([self.store_dim, what])[:8]}"
 
     @cached_property
     def kernel_id(self) -> str:
         """Names one choice of `proj_dim` and `reduce`; checkpoints may join without changing it."""
-        return f"{self.proj_dim}-{digest([self.proj_dim, asdict(self.spec.reduce)])[:8]}"
+        return f"{self.proj_dim}-{digest([self.proj_dim, self._settings('reduce')])[:8]}"
 
     @cached_property
     def _bases(self) -> dict[str, str]:
-        featurize = digest(["featurize", self.frozen])
-        gram = digest([featurize, self.proj_dim, self.spec.reduce.threads])
-        kernel = digest([gram, asdict(self.spec.reduce)])
+        threads = self._settings("featurize.threads")
+        gram = digest([self.fingerprint, self.proj_dim, self._settings("reduce.threads")])
+        kernel = digest([gram, self.kernel_id])
         score = digest([kernel, self.model_ids])
-        split_digests = {s.name: digest(asdict(s)) for s in (self.train, *self.targets)}
-        bases = {
-            "train": digest(["train", self.frozen["spec"]["problem._target_"], self.frozen]),
-            "gram": gram,
-            "kernel": kernel,
-        }
-        for name, split in split_digests.items():
-            bases[f"featurize/{name}"] = digest([featurize, split])
-            bases[f"precondition/{name}"] = digest([kernel, split])
-            bases[f"score/{name}"] = digest([score, split])
-            bases[f"report/{name}"] = digest(["report", score, split])
+        bases = {"train": digest([self._trained_from, threads]), "gram": gram, "kernel": kernel}
+        for split in (self.train, *self.targets):
+            content = [split.content, split.cell_rows]
+            bases[f"featurize/{split.name}"] = digest([self.fingerprint, content])
+            bases[f"precondition/{split.name}"] = digest([kernel, content])
+            bases[f"score/{split.name}"] = digest([score, content])
+            bases[f"report/{split.name}"] = digest(["report", score, content])
         return bases
+
+    def _settings(self, *sections: str) -> dict[str, Any]:
+        return {
+            k: v
+            for k, v in distinct(self.spec).items()
+            if any(k == s or k.startswith(f"{s}.") for s in sections)
+        }
 
     def key(self, cell: Cell) -> str:
         """Hash of all that determines the cell's bytes; a receipt with this key makes it done."""
@@ -233,34 +242,6 @@ class Plan:
         rows = max(1, CHUNK_BYTES // (4 * max(targets.rows, self.store_dim)))
         return replace(self.train, cell_rows=min(rows, self.train.rows))
 
-    # Needs ----------------------------------------------------------------------------------
-
-    def reduce_memory(self) -> int:
-        """Bytes that the largest reduce cell holds at once, apart from the interpreter.
-
-        A kernel cell holds XᵀX, its factor, its inverse and a temporary, each (k, k) float64; a
-        gram cell XᵀX, and one cell's rows as stored, in float32 and in float64; a precondition
-        or score cell the preconditioned targets (k, targets).
-        """
-        k = self.proj_dim
-        targets = max((s.rows for s in self.targets), default=0)
-        rows = max(s.cell_rows for s in (self.train, *self.targets)) * self.store_dim * 16
-        kernel = 4 * 8 * k * k
-        gram = 8 * k * k + rows
-        precondition = 8 * k * k + 24 * k * targets
-        score = 8 * k * targets + 6 * CHUNK_BYTES
-        return max(kernel, gram, precondition, score)
-
-    def store_bytes(self) -> int:
-        """Bytes that the whole run's arrays take, uncompressed."""
-        item = 2 if self.spec.featurize.dtype == "float16" else 4
-        rows = self.train.rows + sum(s.rows for s in self.targets)
-        grads = rows * (self.store_dim * item + 8)
-        k = self.proj_dim
-        reduce = 2 * k * k * 8 + sum(s.rows for s in self.targets) * k * 8
-        scores = self.train.rows * sum(s.rows for s in self.targets) * 4
-        return len(self.checkpoints) * (grads + reduce) + scores
-
     # JSON -----------------------------------------------------------------------------------
 
     def to_json(self) -> str:
@@ -269,8 +250,8 @@ class Plan:
         return json.dumps({**content, "digest": digest(content)}, indent=1)
 
     @classmethod
-    def from_json(cls, text: str, *, where: str) -> Plan:
-        """Read `plan.json`.
+    def from_json(cls, text: bytes, *, where: str) -> Plan:
+        """Read the content of a `plan.json`.
 
         Raises
         ------
@@ -298,14 +279,22 @@ class Plan:
                 where=where,
                 next="restore the file, or use another run_dir: a plan is never edited by hand",
             )
-        return cls(
+        plan = cls(
             spec=spec_from_mapping(raw["spec"]),
-            source=Source(**raw["source"]),
+            source=Source(**{**raw["source"], "accepted": tuple(raw["source"]["accepted"])}),
             parameters=raw["parameters"],
             train=Split(**raw["train"]),
             checkpoints=tuple(Checkpoint(**c) for c in raw["checkpoints"]),
             targets=tuple(Split(**s) for s in raw["targets"]),
         )
+        if plan.fingerprint != raw["fingerprint"]:
+            raise PlanMismatch(
+                f"the plan was made with fingerprint {raw['fingerprint']}, this version of "
+                f"trak_dist reads {plan.fingerprint} from it",
+                where=where,
+                next="use the version that made it, or another run_dir",
+            )
+        return plan
 
 
 def digest(value: Any) -> str:

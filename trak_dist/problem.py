@@ -5,17 +5,18 @@ Also how the function is found and its source pinned, which launcher and workers
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import importlib
 import inspect
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from trak_dist.errors import ProblemError
-from trak_dist.plan import Source
+from trak_dist.errors import ProblemError, TrakDistError
+from trak_dist.plan import Source, digest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,9 +63,9 @@ class Problem:
         The training examples, in the order of the rows of the scores.
     targets : mapping of names to map-style datasets
         The target sets, each in the order of the columns of its scores.
-    checkpoints : sequence of paths, or int
+    checkpoints : sequence of paths
         State dicts (`.pt` read with `weights_only=True`, or `.safetensors`); the position is the
-        `model_id`. A number says how many `stage=train` makes with `train_checkpoint`.
+        `model_id`. Empty if `stage=train` is to make them with `train_checkpoint`.
     collate : callable, optional
         Examples to one batch; torch's default where left out.
     render : callable, optional
@@ -77,18 +78,32 @@ class Problem:
     model_output: ModelOutput
     train: MapDataset
     targets: Mapping[str, MapDataset]
-    checkpoints: Sequence[str | Path] | int
+    checkpoints: Sequence[str | Path]
     collate: Callable[[list[Any]], Any] | None = None
     render: Callable[[Any], Rendered] | None = None
     train_checkpoint: TrainCheckpoint | None = None
+
+    def __post_init__(self) -> None:
+        listed = isinstance(self.checkpoints, Sequence) and not isinstance(self.checkpoints, str)
+        named = isinstance(self.targets, Mapping)
+        datasets = [self.train, *(self.targets.values() if named else ())]
+        mapped = all(hasattr(d, "__len__") and hasattr(d, "__getitem__") for d in datasets)
+        if not (listed and named and mapped):
+            raise ProblemError(
+                "checkpoints must be a sequence of paths, train a map-style dataset, targets a "
+                f"mapping of names to such; got {type(self.checkpoints).__name__}, "
+                f"{type(self.train).__name__}, {type(self.targets).__name__}",
+                where="trak_dist.Problem",
+                next="checkpoints=[path, …], train=dataset, targets={name: dataset, …}",
+            )
 
     def dataset(self, split: str) -> MapDataset:
         """The train set or the target set called `split`."""
         return self.train if split == "train" else self.targets[split]
 
 
-def locate(target: str, *, import_root: str) -> tuple[Callable[..., Problem], Source]:
-    """The function that `target` names, and its source.
+def locate(target: str, *, import_root: str) -> tuple[Callable[..., Problem], str]:
+    """The function that `target` names, and the digest of its file.
 
     Raises
     ------
@@ -101,15 +116,20 @@ def locate(target: str, *, import_root: str) -> tuple[Callable[..., Problem], So
     try:
         module = importlib.import_module(module_name)
         function = getattr(module, name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # whatever the user's module does when imported
         raise ProblemError(
-            f"{target!r} can't be imported: {error}",
+            f"{target!r} can't be imported: {type(error).__name__}: {error}",
             where="problem._target_",
             next="name it package.module.function, importable from the directory you launch in",
         ) from error
-    file = inspect.getsourcefile(module)
-    content = Path(file).read_bytes() if file else b""
-    return function, Source(hashlib.sha256(content).hexdigest()[:32], import_root)
+    file = getattr(module, "__file__", None)
+    if not callable(function) or not file:
+        raise ProblemError(
+            f"{target!r} is no function of a Python file",
+            where="problem._target_",
+            next="name a function that returns a trak_dist.Problem",
+        )
+    return function, digest(Path(file).read_bytes().decode(errors="replace"))
 
 
 def build(spec: Mapping[str, Any], *, import_root: str) -> tuple[Problem, Source]:
@@ -118,11 +138,11 @@ def build(spec: Mapping[str, Any], *, import_root: str) -> tuple[Problem, Source
     Raises
     ------
     ProblemError
-        If it can't be imported, does not take the arguments, or returns something else.
+        If it can't be imported, does not take the arguments, fails, or returns something else.
     """
     target = spec["_target_"]
     arguments = {k: v for k, v in spec.items() if k != "_target_"}
-    function, source = locate(target, import_root=import_root)
+    function, file = locate(target, import_root=import_root)
     try:
         inspect.signature(function).bind(**arguments)
     except TypeError as error:
@@ -132,35 +152,54 @@ def build(spec: Mapping[str, Any], *, import_root: str) -> tuple[Problem, Source
             where="problem",
             next="problem=custom problem._target_=… +problem.NAME=VALUE for each argument",
         ) from error
-    problem = function(**arguments)
+    try:
+        with contextlib.chdir(import_root):  # relative paths mean the same from anywhere
+            problem = function(**arguments)
+    except TrakDistError:
+        raise
+    except Exception as error:  # whatever the user's function does
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        raise ProblemError(
+            f"{target} raised {type(error).__name__}: {error}",
+            where=f"{at.filename}, line {at.lineno}",
+            next="mend it; cluster=debug and breakpoint() help",
+        ) from error
     if not isinstance(problem, Problem):
         raise ProblemError(
             f"{target} returned {type(problem).__name__}, not trak_dist.Problem",
             where="problem._target_",
             next="return trak_dist.Problem(...) from it",
         )
-    return problem, source
+    model = digest([repr(problem.model), type(problem.model_output).__qualname__])
+    return problem, Source(file, model, import_root)
 
 
 def rebuild(spec: Mapping[str, Any], planned: Source) -> Problem:
-    """Build the problem in a job, if its source is the one that was planned.
+    """Build the problem in a job, if it is the one that was planned.
 
     Raises
     ------
     ProblemError
-        If the source changed since planning, or the problem can't be built.
+        If it changed since planning, or can't be built.
     """
-    _, source = locate(spec["_target_"], import_root=planned.import_root)
+    problem, source = build(spec, import_root=planned.import_root)
     refuse_changed_source(spec, planned, source)
-    return build(spec, import_root=planned.import_root)[0]
+    return problem
 
 
 def refuse_changed_source(spec: Mapping[str, Any], planned: Source, now: Source) -> None:
-    """Raise `ProblemError` if the file of the problem's function is not the planned one."""
-    if now.digest != planned.digest:
+    """Raise `ProblemError` if the problem is not the planned one."""
+    if now.model != planned.model:
         raise ProblemError(
-            f"the source of {spec['_target_']} changed since planning: digest {planned.digest} "
-            f"then, {now.digest} now",
+            f"the model or the model output of {spec['_target_']} changed since planning",
             where="problem._target_",
-            next="restore the file, or start a new run with another run_dir",
+            next="restore them, or start a new run with another run_dir",
+        )
+    if now.file not in (planned.file, *planned.accepted):
+        raise ProblemError(
+            f"the source of {spec['_target_']} changed since planning: digest {planned.file} "
+            f"then, {now.file} now",
+            where="problem._target_",
+            next="accept_source=true if it computes the same gradients as before (a render was "
+            "mended, a target set added); else restore the file, or use another run_dir",
         )

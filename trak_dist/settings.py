@@ -28,14 +28,14 @@ _SPEC_KEYS = frozenset(Spec.__dataclass_fields__)
 _MISSING = "???"
 
 
-def complete_overrides(overrides: Sequence[str], cwd: Path) -> list[str]:
-    """The user's overrides, and what follows from them.
+def complete_overrides(arguments: Sequence[str], cwd: Path) -> list[str]:
+    """The user's arguments, and what follows from them.
 
     A problem named by `problem._target_` alone is `problem=custom`, so that the default problem's
     settings do not leak into it; a directory `conf` where the user is adds to ours.
     """
-    completed = list(overrides)
-    keys = {_key(o) for o in overrides if not o.startswith("-")}
+    completed = list(arguments)
+    keys = {_key(o) for o in overrides_among(arguments)}
     if "problem._target_" in keys and "problem" not in keys:
         completed.append("problem=custom")
     own = cwd / "conf"
@@ -43,6 +43,12 @@ def complete_overrides(overrides: Sequence[str], cwd: Path) -> list[str]:
         quoted = str(own).replace("\\", "\\\\").replace("'", "\\'")
         completed.append(f"hydra.searchpath=['file://{quoted}']")
     return completed
+
+
+def overrides_among(arguments: Sequence[str]) -> list[str]:
+    """The arguments that are overrides; beside Hydra's flags stand those flags' values too."""
+    flags = any(a.startswith("-") for a in arguments)
+    return [a for a in arguments if not a.startswith("-") and not (flags and "=" not in a)]
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
@@ -71,7 +77,7 @@ def check_overrides(overrides: Sequence[str]) -> None:
 
 def given_keys(overrides: Sequence[str]) -> frozenset[str]:
     """The dotted spec keys that the command line gives."""
-    keys = (_key(o) for o in overrides if not o.startswith("-"))
+    keys = (_key(o) for o in overrides)
     return frozenset(_GROUP_IDENTITY.get(k, k) for k in keys)
 
 
@@ -89,25 +95,39 @@ def merge_with_plan(
 
     Also, as `key=value`, what the plan says otherwise than the defaults do.
     """
-    composed = flatten({k: mapping[k] for k in _SPEC_KEYS})
+    composed = _leaves({k: mapping[k] for k in _SPEC_KEYS})
     ours = {
-        k: v
-        for k, v in composed.items()
-        if v != _MISSING and any(k == g or k.startswith(f"{g}.") for g in given)
+        path: value
+        for path, value in composed.items()
+        if value != _MISSING and _is_given(".".join(path), given)
     }
     kept = [
-        f"{k}={old}"
-        for k, (old, new) in differences(planned, composed).items()
-        if k not in ours and old is not None and old != new
+        f"{key}={old}"
+        for key, (old, new) in differences(planned, mapping).items()
+        if old is not None and key.split(".")[0] in _SPEC_KEYS and not _is_given(key, given)
     ]
     merged: dict[str, Any] = {}
-    for key, value in {**flatten(planned), **ours}.items():
-        *sections, name = key.split(".")
+    for path, value in {**_leaves(planned), **ours}.items():
         section = merged
-        for part in sections:
+        for part in path[:-1]:
             section = section.setdefault(part, {})
-        section[name] = value
+        section[path[-1]] = value
     return {**mapping, **merged}, kept
+
+
+def _leaves(spec: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
+    """Settings by path: one or two names, so that a problem's arguments stay as they are."""
+    leaves: dict[tuple[str, ...], Any] = {}
+    for name, value in spec.items():
+        if isinstance(value, Mapping):
+            leaves.update({(name, key): inner for key, inner in value.items()})
+        else:
+            leaves[name,] = value
+    return leaves
+
+
+def _is_given(key: str, given: frozenset[str]) -> bool:
+    return any(key == g or key.startswith(f"{g}.") or g.startswith(f"{key}.") for g in given)
 
 
 def refuse_missing(mapping: Mapping[str, Any]) -> None:
@@ -121,17 +141,21 @@ def refuse_missing(mapping: Mapping[str, Any]) -> None:
         )
 
 
-def refuse_other_spec(planned: Mapping[str, Any], wanted: Mapping[str, Any], *, where: str) -> bool:
-    """Whether `wanted` differs from `planned`, but only in what reduce may change.
+def refuse_other_spec(
+    planned: Mapping[str, Any], wanted: Mapping[str, Any], *, where: str, may_reduce: bool
+) -> bool:
+    """Whether `wanted` differs from `planned` in how it reduces, where it may.
 
     Raises
     ------
     PlanMismatch
-        Naming each differing field with both values, if it differs in anything else.
+        Naming each differing field with both values, if it differs in what it may not.
     """
     found = differences(planned, wanted)
-    if all(key.startswith(REDUCE_KEYS) for key in found):
+    if may_reduce and all(key.startswith(REDUCE_KEYS) for key in found):
         return bool(found)
+    if not found:
+        return False
     listed = "\n".join(
         f"  {k}: {old!r} in the plan, {new!r} now" for k, (old, new) in found.items()
     )
@@ -163,7 +187,12 @@ def _refuse_unknown(overrides: Sequence[str], known: DictConfig) -> None:
         raise ConfigError(
             "\n".join(["unknown keys:", *bad]),
             where="the command line",
-            next="+key=value adds an argument to a problem of your own",
+            next="python -m trak_dist.launch --help lists the keys"
+            + (
+                "; +problem.NAME=VALUE is for arguments of your own"
+                if any("problem." in b for b in bad)
+                else ""
+            ),
         )
 
 
@@ -174,5 +203,6 @@ def _key(override: str) -> str:
         raise ConfigError(
             f"{override!r} is not of the form key=value: {str(error).splitlines()[0]}",
             where="the command line",
-            next="quote the value: 'key=\"value\"'",
+            next="key=value, without dashes; a value with special characters in quotes: "
+            "key=\"'value'\"",
         ) from None

@@ -13,6 +13,7 @@ import importlib
 import logging
 import os
 import platform
+import random
 import socket
 import time
 import traceback
@@ -21,6 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from trak_dist.cells import Cell, parse_cell
@@ -33,8 +35,10 @@ from trak_dist.errors import (
     StoreError,
     TrakDistError,
 )
+from trak_dist.plan import Plan
 from trak_dist.stages.outcome import Outcome
 from trak_dist.stages.session import Session, open_device
+from trak_dist.store.layout import Layout
 from trak_dist.store.receipts import Failure, Receipt
 from trak_dist.store.run import Run
 
@@ -70,17 +74,20 @@ def run_cells(run_dir: str, fingerprint: str, device: str, cell_ids: Sequence[st
             where=str(run.layout.plan),
             next="run the launch command again",
         )
-    session = _session(run_dir, run.plan.to_json(), device)
-    for cell in map(parse_cell, cell_ids):
-        if run.receipts.is_done(cell):
-            log.info("%s: done before", cell.id)
+    session = _session(run_dir, run.plan.to_json(), run.generation, device)
+    cells = [parse_cell(cell_id) for cell_id in cell_ids]
+    done = run.receipts.done(cells)
+    log.info("%d cells, %d of them done before", len(cells), len(done))
+    for cell in cells:
+        if cell in done:
             continue
         try:
             _run_cell(session, cell)
         except MissingInputs as error:
             log.warning("%s: not run: %s", cell.id, error)  # its inputs' failures are on record
         except Exception as error:  # the boundary of a cell: recorded, shown by launch and status
-            log.exception("%s: failed", cell.id)
+            expected = isinstance(error, TrakDistError)
+            log.error("%s: failed: %s", cell.id, error, exc_info=None if expected else error)  # noqa: TRY400
             with contextlib.suppress(StoreError):  # a full disk: the log above has to do
                 run.receipts.fail(cell, _failure(session, cell, error))
             if isinstance(error, STOPS_WORKER):
@@ -88,10 +95,9 @@ def run_cells(run_dir: str, fingerprint: str, device: str, cell_ids: Sequence[st
 
 
 @functools.lru_cache(maxsize=1)  # in one process the phases of a run share the problem in memory
-def _session(run_dir: str, plan: str, device: str) -> Session:
-    run = Run.open(Path(run_dir))
-    assert run.plan.to_json() == plan
-    return Session(run, open_device(device))
+def _session(run_dir: str, plan: str, generation: int, device: str) -> Session:
+    parsed = Plan.from_json(plan.encode(), where=run_dir)
+    return Session(Run(Layout(Path(run_dir)), parsed, generation), open_device(device))
 
 
 def _run_cell(session: Session, cell: Cell) -> None:
@@ -124,15 +130,22 @@ def _fix_numerics(session: Session, cell: Cell) -> None:
     """Set all that could change bits from one executor to another."""
     spec = session.run.plan.spec
     featurizes = cell.stage in ("train", "featurize")
+    # For a train_checkpoint or a model output that draws numbers and does not seed them itself.
+    seed = int(session.run.plan.key(cell)[:8], 16)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    torch.manual_seed(seed)
     torch.set_num_threads(spec.featurize.threads if featurizes else spec.reduce.threads)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
+    # Scatter-adds on CUDA sum in any order otherwise; a warning where there is no such kernel.
+    torch.use_deterministic_algorithms(session.device.type == "cuda", warn_only=True)
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def _job(session: Session, cell: Cell) -> dict[str, Any]:
-    failed = session.run.receipts.failures([cell]).get(cell)
+    failed = session.run.receipts.failure(cell)
     device = session.device
     return {
         "attempt": 1 + (int(failed.job.get("attempt", 0)) if failed else 0),
@@ -150,6 +163,7 @@ def _failure(session: Session, cell: Cell, error: Exception) -> Failure:
     expected = isinstance(error, TrakDistError)
     return Failure(
         cell=cell.id,
+        key=session.run.plan.key(cell),
         error=str(error) if expected else f"{type(error).__name__}: {error}",
         traceback="".join(traceback.format_exception(error)),
         expected=expected,

@@ -34,7 +34,7 @@ def test_no_checkpoint_given(launch, tiny_run, checkpoints: Path) -> None:
     says(
         launch(*tiny_run),
         2,
-        "error: no checkpoint found: the problem gives none\n"
+        "error: no checkpoint found: the problem gives none, and no train_checkpoint to make them\n"
         "  where: problem\n"
         "  next:  see that the paths that the problem looks for exist\n",
     )
@@ -101,7 +101,7 @@ def test_same_weights_under_two_ids(launch, tiny_run, checkpoints: Path) -> None
     shutil.copy(checkpoints / "0.pt", checkpoints / "2.pt")
     says(
         launch(*tiny_run),
-        1,
+        2,
         "model_ids 0 and 2 have the same weights (digest ",
         "give each model_id its own checkpoint",
     )
@@ -112,7 +112,7 @@ def test_other_weights_under_an_id_already_featurized(launch, tiny_run, checkpoi
     torch.save(tiny.state(7), checkpoints / "1.pt")
     says(
         launch(*tiny_run, "targets=test"),
-        1,
+        2,
         "model_id 1 has other weights than those it was first featurized with: digest ",
         "restore the checkpoint, or start a new run with another run_dir",
     )
@@ -188,9 +188,7 @@ def test_memory_is_refused_before_anything_runs(
 ) -> None:
     monkeypatch.setattr(machine, "memory_bytes", lambda: 2**30)
     ended = launch(*tiny_run, "proj_dim=16384")
-    says(
-        ended, 2, "error: a kernel of proj_dim 16384 needs 8.0 GiB, a worker has 1.0 GiB\n", "next:"
-    )
+    says(ended, 2, "error: a kernel cell needs 8.0 GiB, there are 1.0 GiB\n", "next:")
     assert not (tmp_path / "run").exists()
 
 
@@ -265,7 +263,7 @@ def test_percent_sign_in_run_dir(launch, tiny_run) -> None:
     says(
         launch(*tiny_run, "run_dir=runs/%j"),
         2,
-        "error: run_dir has a '%', which submitit and Slurm",
+        "error: run_dir 'runs/%j' is not usable: a path without '%'",
     )
 
 

@@ -153,7 +153,7 @@ def test_a_cell_killed_at_any_step_is_not_done_or_whole_and_is_mended_bit_for_bi
             else:
                 break
         assert attempts == [cell_id]
-        done = run.receipts.is_done(cell)
+        done = bool(run.receipts.done([cell]))
         assert missing(run) == [i for i in missing(before) if i != cell_id or not done], steps
         job(run, [cell_id])
         assert attempts == [cell_id] * (1 if done else 2), steps

@@ -76,18 +76,18 @@ def test_trained_classifiers_learn_and_differ_by_seed_alone() -> None:
 
 
 def test_fashion_mnist_reads_idx_files_plain_and_gzipped(idx_files: Path) -> None:
-    plain = fashion_mnist.problem(str(idx_files), train=25, targets=10, checkpoints=1)
+    plain = fashion_mnist.problem(str(idx_files), train=25, targets=10)
     assert (len(plain.train), len(plain.targets["val"])) == (25, 10)
     for path in idx_files.glob("*ubyte"):
         path.with_name(f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
         path.unlink()
-    packed = fashion_mnist.problem(str(idx_files), train=25, targets=10, checkpoints=1)
+    packed = fashion_mnist.problem(str(idx_files), train=25, targets=10)
     assert torch.equal(plain.train[3][0], packed.train[3][0])
 
 
 def test_fashion_mnist_says_how_to_get_the_files(tmp_path: Path) -> None:
     with pytest.raises(DatasetError) as raised:
-        fashion_mnist.problem(str(tmp_path), train=1, targets=1, checkpoints=1)
+        fashion_mnist.problem(str(tmp_path), train=1, targets=1)
     assert "the files of Fashion-MNIST are not there" in str(raised.value)
     assert "apt install dataset-fashion-mnist" in raised.value.next
 
@@ -97,12 +97,12 @@ def test_fashion_mnist_refuses_a_file_cut_short(idx_files: Path, cut: int) -> No
     path = idx_files / "train-images-idx3-ubyte"
     path.write_bytes(path.read_bytes()[:-cut])
     with pytest.raises(DatasetError, match="not a whole IDX file"):
-        fashion_mnist.problem(str(idx_files), train=1, targets=1, checkpoints=1)
+        fashion_mnist.problem(str(idx_files), train=1, targets=1)
 
 
 @pytest.mark.skipif(not DEBIAN.exists(), reason="apt install dataset-fashion-mnist")
 def test_fashion_mnist_reads_debians_files() -> None:
-    problem = fashion_mnist.problem(str(DEBIAN), train=60_000, targets=10_000, checkpoints=1)
+    problem = fashion_mnist.problem(str(DEBIAN), train=60_000, targets=10_000)
     assert (len(problem.train), len(problem.targets["val"])) == (60_000, 10_000)
     assert int(problem.train[0][1]) == 9  # an ankle boot, as everyone knows
     assert problem.render
@@ -110,7 +110,7 @@ def test_fashion_mnist_reads_debians_files() -> None:
 
 
 def test_cifar2_takes_the_cats_and_dogs(cifar_files: Path) -> None:
-    problem = cifar2.problem(str(cifar_files), checkpoints=1, targets=2000)
+    problem = cifar2.problem(str(cifar_files), targets=2000)
     assert (len(problem.train), len(problem.targets["val"])) == (15, 2)
     assert [int(problem.train[i][1]) for i in range(3)] == [0, 1, 0]
     assert [int(problem.targets["val"][i][1]) for i in range(2)] == [1, 0]
@@ -125,13 +125,13 @@ def test_cifar2_never_runs_what_a_pickle_asks_for(cifar_files: Path) -> None:
 
     (cifar_files / "test_batch").write_bytes(pickle.dumps({b"labels": Attack()}, protocol=2))
     with pytest.raises(DatasetError, match="has no place in it"):
-        cifar2.problem(str(cifar_files), checkpoints=1, targets=2000)
+        cifar2.problem(str(cifar_files), targets=2000)
     assert not (cifar_files / "touched").exists()
 
 
 def test_cifar2_says_which_files_it_wants(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match="the python batches of CIFAR-10 are not there"):
-        cifar2.problem(str(tmp_path), checkpoints=1, targets=1)
+        cifar2.problem(str(tmp_path), targets=1)
 
 
 def test_resnet9_is_the_one_of_traks_quickstart() -> None:
@@ -155,7 +155,7 @@ def test_cifar2_runs_from_files_to_report(launch, cifar_files: Path, tmp_path: P
         *(
             "problem=cifar2",
             f"problem.root={cifar_files}",
-            "problem.checkpoints=2",
+            "checkpoints.train=2",
             "cluster=debug",
         ),
         *("cluster=debug", f"run_dir={tmp_path / 'run'}", "proj_dim=64"),

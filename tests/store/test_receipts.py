@@ -23,7 +23,7 @@ from trak_dist.store.receipts import Failure, Receipt, Receipts
 
 PLAN = Plan(
     spec=Spec(problem={"_target_": "a.b"}, proj_dim=4, store_dim=4),
-    source=Source("s", "/"),
+    source=Source("s", "m", "/"),
     parameters=10,
     train=Split("train", 10, 4, "p"),
     checkpoints=(Checkpoint(0, "0.pt", False), Checkpoint(1, "1.pt", False)),
@@ -46,7 +46,14 @@ def receipt(cell: Cell, attempt: int = 1) -> Receipt:
 
 
 def failure(cell: Cell, error: str = "no") -> Failure:
-    return Failure(cell=cell.id, error=error, traceback="", expected=True, job={"attempt": 1})
+    return Failure(
+        cell=cell.id,
+        key=PLAN.key(cell),
+        error=error,
+        traceback="",
+        expected=True,
+        job={"attempt": 1},
+    )
 
 
 @pytest.fixture
@@ -63,11 +70,11 @@ def test_a_cell_is_done_only_if_its_receipt_has_its_key(receipts: Receipts) -> N
     assert receipts.done(CELLS) == {}
     for cell in CELLS:
         receipts.publish(cell, replace(receipt(cell), key="of another plan"))
-        assert not receipts.is_done(cell)
+        assert not bool(receipts.done([cell]))
     assert receipts.done(CELLS) == {}
     for cell in CELLS:
         receipts.publish(cell, receipt(cell))
-        assert receipts.is_done(cell)
+        assert bool(receipts.done([cell]))
     assert receipts.done(CELLS) == {cell: receipt(cell) for cell in CELLS}
 
 
@@ -75,8 +82,8 @@ def test_receipts_of_another_seed_count_for_nothing(receipts: Receipts, layout: 
     receipts.publish(CELL, receipt(CELL))
     projection = replace(PLAN.spec.projection, seed=1)
     other = Receipts(layout, replace(PLAN, spec=replace(PLAN.spec, projection=projection)))
-    assert receipts.is_done(CELL)
-    assert not other.is_done(CELL)
+    assert bool(receipts.done([CELL]))
+    assert not bool(other.done([CELL]))
     assert other.done(CELLS) == {}
 
 
@@ -91,7 +98,7 @@ def test_consolidating_keeps_every_receipt_in_one_file(receipts: Receipts, layou
         receipts.publish(cell, receipt(cell))
     receipts.consolidate(0)
     assert receipts.done(CELLS) == {cell: receipt(cell) for cell in CELLS}
-    assert all(receipts.is_done(cell) for cell in CELLS)
+    assert all(bool(receipts.done([cell])) for cell in CELLS)
     directory = layout.receipts(PLAN, CELL)
     assert [p.name for p in directory.iterdir()] == ["consolidated.npz"]
     assert len(list(layout.receipts(PLAN, FeaturizeCell(1, "train", Rows(0, 4))).iterdir())) == 4
@@ -116,10 +123,10 @@ def test_a_revoked_cell_is_missing_though_it_was_consolidated(receipts: Receipts
         receipts.publish(cell, receipt(cell))
     receipts.consolidate(0)
     receipts.revoke(CELL, why="grads: a flipped bit")
-    assert not receipts.is_done(CELL)
+    assert not bool(receipts.done([CELL]))
     assert set(receipts.done(FEATURIZE)) == set(FEATURIZE) - {CELL}
     receipts.consolidate(0)
-    assert not receipts.is_done(CELL)
+    assert not bool(receipts.done([CELL]))
     assert set(receipts.done(FEATURIZE)) == set(FEATURIZE) - {CELL}
     receipts.publish(CELL, receipt(CELL, attempt=2))
     receipts.consolidate(0)
@@ -135,7 +142,7 @@ def test_a_reader_misses_no_receipt_while_they_are_consolidated(receipts: Receip
     def read() -> None:
         while not stop.is_set():
             counts.append(len(receipts.done(mine)))
-            single.append(receipts.is_done(CELL))
+            single.append(bool(receipts.done([CELL])))
 
     for cell in mine:
         receipts.publish(cell, receipt(cell))
@@ -174,8 +181,8 @@ def test_a_receipt_that_is_no_receipt_counts_as_missing(
         receipts.publish(cell, receipt(cell))
     receipts.fail(KernelCell(0), failure(KernelCell(0)))
     layout.receipt(PLAN, CELL).write_bytes(garbage)
-    layout.failure(KernelCell(1)).write_bytes(garbage)
-    assert not receipts.is_done(CELL)
+    layout.failure(PLAN, KernelCell(1)).write_bytes(garbage)
+    assert not bool(receipts.done([CELL]))
     assert set(receipts.done(FEATURIZE)) == set(FEATURIZE) - {CELL}
     assert set(receipts.failures(CELLS)) == {KernelCell(0)}
 
@@ -263,7 +270,7 @@ class Sequences(RuleBasedStateMachine):
     @invariant()
     def receipts_agree_with_the_model(self) -> None:
         assert self.receipts.done(CELLS) == self.done
-        assert {c for c in CELLS if self.receipts.is_done(c)} == set(self.done)
+        assert {c for c in CELLS if bool(self.receipts.done([c]))} == set(self.done)
         assert self.receipts.failures(CELLS) == self.failed
 
 

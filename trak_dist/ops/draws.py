@@ -15,14 +15,15 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-VERSION = 1
+from trak_dist.config import DRAW_VERSION
+
 SIGNS_PER_DRAW = 64
 NORMALS_PER_DRAW = 4
 
 
 def stream_key(*parts: object) -> int:
     """Key of the stream that `parts` name, a signed 64-bit integer."""
-    raw = hashlib.blake2b(repr((VERSION, *parts)).encode(), digest_size=8).digest()
+    raw = hashlib.blake2b(repr((DRAW_VERSION, *parts)).encode(), digest_size=8).digest()
     return int.from_bytes(raw, "little", signed=True)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from trak_dist.ops import draws
 
 BLOCK_ELEMENTS = 2**22
-CACHE_BYTES = 2**30
+CACHE_BYTES = 2**30  # as needs.DRAWS_BYTES says
 
 
 class Projector(Protocol):
@@ -59,6 +59,10 @@ class _Draws(Generic[Drawn]):
         return found
 
 
+def _flat(grads: Float[Tensor, "batch ..."]) -> Float[Tensor, "batch m"]:
+    return grads[:, None] if grads.ndim == 1 else grads.flatten(1)
+
+
 class Sjlt:
     """Sparse Johnson–Lindenstrauss transform with one non-zero per column: CountSketch.
 
@@ -78,7 +82,7 @@ class Sjlt:
     ) -> None:
         """See `Projector`."""
         key = self._draws.key(name, grads)
-        flat = grads.reshape(len(grads), -1)
+        flat = _flat(grads)
         for start in range(0, flat.shape[1], BLOCK_ELEMENTS):
             block = flat[:, start : start + BLOCK_ELEMENTS]
             counters = torch.arange(start, start + block.shape[1], device=flat.device)
@@ -104,7 +108,7 @@ class Dense:
     ) -> None:
         """See `Projector`."""
         key = self._draws.key(name, grads)
-        flat = grads.reshape(len(grads), -1)
+        flat = _flat(grads)
         rows = max(1, BLOCK_ELEMENTS // self.dim)
         for start in range(0, flat.shape[1], rows):
             block = flat[:, start : start + rows]
@@ -130,7 +134,7 @@ class Identity:
         self, into: Float[Tensor, "batch k"], name: str, grads: Float[Tensor, "batch ..."]
     ) -> None:
         """See `Projector`."""
-        into[:, self._slices[name]] += grads.reshape(len(grads), -1)
+        into[:, self._slices[name]] += _flat(grads)
 
 
 def make_projector(

@@ -18,15 +18,13 @@ CLASSES = {3: "cat", 5: "dog"}
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
 
-def problem(root: str, checkpoints: int, targets: int) -> Problem:
+def problem(root: str, targets: int) -> Problem:
     """CIFAR-2: the cats and dogs of CIFAR-10, 10,000 to train and 2,000 targets.
 
     Parameters
     ----------
     root : str
         The directory `cifar-10-batches-py` of CIFAR-10's python version.
-    checkpoints : int
-        How many `stage=train` makes, one per seed.
     targets : int
         How many of the test images to use.
 
@@ -54,7 +52,7 @@ def problem(root: str, checkpoints: int, targets: int) -> Problem:
         model_output=ImageClassification(),
         train=split([f"data_batch_{i}" for i in range(1, 6)], 10_000),
         targets={"val": split(["test_batch"], targets)},
-        checkpoints=checkpoints,
+        checkpoints=(),
         render=image_renderer(list(CLASSES.values())),
         train_checkpoint=classifier_trainer(
             lambda: resnet9(2), epochs=24, batch_size=512, learning_rate=0.4

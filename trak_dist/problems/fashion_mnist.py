@@ -22,7 +22,7 @@ CLASSES = (
 MAX_IDX_BYTES = 2**28
 
 
-def problem(root: str, train: int, targets: int, checkpoints: int) -> Problem:
+def problem(root: str, train: int, targets: int) -> Problem:
     """Fashion-MNIST with a small CNN.
 
     Parameters
@@ -31,8 +31,6 @@ def problem(root: str, train: int, targets: int, checkpoints: int) -> Problem:
         Directory of the four IDX files, gzipped or not.
     train, targets : int
         How many of the 60,000 train and of the 10,000 test images to use.
-    checkpoints : int
-        How many `stage=train` makes, one per seed.
 
     Raises
     ------
@@ -51,7 +49,7 @@ def problem(root: str, train: int, targets: int, checkpoints: int) -> Problem:
         model_output=ImageClassification(),
         train=split("train", train),
         targets={"val": split("t10k", targets)},
-        checkpoints=checkpoints,
+        checkpoints=(),
         render=image_renderer(CLASSES),
         train_checkpoint=classifier_trainer(
             lambda: cnn(1, 10), epochs=10, batch_size=128, learning_rate=0.05

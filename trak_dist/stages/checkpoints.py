@@ -67,7 +67,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
 
 def check_fit(state: Mapping[str, Tensor], model: nn.Module, *, where: str) -> None:
     """Raise `CheckpointError` naming each key and shape of `state` that does not fit `model`."""
-    expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    expected = {k: tuple(v.shape) for k, v in model.state_dict().items() if isinstance(v, Tensor)}
     found = {k: tuple(v.shape) for k, v in state.items()}
     faults = [
         *(f"missing {k} {expected[k]}" for k in expected.keys() - found.keys()),
@@ -81,10 +81,13 @@ def check_fit(state: Mapping[str, Tensor], model: nn.Module, *, where: str) -> N
     if faults:
         shown = sorted(faults)[:10]
         more = f" and {len(faults) - 10} more" if len(faults) > 10 else ""
+        wrapped = all(name.startswith("module.") for name in found)
         raise CheckpointError(
             f"the checkpoint does not fit the model: {'; '.join(shown)}{more}",
             where=where,
-            next="give the problem the architecture that the checkpoint was saved from",
+            next="save model.module.state_dict(), without the wrapper's prefix 'module.'"
+            if wrapped and found
+            else "give the problem the architecture that the checkpoint was saved from",
         )
 
 
@@ -113,32 +116,43 @@ def load_into(run: Run, model: nn.Module, checkpoint: Checkpoint) -> str:
     state = read_state_dict(path)
     check_fit(state, model, where=str(path))
     digest = content_digest(state)
-    _publish(run, checkpoint.model_id, digest, path)
+    refuse_other_weights(run, checkpoint.model_id, digest, publish=True)
     model.load_state_dict(state)
     return digest
 
 
-def _publish(run: Run, model_id: int, digest: str, path: Path) -> None:
-    mine = run.layout.checkpoint_digest(model_id)
-    first = _published(atomic.write_once(mine, json.dumps({"digest": digest}).encode()))
-    if first != digest:
+def refuse_other_weights(run: Run, model_id: int, digest: str, *, publish: bool) -> None:
+    """Raise `CheckpointError` if other weights were seen under `model_id`, or these under another.
+
+    The first worker to load a checkpoint publishes its digest; all compare.
+    """
+    where = str(run.layout.checkpoint(run.plan.checkpoint(model_id).path))
+    if publish:
+        content = json.dumps({"digest": digest}).encode()
+        atomic.write_once(run.layout.checkpoint_digest(model_id), content)
+    first = _published(run, model_id)
+    if first is None and publish:  # damaged: what is there now takes its place
+        atomic.write(run.layout.checkpoint_digest(model_id), content)
+    elif first not in (None, digest):
         raise CheckpointError(
             f"model_id {model_id} has other weights than those it was first featurized with: "
             f"digest {digest} now, {first} then",
-            where=str(path),
+            where=where,
             next="restore the checkpoint, or start a new run with another run_dir",
         )
     # Published before compared, so that of two workers at once at least one sees the other.
     for other in run.plan.model_ids:
-        there = run.layout.checkpoint_digest(other)
-        if other != model_id and there.exists() and _published(there.read_bytes()) == digest:
+        if other != model_id and _published(run, other) == digest:
             raise CheckpointError(
                 f"model_ids {min(other, model_id)} and {max(other, model_id)} have the same "
                 f"weights (digest {digest})",
-                where=str(path),
+                where=where,
                 next="give each model_id its own checkpoint, in a new run_dir",
             )
 
 
-def _published(content: bytes) -> str:
-    return str(json.loads(content)["digest"])
+def _published(run: Run, model_id: int) -> str | None:
+    try:
+        return str(json.loads(run.layout.checkpoint_digest(model_id).read_bytes())["digest"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return None

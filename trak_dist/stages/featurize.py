@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trak_dist.cells import FeaturizeCell
-from trak_dist.errors import NonFiniteGradient
+from trak_dist.config import DRAW_VERSION
+from trak_dist.errors import NonFiniteGradient, ProblemError
 from trak_dist.ops import rows as row_format
-from trak_dist.ops.draws import VERSION
 from trak_dist.stages.outcome import Outcome
 from trak_dist.stages.session import Session, batch_digest
 from trak_dist.store import contents
@@ -41,17 +41,29 @@ def featurize(session: Session, cell: FeaturizeCell) -> Outcome:
         batch = session.to_device(host_batch)
         per_sample = loaded.gradients(batch)
         size = len(next(iter(per_sample.values())))
+        _refuse_miscounted(
+            cell, "grads", size, wanted=min(spec.featurize.batch_rows, len(cell.rows) - done)
+        )
         into = grads[done : done + size]
         for name in sorted(per_sample):
             loaded.projector.add(into, name, per_sample.pop(name).float())
         with torch.no_grad():
-            out_to_loss[done : done + size] = session.problem.model_output.get_out_to_loss_grad(
+            q = session.problem.model_output.get_out_to_loss_grad(
                 loaded.model, weights, buffers, batch
             )
+        _refuse_miscounted(cell, "out-to-loss", q.numel(), wanted=size)
+        out_to_loss[done : done + size] = q.reshape(size)  # TRAK's own classes give (size, 1)
         done += size
     assert done == len(cell.rows)
     grads /= math.sqrt(plan.parameters)
     _refuse_non_finite(session, cell, grads, out_to_loss)
+    if not grads.any():
+        raise ProblemError(
+            f"all gradients of the {len(cell.rows)} rows are zero",
+            where=cell.id,
+            next="the model output must depend on the weights that it is given: "
+            "functional_call(model, (weights, buffers), inputs)",
+        )
     stored, scale = row_format.encode(grads, spec.featurize.dtype)
     arrays = {"grads": stored, "row_scale": scale, "out_to_loss": out_to_loss}
     digests = contents.write(
@@ -65,13 +77,22 @@ def featurize(session: Session, cell: FeaturizeCell) -> Outcome:
             "projector": spec.projection.kind,
             "projector_seed": spec.projection.seed,
             "projector_dim": plan.store_dim,
-            "projector_version": VERSION,
+            "projector_version": DRAW_VERSION,
             "dtype": spec.featurize.dtype,
             "rows": len(cell.rows),
             "batch_rows": spec.featurize.batch_rows,
             "non_finite_rows": 0,
         },
     )
+
+
+def _refuse_miscounted(cell: FeaturizeCell, what: str, found: int, *, wanted: int) -> None:
+    if found != wanted:
+        raise ProblemError(
+            f"a batch of {wanted} examples of {cell.split!r} gave {found} values of {what}",
+            where=cell.id,
+            next="collate must keep every example; get_out_to_loss_grad must give one value each",
+        )
 
 
 def _refuse_non_finite(

@@ -4,22 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
+
+import torch
 
 from trak_dist import problem as problems
 from trak_dist.cells import TRAIN, ScoreCell, check_name
-from trak_dist.config import Spec
-from trak_dist.errors import CheckpointError, ConfigError, DatasetError, PlanMismatch
-from trak_dist.ops.gradients import select_params
+from trak_dist.config import Config, Spec
+from trak_dist.errors import (
+    CheckpointError,
+    ConfigError,
+    DatasetError,
+    PlanMismatch,
+    ProblemError,
+)
+from trak_dist.ops.gradients import VmapGradients, select_params
 from trak_dist.plan import Checkpoint, Plan, Source, Split, cell_rows
-from trak_dist.problem import Problem
-from trak_dist.stages.checkpoints import check_fit, read_state_dict
-from trak_dist.stages.session import check_split, limited, probe
+from trak_dist.problem import MapDataset, Problem, Rendered
+from trak_dist.stages.checkpoints import (
+    check_fit,
+    content_digest,
+    read_state_dict,
+    refuse_other_weights,
+)
+from trak_dist.stages.session import as_batch, check_split, limited, probe
 from trak_dist.store.layout import Layout
 from trak_dist.store.run import Run
 
 
-def make_plan(spec: Spec, problem: Problem, source: Source, targets: Sequence[str]) -> Plan:
+def make_plan(config: Config, problem: Problem, source: Source) -> Plan:
     """Plan a new run.
 
     Raises
@@ -27,6 +41,7 @@ def make_plan(spec: Spec, problem: Problem, source: Source, targets: Sequence[st
     DatasetError, CheckpointError, ConfigError
         If a dataset is empty, a checkpoint is missing or unfit, or a target set is unknown.
     """
+    spec = config.spec
     shapes = select_params(problem.model, spec.featurize.params)
     parameters = sum(shape.numel() for shape in shapes.values())
     identity = spec.projection.kind == "identity"
@@ -36,35 +51,56 @@ def make_plan(spec: Spec, problem: Problem, source: Source, targets: Sequence[st
         source=source,
         parameters=parameters,
         train=_split(TRAIN, problem, spec, dim),
-        checkpoints=_checkpoints(problem),
-        targets=tuple(_split(n, problem, spec, dim) for n in _target_names(problem, targets)),
+        checkpoints=_checkpoints(problem, config.checkpoints.train),
+        targets=tuple(
+            _split(n, problem, spec, dim) for n in _target_names(problem, config.targets)
+        ),
     )
 
 
-def extend_plan(plan: Plan, problem: Problem, source: Source, targets: Sequence[str]) -> Plan:
+def extend_plan(
+    plan: Plan,
+    problem: Problem,
+    source: Source,
+    *,
+    targets: Sequence[str],
+    train: int,
+    accept_source: bool,
+) -> Plan:
     """`plan` with the checkpoints that were added to the problem, and the target sets asked for.
+
+    Parameters
+    ----------
+    targets : sequence of str
+        Target sets asked for; those that are planned stay.
+    train : int
+        How many checkpoints `stage=train` is to make, if it makes them.
+    accept_source : bool
+        Whether the user says that an edited file computes the same as the planned one.
 
     Raises
     ------
     ProblemError, DatasetError, PlanMismatch
         If anything that was planned changed.
     """
+    known_files = (plan.source.file, *plan.source.accepted)
+    if accept_source and source.file not in known_files:
+        accepted = replace(plan.source, accepted=(*plan.source.accepted, source.file))
+        plan = replace(plan, source=accepted)
     problems.refuse_changed_source(plan.spec.problem, plan.source, source)
     for split in (plan.train, *plan.targets):
         check_split(problem, split, plan.spec.limit)
     known = {s.name for s in plan.targets}
-    wanted = () if tuple(targets) == ("all",) else _target_names(problem, targets)
-    added = [n for n in wanted if n not in known]
-    checkpoints = _checkpoints(problem)
-    if checkpoints[: len(plan.checkpoints)] != plan.checkpoints:
-        pairs = zip(plan.checkpoints, (*checkpoints, *[None] * len(plan.checkpoints)), strict=False)
-        old, new = next((a, b) for a, b in pairs if a != b)
-        raise PlanMismatch(
-            f"checkpoint {old.model_id} was {old.path} when planned, "
-            f"{'it is missing' if new is None else f'it is {new.path}'} now",
-            where="the problem's checkpoints",
-            next="append checkpoints after those that are planned, or use another run_dir",
-        )
+    added = [n for n in _target_names(problem, targets) if n not in known] if targets else []
+    checkpoints = _checkpoints(problem, train)
+    for old, new in zip_longest(plan.checkpoints, checkpoints):
+        if old is not None and old != new:
+            raise PlanMismatch(
+                f"checkpoint {old.model_id} was {old.path} when planned, "
+                f"{'it is missing' if new is None else f'it is {new.path}'} now",
+                where="the problem's checkpoints",
+                next="append checkpoints after those that are planned, or use another run_dir",
+            )
     splits = tuple(_split(n, problem, plan.spec, plan.store_dim) for n in added)
     return replace(plan, checkpoints=checkpoints, targets=(*plan.targets, *splits))
 
@@ -80,24 +116,37 @@ def with_reduce(run: Run, spec: Spec) -> Plan:
     if run.receipts.done(run.plan.cells_of(ScoreCell)):
         raise PlanMismatch(
             "the run has scores made with another proj_dim or reduce",
-            where=str(run.layout.plan),
+            where=str(run.layout.run_dir),
             next="use another run_dir: the scores that are there are kept",
         )
     return replace(run.plan, spec=spec)
 
 
-def check_checkpoints(plan: Plan, problem: Problem) -> None:
+def check_checkpoints(plan: Plan, problem: Problem, run: Run | None) -> None:
     """Read every checkpoint that is not ours to train, before anything is queued.
 
     Raises
     ------
     CheckpointError
-        If one is missing, unreadable or unfit.
+        If one is missing, unreadable, unfit, not the one featurized before, or there twice.
     """
+    seen: dict[str, int] = {}
     for checkpoint in plan.checkpoints:
-        path = Path(checkpoint.path)
-        if not checkpoint.trained:
-            check_fit(read_state_dict(path), problem.model, where=str(path))
+        if checkpoint.trained:
+            continue
+        state = read_state_dict(Path(checkpoint.path))
+        check_fit(state, problem.model, where=checkpoint.path)
+        digest = content_digest(state)
+        if digest in seen:
+            raise CheckpointError(
+                f"model_ids {seen[digest]} and {checkpoint.model_id} have the same weights "
+                f"(digest {digest})",
+                where=checkpoint.path,
+                next="give each model_id its own checkpoint",
+            )
+        seen[digest] = checkpoint.model_id
+        if run and checkpoint in run.plan.checkpoints:
+            refuse_other_weights(run, checkpoint.model_id, digest, publish=False)
 
 
 def _split(name: str, problem: Problem, spec: Spec, dim: int) -> Split:
@@ -106,34 +155,89 @@ def _split(name: str, problem: Problem, spec: Spec, dim: int) -> Split:
         raise DatasetError(
             f"the dataset {name!r} is empty", where="problem", next="see that its files are found"
         )
+    first = probe(problem, dataset)
+    if probe(problem, dataset) != first:
+        raise DatasetError(
+            f"an example of {name!r} is another one when it is read again",
+            where="problem",
+            next="switch random augmentation off: an example must be the same every time",
+        )
+    dry_run(problem, name, dataset, spec.featurize.params)
     featurize = spec.featurize
     row_bytes = dim * (2 if featurize.dtype == "float16" else 4)
     rows = featurize.cell_rows or cell_rows(
         len(dataset), row_bytes=row_bytes, batch_rows=featurize.batch_rows
     )
-    return Split(name, len(dataset), rows, probe(problem, dataset))
+    return Split(name, len(dataset), rows, first)
 
 
-def _checkpoints(problem: Problem) -> tuple[Checkpoint, ...]:
-    given = problem.checkpoints
-    if isinstance(given, int):
-        made = tuple(Checkpoint(i, Layout.trained_checkpoint(i), True) for i in range(given))
-    else:
-        made = tuple(Checkpoint(i, str(Path(p).absolute()), False) for i, p in enumerate(given))
-    if not made:
+def dry_run(problem: Problem, name: str, dataset: MapDataset, params: Sequence[str]) -> None:
+    """Compute the first examples' gradients and out-to-loss, before anything is planned.
+
+    Raises
+    ------
+    ProblemError
+        If that fails, with what the user's code said.
+    """
+    examples = [dataset[row] for row in range(min(2, len(dataset)))]
+    collate = problem.collate or torch.utils.data.default_collate
+    model = problem.model.eval()
+    weights, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    try:
+        batch = as_batch(collate(examples))
+        VmapGradients(model, problem.model_output, params)(batch)
+        with torch.no_grad():
+            q = problem.model_output.get_out_to_loss_grad(model, weights, buffers, batch)
+    except Exception as error:  # whatever the user's model and output do
+        text = " ".join(str(error).split())
+        raise ProblemError(
+            f"the model output can't be computed on the first examples of {name!r}: "
+            f"{type(error).__name__}: {text[:500]}",
+            where=f"{type(problem.model_output).__qualname__}, {type(model).__qualname__}",
+            next="see docs/your-problem.md on what a batch holds and what a model output gives",
+        ) from error
+    if q.numel() != len(examples):
+        raise ProblemError(
+            f"get_out_to_loss_grad gave {tuple(q.shape)} for {len(examples)} examples of {name!r}",
+            where=type(problem.model_output).__qualname__,
+            next="it must give one value for each example: no mean over the batch",
+        )
+    if problem.render:
+        shown = problem.render(examples[0])
+        if not isinstance(shown, Rendered):
+            raise ProblemError(
+                f"render gave {type(shown).__name__}, not trak_dist.Rendered",
+                where="problem.render",
+                next="return trak_dist.Rendered(picture or text, label)",
+            )
+
+
+def _checkpoints(problem: Problem, train: int) -> tuple[Checkpoint, ...]:
+    if problem.checkpoints:
+        paths = enumerate(problem.checkpoints)
+        return tuple(Checkpoint(i, str(Path(p).absolute()), False) for i, p in paths)
+    if problem.train_checkpoint is None:
         raise CheckpointError(
-            "no checkpoint found: the problem gives none",
+            "no checkpoint found: the problem gives none, and no train_checkpoint to make them",
             where="problem",
             next="see that the paths that the problem looks for exist",
         )
-    return made
+    return tuple(
+        Checkpoint(seed, Layout.trained_checkpoint("full", seed), True) for seed in range(train)
+    )
 
 
 def _target_names(problem: Problem, targets: Sequence[str]) -> list[str]:
     names = list(problem.targets) if tuple(targets) == ("all",) else list(targets)
     for name in names:
         check_name(name, what="the target set")
-        if name in (TRAIN, "all") or name not in problem.targets:
+        if name in (TRAIN, "all"):
+            raise ConfigError(
+                f"a target set can't be called {name!r}: the name is taken",
+                where="the problem's targets",
+                next="give it another name",
+            )
+        if name not in problem.targets:
             raise ConfigError(
                 f"the problem has no target set {name!r}",
                 where="targets",

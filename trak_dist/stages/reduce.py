@@ -18,6 +18,7 @@ from trak_dist.cells import (
     GramCell,
     KernelCell,
     PreconditionCell,
+    Rows,
 )
 from trak_dist.errors import MissingInputs, MixedRun, SingularGram
 from trak_dist.ops import kernel, projection
@@ -147,14 +148,15 @@ def refuse_mixed(receipts: dict[Cell, Receipt]) -> None:
         _refuse_unequal(fact, [(cell, r.facts.get(fact)) for cell, r in receipts.items()])
 
 
-def refuse_other_rows(run: Run, ensemble: Sequence[int], splits: Sequence[str]) -> None:
+def refuse_other_rows(receipts: dict[Cell, Receipt]) -> None:
     """Raise `MixedRun` naming cells whose input rows differ between checkpoints."""
-    for split in splits:
-        cells = [list(run.plan.featurize_cells(m, split)) for m in ensemble]
-        receipts = run.receipts.done([c for row in cells for c in row])
-        for same_rows in zip(*cells, strict=True):
-            seen = [(c, receipts[c].facts.get("inputs_digest")) for c in same_rows if c in receipts]
-            _refuse_unequal("inputs_digest", seen)
+    by_rows: dict[tuple[str, Rows], list[tuple[Cell, object]]] = {}
+    for cell, receipt in receipts.items():
+        assert isinstance(cell, FeaturizeCell)
+        values = by_rows.setdefault((cell.split, cell.rows), [])
+        values.append((cell, receipt.facts.get("inputs_digest")))
+    for values in by_rows.values():
+        _refuse_unequal("inputs_digest", values)
 
 
 def _refuse_unequal(fact: str, values: Sequence[tuple[Cell, object]]) -> None:

@@ -26,17 +26,17 @@ def score(session: Session, cell: ScoreCell) -> Outcome:
     run, plan = session.run, session.run.plan
     preconditioned = [PreconditionCell(m, cell.targets) for m in plan.model_ids]
     require(run, preconditioned, needed_by=cell)
-    train = [c for m in plan.model_ids for c in _overlapping(session, m, cell.rows)]
-    targets = [c for m in plan.model_ids for c in plan.featurize_cells(m, cell.targets)]
-    require(run, [*train, *targets], needed_by=cell)
-    session.once(
-        f"rows of {TRAIN} and {cell.targets}",
-        lambda: refuse_other_rows(run, plan.model_ids, (TRAIN, cell.targets)),
-    )
+    session.once(f"rows of {cell.targets}", lambda: _check_rows(session, cell))
     scores = ensemble_scores(_members(session, cell)).float().cpu().numpy()
     return Outcome(
         contents.write(run, cell, {"scores": scores}), {"model_ids": list(plan.model_ids)}
     )
+
+
+def _check_rows(session: Session, cell: ScoreCell) -> None:
+    run, splits = session.run, (TRAIN, cell.targets)
+    cells = [c for m in run.plan.model_ids for s in splits for c in run.plan.featurize_cells(m, s)]
+    refuse_other_rows(require(run, cells, needed_by=cell))
 
 
 def _members(session: Session, cell: ScoreCell) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -68,7 +68,7 @@ class Session:
             collate_fn=self.problem.collate,
         )
         for batch in loader:
-            yield tuple(batch) if isinstance(batch, list | tuple) else (batch,)
+            yield as_batch(batch)
 
     def to_device(self, batch: tuple[Any, ...]) -> tuple[Any, ...]:
         """The batch with its tensors on the device."""
@@ -99,6 +99,11 @@ def _projector(plan: Plan, model_id: int, model: nn.Module) -> Projector:
     )
 
 
+def as_batch(collated: Any) -> tuple[Any, ...]:
+    """What collate gave, as the arguments of a model output."""
+    return tuple(collated) if isinstance(collated, list | tuple) else (collated,)
+
+
 def limited(dataset: MapDataset, limit: int) -> MapDataset:
     """The first `limit` examples; all of them if it is 0."""
     if limit == 0 or limit >= len(dataset):
@@ -113,8 +118,14 @@ def batch_digest(sha: Any, batch: Any) -> None:
         if isinstance(leaf, Tensor):
             sha.update(str((leaf.dtype, tuple(leaf.shape))).encode())
             sha.update(leaf.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        else:
+        elif leaf is None or isinstance(leaf, bool | int | float | str):
             sha.update(repr(leaf).encode())
+        else:  # its repr may be shortened, or hold an address
+            raise DatasetError(
+                f"a batch holds {type(leaf).__module__}.{type(leaf).__qualname__}, not tensors",
+                where="problem.collate",
+                next="let collate give tensors, in tuples, lists or dicts",
+            )
 
 
 def probe(problem: Problem, dataset: MapDataset) -> str:

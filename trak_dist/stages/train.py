@@ -30,9 +30,11 @@ def train(session: Session, cell: TrainCell) -> Outcome:
             next="pass train_checkpoint=…, or the checkpoints' paths",
         )
     state = problem.train_checkpoint(session.dataset(TRAIN), cell.seed, session.device)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     checkpoints.check_fit(state, problem.model, where=cell.id)
-    path = session.run.layout.checkpoint(session.run.layout.trained_checkpoint(cell.seed))
+    path = session.run.layout.checkpoint(
+        session.run.layout.trained_checkpoint(cell.subset, cell.seed)
+    )
     session.run.refuse_if_superseded(cell)
     atomic.write(path, safetensors.torch.save(state))
     return Outcome({"checkpoint": checkpoints.content_digest(state)})

@@ -26,7 +26,7 @@ def damaged_cells(run: Run) -> Iterator[tuple[Cell, list[str]]]:
 
 def _damages(run: Run, cell: Cell, receipt: Receipt) -> Iterator[str]:
     if isinstance(cell, TrainCell):
-        path = run.layout.checkpoint(run.layout.trained_checkpoint(cell.seed))
+        path = run.layout.checkpoint(run.layout.trained_checkpoint(cell.subset, cell.seed))
         found = content_digest(read_state_dict(path))
         if found != receipt.digests.get("checkpoint"):
             written = receipt.digests.get("checkpoint")

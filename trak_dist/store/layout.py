@@ -25,10 +25,16 @@ class Layout:
 
     run_dir: Path
 
-    @property
-    def plan(self) -> Path:
-        """The frozen spec."""
-        return self.run_dir / "plan.json"
+    def plan(self, generation: int) -> Path:
+        """The plan as first made, or as extended so many times."""
+        return self.run_dir / (f"plan.{generation}.json" if generation else "plan.json")
+
+    def generation(self) -> int | None:
+        """How often the plan was extended; None if there is none."""
+        if not self.plan(0).exists():
+            return None
+        found = (path.name.split(".")[1] for path in self.run_dir.glob("plan.*.json"))
+        return max((int(g) for g in found if g.isdecimal()), default=0)
 
     @property
     def store(self) -> Path:
@@ -45,9 +51,9 @@ class Layout:
         return self.run_dir / path  # an absolute path stays what it is
 
     @staticmethod
-    def trained_checkpoint(seed: int) -> str:
-        """The checkpoint that `stage=train` makes from `seed`, relative to the run directory."""
-        return f"checkpoints/{seed}.safetensors"
+    def trained_checkpoint(subset: str, seed: int) -> str:
+        """The checkpoint that a train cell makes, relative to the run directory."""
+        return f"checkpoints/{subset}/{seed}.safetensors"
 
     def checkpoint_digest(self, model_id: int) -> Path:
         """The content digest that the first worker to load a checkpoint publishes."""
@@ -75,9 +81,9 @@ class Layout:
         """The columnar file of one checkpoint's featurize receipts."""
         return self.receipts(plan, cell) / "consolidated.npz"
 
-    def failure(self, cell: Cell) -> Path:
+    def failure(self, plan: Plan, cell: Cell) -> Path:
         """What went wrong in the cell's last attempt."""
-        return self.run_dir / "receipts" / "failed" / f"{cell.id.replace('/', '_')}.json"
+        return self.receipts(plan, cell) / "failed" / self.receipt(plan, cell).name
 
     def grads(self, plan: Plan, model_id: int, split: str) -> Path:
         """The group of `grads`, `row_scale` and `out_to_loss`."""

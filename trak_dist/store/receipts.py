@@ -17,8 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from trak_dist.cells import Cell, FeaturizeCell
-from trak_dist.config import flatten
+from trak_dist.cells import Cell
 from trak_dist.plan import Plan
 from trak_dist.store import atomic
 from trak_dist.store.layout import Layout
@@ -47,6 +46,7 @@ class Failure:
     """The last failed attempt of a cell; `expected` errors need no traceback to be understood."""
 
     cell: str
+    key: str
     error: str
     traceback: str
     expected: bool
@@ -63,7 +63,7 @@ class Receipts:
     def publish(self, cell: Cell, receipt: Receipt) -> None:
         """Make `cell` done. The last thing a cell does."""
         atomic.write(self._layout.receipt(self._plan, cell), _dump(receipt))
-        self._layout.failure(cell).unlink(missing_ok=True)
+        self._layout.failure(self._plan, cell).unlink(missing_ok=True)
 
     def revoke(self, cell: Cell, *, why: str) -> None:
         """Make `cell` missing again, by a receipt whose key fits no plan."""
@@ -72,7 +72,7 @@ class Receipts:
 
     def fail(self, cell: Cell, failure: Failure) -> None:
         """Record why the cell's last attempt failed."""
-        atomic.write(self._layout.failure(cell), _dump(failure))
+        atomic.write(self._layout.failure(self._plan, cell), _dump(failure))
 
     def done(self, cells: Iterable[Cell]) -> dict[Cell, Receipt]:
         """The receipts of those of `cells` that are done. Each directory is read once."""
@@ -83,22 +83,17 @@ class Receipts:
         receipts = ((cell, found.get(cell.id)) for cell in cells)
         return {c: r for c, r in receipts if r is not None and r.key == self._plan.key(c)}
 
-    def is_done(self, cell: Cell) -> bool:
-        """Whether one cell is done."""
-        single = _read(self._layout.receipt(self._plan, cell), Receipt)
-        if single is not None:
-            return single.key == self._plan.key(cell)
-        return isinstance(cell, FeaturizeCell) and cell in self.done([cell])
+    def failure(self, cell: Cell) -> Failure | None:
+        """Why the last attempt at `cell` failed, if it did."""
+        found = _read(self._layout.failure(self._plan, cell), Failure)
+        return found if found is not None and found.key == self._plan.key(cell) else None
 
     def failures(self, cells: Iterable[Cell]) -> dict[Cell, Failure]:
         """The failures of those of `cells` whose last attempt failed."""
-        by_name = {self._layout.failure(c).name: c for c in cells}
-        directory = self._layout.run_dir / "receipts" / "failed"
-        found = {}
-        for path in sorted(directory.glob("*.json")) if by_name else ():
-            if path.name in by_name and (failure := _read(path, Failure)) is not None:
-                found[by_name[path.name]] = failure
-        return found
+        by_path = {self._layout.failure(self._plan, c): c for c in cells}
+        there = {p for d in {p.parent for p in by_path} for p in d.glob("*.json")}
+        found = {c: self.failure(c) for path, c in by_path.items() if path in there}
+        return {c: f for c, f in found.items() if f is not None}
 
     def consolidate(self, model_id: int) -> None:
         """Gather a checkpoint's featurize receipts into one columnar file.
@@ -110,15 +105,14 @@ class Receipts:
         cells = [c for s in splits for c in self._plan.featurize_cells(model_id, s.name)]
         receipts = self.done(cells)
         path = self._layout.consolidated(self._plan, cells[0])
-        rows = [_flat(r) for r in (*_read_columns(path), *receipts.values())]
-        by_cell = {row["cell"]: row for row in rows}
-        names = sorted({name for row in rows for name in row})
+        by_cell = {r.cell: r for r in (*_read_columns(path), *receipts.values())}
         columns = {
-            n: np.array([json.dumps(row.get(n)) for row in by_cell.values()], dtype=bytes)
-            for n in names
+            "cell": [cell.encode() for cell in by_cell],
+            "key": [r.key.encode() for r in by_cell.values()],
+            "receipt": [_dump(r) for r in by_cell.values()],
         }
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, **columns)  # type: ignore[arg-type]
+        np.savez_compressed(buffer, **{n: np.array(c, dtype=bytes) for n, c in columns.items()})  # type: ignore[arg-type]
         atomic.write(path, buffer.getvalue())
         for cell, receipt in receipts.items():
             single = self._layout.receipt(self._plan, cell)
@@ -127,7 +121,7 @@ class Receipts:
 
 
 def _dump(value: Receipt | Failure) -> bytes:
-    return json.dumps(asdict(value), indent=1).encode()
+    return json.dumps(asdict(value)).encode()
 
 
 Kind = TypeVar("Kind", Receipt, Failure)
@@ -154,32 +148,12 @@ def _read_directory(directory: Path) -> dict[str, Receipt]:
     return found | {r.cell: r for r in singles if r is not None}
 
 
-def _flat(receipt: Receipt) -> dict[str, Any]:
-    return flatten(asdict(receipt))
-
-
 def _read_columns(path: Path) -> list[Receipt]:
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-            columns = {name: file[name].tolist() for name in file.files}
-        return [
-            _unflat(dict(zip(columns, row, strict=True)))
-            for row in zip(*columns.values(), strict=True)
-        ]
+            return [Receipt(**json.loads(text)) for text in file["receipt"].tolist()]
     except FileNotFoundError:
         return []
     except Exception as error:  # zip, npy and JSON have their own ways to fail on damage
         log.warning("unreadable, its cells counted as missing: %s (%s)", path, error)
         return []
-
-
-def _unflat(row: Mapping[str, bytes]) -> Receipt:
-    fields: dict[str, Any] = {"digests": {}, "facts": {}, "job": {}}
-    for name, text in row.items():
-        value = json.loads(text)
-        section, _, key = name.partition(".")
-        if not key:
-            fields[section] = value
-        elif value is not None:
-            fields[section][key] = value
-    return Receipt(**fields)

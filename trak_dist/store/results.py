@@ -55,7 +55,7 @@ class Results:
         """
         return np.concatenate([block for _, block in self._blocks(targets)])
 
-    def top(self, targets: str, columns: Sequence[int], count: int) -> list[Top]:
+    def top(self, targets: str, columns: Sequence[int], count: int = 5) -> list[Top]:
         """The strongest train rows for some targets, in memory that does not grow with n_train.
 
         Raises
@@ -63,6 +63,13 @@ class Results:
         MissingInputs, ConfigError
             As `scores` does.
         """
+        width = self.plan.split(targets).rows if targets in self._names() else 0
+        if count < 1 or (width and not all(0 <= c < width for c in columns)):
+            raise ConfigError(
+                f"top of columns {list(columns)}, {count} each: {targets!r} has columns 0 to "
+                f"{width - 1}",
+                next="name columns that there are, and a count of at least 1",
+            )
         best = _Strongest(len(columns), count)
         worst = _Strongest(len(columns), count)
         for start, block in self._blocks(targets):
@@ -82,8 +89,11 @@ class Results:
         done = self._run.receipts.done(self._run.plan.cells(stage))
         return {cell.id: receipt for cell, receipt in done.items()}
 
+    def _names(self) -> list[str]:
+        return [s.name for s in self.plan.targets]
+
     def _blocks(self, targets: str) -> Iterator[tuple[int, NDArray[np.float32]]]:
-        names = [s.name for s in self._run.plan.targets]
+        names = self._names()
         if targets not in names:
             raise ConfigError(
                 f"the run has no target set {targets!r}", next=f"one of {', '.join(names)}"

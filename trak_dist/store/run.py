@@ -1,4 +1,4 @@
-"""A run on disk: its plan, layout and receipts, and the arrays that its plan calls for."""
+"""A run on disk: its plan, layout and receipts."""
 
 from __future__ import annotations
 
@@ -16,10 +16,15 @@ from trak_dist.store.receipts import Receipts
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory and its plan. Opening one loads neither torch nor zarr."""
+    """A run directory and its plan. Opening one loads neither torch nor zarr.
+
+    A plan is never overwritten: extending it publishes the next generation, which only one of
+    several processes can do.
+    """
 
     layout: Layout
     plan: Plan
+    generation: int
 
     @classmethod
     def open(cls, run_dir: Path) -> Run:
@@ -31,20 +36,20 @@ class Run:
             If there is no plan, or not one that this version reads.
         """
         layout = Layout(run_dir.absolute())
-        try:
-            text = layout.plan.read_text()
-        except FileNotFoundError:
+        generation = layout.generation()
+        if generation is None:
             raise PlanMismatch(
                 "there is no run here: plan.json is missing",
                 where=str(layout.run_dir),
                 next=f"python -m trak_dist.launch problem=… run_dir={run_dir}",
-            ) from None
-        return cls(layout, Plan.from_json(text, where=str(layout.plan)))
+            )
+        path = layout.plan(generation)
+        return cls(layout, Plan.from_json(path.read_bytes(), where=str(path)), generation)
 
     @classmethod
     def exists(cls, run_dir: Path) -> bool:
         """Whether there is a plan at `run_dir`."""
-        return Layout(run_dir.absolute()).plan.exists()
+        return Layout(run_dir.absolute()).generation() is not None
 
     @classmethod
     def create(cls, run_dir: Path, plan: Plan) -> Run:
@@ -55,21 +60,30 @@ class Run:
         PlanMismatch
             If another plan won.
         """
-        layout = Layout(run_dir.absolute())
-        there = atomic.write_once(layout.plan, plan.to_json().encode())
-        if Plan.from_json(there.decode(), where=str(layout.plan)) != plan:
-            raise PlanMismatch(
-                "another process planned another run here just now",
-                where=str(layout.run_dir),
-                next="run the same command again to see how the two differ",
-            )
-        return cls(layout, plan)
+        return cls._publish(Layout(run_dir.absolute()), plan, 0)
 
     def extend(self, plan: Plan) -> Run:
-        """Publish a plan with more checkpoints or target sets, or another reduce, than ours."""
+        """Publish a plan with more checkpoints or target sets, or another reduce, than ours.
+
+        Raises
+        ------
+        PlanMismatch
+            If another process extended the run first.
+        """
         assert plan.fingerprint == self.plan.fingerprint
-        atomic.write(self.layout.plan, plan.to_json().encode())
-        return Run(self.layout, plan)
+        return self._publish(self.layout, plan, self.generation + 1)
+
+    @classmethod
+    def _publish(cls, layout: Layout, plan: Plan, generation: int) -> Run:
+        path = layout.plan(generation)
+        there = atomic.write_once(path, plan.to_json().encode())
+        if Plan.from_json(there, where=str(path)) != plan:
+            raise PlanMismatch(
+                "another process planned something else here just now",
+                where=str(path),
+                next="run the same command again: it goes on from the other's plan",
+            )
+        return cls(layout, plan, generation)
 
     @cached_property
     def receipts(self) -> Receipts:
@@ -84,11 +98,11 @@ class Run:
         PlanMismatch
             If `cell` has another key in the plan on disk than in ours.
         """
-        there = Run.open(self.layout.run_dir).plan
-        if there.fingerprint != self.plan.fingerprint or there.key(cell) != self.plan.key(cell):
+        there = Run.open(self.layout.run_dir)
+        if there.plan.key(cell) != self.plan.key(cell):
             raise PlanMismatch(
                 f"the plan was superseded: {cell.id} has key {self.plan.key(cell)} in this "
-                f"worker, {there.key(cell)} in plan.json",
-                where=str(self.layout.plan),
+                f"worker, {there.plan.key(cell)} in the run directory",
+                where=str(there.layout.plan(there.generation)),
                 next="nothing: the jobs of the new plan do the work",
             )

@@ -1,0 +1,37 @@
+"""What the cells of a plan need, known before anything runs: memory and disk. Pure: no torch."""
+
+from __future__ import annotations
+
+from trak_dist.plan import CHUNK_BYTES, Plan
+
+DRAWS_BYTES = 2**30  # what a projector may keep of its draws
+
+
+def memory(plan: Plan) -> dict[str, int]:
+    """Bytes that the largest cell of each kind holds at once, apart from the interpreter."""
+    spec, k, p = plan.spec, plan.proj_dim, plan.parameters
+    rows = max(min(s.cell_rows, s.rows) for s in (plan.train, *plan.targets)) * plan.store_dim
+    targets = max((s.rows for s in plan.targets), default=0)
+    drawn = {"sjlt": 12 * p, "identity": 0}.get(spec.projection.kind, 4 * p * plan.store_dim)
+    return {
+        # per-sample gradients twice, the cell's rows in two types, what is drawn (cached)
+        "featurize": 8 * spec.featurize.batch_rows * p + 8 * rows + min(drawn, DRAWS_BYTES),
+        # XᵀX; a cell's rows as stored, in float32 and in float64
+        "gram": 8 * k * k + 16 * rows,
+        # XᵀX, its factor, its inverse and a temporary
+        "kernel": 4 * 8 * k * k,
+        # the factor; the targets' grads and their solutions
+        "precondition": 8 * k * k + 24 * k * targets,
+        "score": 8 * k * targets + 6 * CHUNK_BYTES,
+    }
+
+
+def store_bytes(plan: Plan) -> int:
+    """Bytes that the whole run's arrays take, uncompressed."""
+    item = 2 if plan.spec.featurize.dtype == "float16" else 4
+    rows = plan.train.rows + sum(s.rows for s in plan.targets)
+    grads = rows * (plan.store_dim * item + 8)
+    k = plan.proj_dim
+    reduce = 2 * k * k * 8 + sum(s.rows for s in plan.targets) * k * 8
+    scores = plan.train.rows * sum(s.rows for s in plan.targets) * 4
+    return len(plan.checkpoints) * (grads + reduce) + scores
