@@ -12,8 +12,8 @@ from trak_dist.config import STAGES, Config, flatten, nearest, spec_from_mapping
 from trak_dist.errors import ConfigError
 
 SETTINGS = (
-    "cluster, featurize, limit, problem, proj_dim, projection, reduce, repair, run_dir, stage, "
-    "store, store_dim, targets"
+    "accept_source, checkpoints, cluster, featurize, limit, problem, proj_dim, projection, reduce, "
+    "repair, run_dir, stage, store, store_dim, targets"
 )
 GOOD: dict[str, Any] = {"problem": {"_target_": "a.b", "rows": 3}, "run_dir": "runs/a"}
 
@@ -21,7 +21,7 @@ GOOD: dict[str, Any] = {"problem": {"_target_": "a.b", "rows": 3}, "run_dir": "r
 def faults(mapping: Mapping[str, Any]) -> list[str]:
     with pytest.raises(ConfigError) as raised:
         Config.from_mapping(mapping)
-    first, *lines = str(raised.value).splitlines()
+    first, *lines = raised.value.what.splitlines()
     assert first == "the configuration is not valid:"
     assert all(line.startswith("  ") for line in lines)
     return [line.strip() for line in lines]

@@ -14,6 +14,7 @@ import torch
 from conftest import Ended
 
 from trak_dist import machine
+from trak_dist.ops.gradients import VmapGradients
 from trak_dist.store import atomic
 from trak_dist.store.run import Run
 
@@ -299,10 +300,14 @@ def test_device_that_is_not_there(launch, tiny_run, monkeypatch) -> None:
 
 
 def test_an_unexpected_error_comes_with_its_traceback(launch, tiny_run, monkeypatch) -> None:
-    def broken(self: object, model: object, *rest: object) -> None:
-        raise RuntimeError("out of luck")
+    real = VmapGradients.__call__
 
-    monkeypatch.setattr("trak_dist.ImageClassification.get_output", broken)
+    def broken(self: VmapGradients, batch: tuple[torch.Tensor, ...]) -> object:
+        if len(batch[0]) > 2:  # what planning tries goes well
+            raise RuntimeError("out of luck")
+        return real(self, batch)
+
+    monkeypatch.setattr(VmapGradients, "__call__", broken)
     says(launch(*tiny_run), 1, "featurize/0/train/0-8", "Traceback", "RuntimeError: out of luck")
 
 

@@ -216,7 +216,7 @@ def test_shuffled_checkpoints_are_refused(command, featurized: Run, tmp_path: Pa
     shutil.copy(other, one)
     shutil.copy(tmp_path / "kept.pt", other)
     ended = command("run", "targets=[val,test]")
-    assert ended.code == 1
+    assert ended.code == 2
     assert "model_id 0 has other weights than those it was first featurized with" in ended.err
 
 

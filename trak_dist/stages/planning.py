@@ -51,7 +51,7 @@ def make_plan(config: Config, problem: Problem, source: Source) -> Plan:
         source=source,
         parameters=parameters,
         train=_split(TRAIN, problem, spec, dim),
-        checkpoints=_checkpoints(problem, config.checkpoints.train),
+        checkpoints=_checkpoints(problem, config.checkpoints.train, source.import_root),
         targets=tuple(
             _split(n, problem, spec, dim) for n in _target_names(problem, config.targets)
         ),
@@ -92,7 +92,7 @@ def extend_plan(
         check_split(problem, split, plan.spec.limit)
     known = {s.name for s in plan.targets}
     added = [n for n in _target_names(problem, targets) if n not in known] if targets else []
-    checkpoints = _checkpoints(problem, train)
+    checkpoints = _checkpoints(problem, train, plan.source.import_root)
     for old, new in zip_longest(plan.checkpoints, checkpoints):
         if old is not None and old != new:
             raise PlanMismatch(
@@ -212,10 +212,10 @@ def dry_run(problem: Problem, name: str, dataset: MapDataset, params: Sequence[s
             )
 
 
-def _checkpoints(problem: Problem, train: int) -> tuple[Checkpoint, ...]:
+def _checkpoints(problem: Problem, train: int, import_root: str) -> tuple[Checkpoint, ...]:
     if problem.checkpoints:
         paths = enumerate(problem.checkpoints)
-        return tuple(Checkpoint(i, str(Path(p).absolute()), False) for i, p in paths)
+        return tuple(Checkpoint(i, str(Path(import_root, p)), False) for i, p in paths)
     if problem.train_checkpoint is None:
         raise CheckpointError(
             "no checkpoint found: the problem gives none, and no train_checkpoint to make them",

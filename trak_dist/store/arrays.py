@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -53,6 +54,10 @@ def ensure(path: Path, spec: ArraySpec) -> None:
     """
     if not _there(path) and atomic.publish_directory(path, lambda at: _create(at, spec)):
         return
+    if not _there(path):  # chunks that lost their metadata get it back
+        with tempfile.TemporaryDirectory() as scratch:
+            _create(Path(scratch) / "array", spec)
+            atomic.write_once(path / "zarr.json", (Path(scratch) / "array/zarr.json").read_bytes())
     there = _described(_open(path, mode="r"), spec.compression)
     if there != spec:
         raise StoreError(
@@ -163,7 +168,7 @@ def _open(path: Path, *, mode: Any) -> Any:
         raise StoreError(
             f"no readable array ({error})",
             where=str(path),
-            next="stage=plan makes the arrays that are missing",
+            next="stage=plan makes what is missing; if zarr.json is damaged, remove it first",
         ) from error
 
 
