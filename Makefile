@@ -18,7 +18,7 @@ test: check-code $(DEV_STAMP)
 check: check-code test-fast
 
 test-fast: $(DEV_STAMP)
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -n auto -m "not slow"
 
 .PHONY: check-code
 check-code: $(DEV_STAMP)

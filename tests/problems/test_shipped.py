@@ -62,6 +62,7 @@ def test_mnist_refuses_a_network_it_does_not_have() -> None:
         mnist.problem(model="vit")
 
 
+@pytest.mark.slow
 def test_trained_classifiers_learn_and_differ_by_seed_alone() -> None:
     problem = mnist.problem(model="cnn")
     assert problem.train_checkpoint
