@@ -10,6 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from trak_dist.ops.gradients import VmapGradients
 
 ROOT = Path(__file__).parents[2]
 
@@ -38,6 +41,17 @@ def test_the_page_on_your_own_problem_works_as_written(tmp_path: Path) -> None:
     outputs = [run(line, tmp_path) for block in blocks(page, "bash") for line in block.splitlines()]
     assert '"complete": true' in outputs[-2]
     assert outputs[-1].startswith("(1500, 297) [")
+
+
+def test_the_regression_of_the_page_gives_gradients_of_the_prediction() -> None:
+    (source,) = (b for b in blocks(ROOT / "docs/your-problem.md", "python") if "Regression" in b)
+    names: dict[str, type] = {}
+    exec(source, names)
+    output, model = names["Regression"](), torch.nn.Linear(3, 1)
+    batch = (torch.randn(5, 3), torch.randn(5))
+    assert torch.equal(VmapGradients(model, output, ["weight"])(batch)["weight"][:, 0], batch[0])
+    q = output.get_out_to_loss_grad(model, dict(model.named_parameters()), {}, batch)
+    torch.testing.assert_close(q, batch[1] - model(batch[0])[:, 0])
 
 
 @pytest.mark.slow
