@@ -135,6 +135,7 @@ def _planned(config: Config, run: Run | None, given: frozenset[str]) -> tuple[Ru
         plan = planning.with_reduce(run, config.spec)
     if plan is None or config.stage != "reduce":
         plan = _plan_with_problem(config, plan, run, given)
+    planning.refuse_rank_deficient(plan)
     workers = _fit_workers(plan, config.cluster)
     run_dir = Path(config.run_dir)
     _refuse_full_disk(

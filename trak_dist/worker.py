@@ -84,10 +84,13 @@ def run_cells(run_dir: str, fingerprint: str, device: str, cell_ids: Sequence[st
         try:
             _run_cell(session, cell)
         except MissingInputs as error:
-            log.warning("%s: not run: %s", cell.id, error)  # its inputs' failures are on record
+            log.warning(
+                "%s: not run: %s", cell.id, error.what
+            )  # its inputs' failures are on record
         except Exception as error:  # the boundary of a cell: recorded, shown by launch and status
             expected = isinstance(error, TrakDistError)
-            log.error("%s: failed: %s", cell.id, error, exc_info=None if expected else error)  # noqa: TRY400
+            first, *_ = str(error).splitlines() or [type(error).__name__]
+            log.error("%s: failed: %s", cell.id, first, exc_info=None if expected else error)  # noqa: TRY400
             with contextlib.suppress(StoreError):  # a full disk: the log above has to do
                 run.receipts.fail(cell, _failure(session, cell, error))
             if isinstance(error, STOPS_WORKER):

@@ -161,16 +161,28 @@ def test_non_finite_gradient_names_cell_rows_and_checkpoint(launch, tiny_run, mo
     assert '"featurize": {"done": 24, "total": 27, "failed": 3}' in status.out
 
 
+def test_lambda_zero_with_more_columns_than_rows_is_refused_when_planning(
+    launch, tiny_run, tmp_path: Path
+) -> None:
+    says(
+        launch(*tiny_run, "proj_dim=64", "reduce.lambda_reg=0"),
+        2,
+        "error: λ = 0 with proj_dim 64 > 50 train rows: XᵀX has rank 50 at most\n"
+        "  next:  reduce.lambda_reg=1.0 reduce.lambda_unit=mean_diagonal, or another λ > 0\n",
+    )
+    assert not (tmp_path / "run").exists()
+
+
 def test_singular_gram_at_lambda_zero_and_the_way_out(launch, tiny_run) -> None:
-    ended = launch(*tiny_run, "proj_dim=64", "reduce.lambda_reg=0")
+    ended = launch(*tiny_run, "proj_dim=48", "reduce.lambda_reg=0")  # some buckets stay empty
     says(
         ended,
         1,
-        "λ = 0 with proj_dim 64 > 50 train rows: XᵀX has rank 50 at most",
+        "XᵀX + λI is singular to working precision at λ = 0: (smallest pivot / largest)² = ",
         "where: kernel/0",
         "next:  reduce.lambda_reg=1.0 reduce.lambda_unit=mean_diagonal, or another λ > 0",
     )
-    ended = launch(*tiny_run, "proj_dim=64", "reduce.lambda_reg=1.0")
+    ended = launch(*tiny_run, "proj_dim=48", "reduce.lambda_reg=1.0")
     assert ended.code == 0, ended.err
     assert "featurize: " not in ended.out, "no gradient is computed twice"
 

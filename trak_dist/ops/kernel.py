@@ -71,10 +71,7 @@ def factorise(
     mean_diagonal = float(gram.diagonal().mean())
     lambda_absolute = lambda_reg * (mean_diagonal if lambda_unit == "mean_diagonal" else 1.0)
     if lambda_absolute == 0 and k > rows:
-        raise SingularGram(
-            f"λ = 0 with proj_dim {k} > {rows} train rows: XᵀX has rank {rows} at most",
-            next=_PROPOSAL,
-        )
+        raise rank_deficient(k, rows)
     regular = gram.clone()
     regular.diagonal().add_(lambda_absolute)
     factor, failed_at = torch.linalg.cholesky_ex(regular)
@@ -102,6 +99,14 @@ def factorise(
 
 
 _PROPOSAL = "reduce.lambda_reg=1.0 reduce.lambda_unit=mean_diagonal, or another λ > 0"
+
+
+def rank_deficient(k: int, rows: int) -> SingularGram:
+    """The error of λ = 0 with more columns than rows."""
+    return SingularGram(
+        f"λ = 0 with proj_dim {k} > {rows} train rows: XᵀX has rank {rows} at most",
+        next=_PROPOSAL,
+    )
 
 
 def precondition(

@@ -19,6 +19,7 @@ from trak_dist.errors import (
     PlanMismatch,
     ProblemError,
 )
+from trak_dist.ops import kernel
 from trak_dist.ops.gradients import VmapGradients, select_params
 from trak_dist.plan import Checkpoint, Plan, Source, Split, cell_rows
 from trak_dist.problem import MapDataset, Problem, Rendered
@@ -103,6 +104,12 @@ def extend_plan(
             )
     splits = tuple(_split(n, problem, plan.spec, plan.store_dim) for n in added)
     return replace(plan, checkpoints=checkpoints, targets=(*plan.targets, *splits))
+
+
+def refuse_rank_deficient(plan: Plan) -> None:
+    """Raise `SingularGram` where λ = 0 can't work, before any gradient is computed."""
+    if plan.spec.reduce.lambda_reg == 0 and plan.proj_dim > plan.train.rows:
+        raise kernel.rank_deficient(plan.proj_dim, plan.train.rows)
 
 
 def with_reduce(run: Run, spec: Spec) -> Plan:
