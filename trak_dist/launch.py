@@ -37,7 +37,8 @@ out = Console(soft_wrap=True, highlight=False, markup=False)
 
 def main() -> None:
     """Entry point of `python -m trak_dist.launch` and of `trak-dist`."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that local workers end too
+    for ends in (signal.SIGINT, signal.SIGTERM):  # both end local workers too, even under nohup
+        signal.signal(ends, signal.default_int_handler)
     try:
         arguments = settings.complete_overrides(sys.argv[1:], Path.cwd())
         overrides = settings.overrides_among(arguments)
