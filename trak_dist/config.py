@@ -15,6 +15,7 @@ from trak_dist.errors import ConfigError
 
 STAGES = ("all", "plan", "train", "featurize", "reduce", "report", "status", "verify")
 DRAW_VERSION = 1  # of the projections; another one draws other numbers
+CACHE_BYTES = 2**30  # what a projector may keep of its draws in memory
 PROJECTIONS = ("sjlt", "rademacher", "gaussian", "identity")
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from trak_dist.config import CACHE_BYTES
 from trak_dist.plan import CHUNK_BYTES, Plan
-
-DRAWS_BYTES = 2**30  # what a projector may keep of its draws
 
 
 def memory(plan: Plan) -> dict[str, int]:
@@ -15,7 +14,7 @@ def memory(plan: Plan) -> dict[str, int]:
     drawn = {"sjlt": 12 * p, "identity": 0}.get(spec.projection.kind, 4 * p * plan.store_dim)
     return {
         # per-sample gradients twice, the cell's rows in two types, what is drawn (cached)
-        "featurize": 8 * spec.featurize.batch_rows * p + 8 * rows + min(drawn, DRAWS_BYTES),
+        "featurize": 8 * spec.featurize.batch_rows * p + 8 * rows + min(drawn, CACHE_BYTES),
         # XᵀX; a cell's rows as stored, in float32 and in float64
         "gram": 8 * k * k + 16 * rows,
         # XᵀX, its factor, its inverse and a temporary

@@ -16,10 +16,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from trak_dist.config import CACHE_BYTES
 from trak_dist.ops import draws
 
 BLOCK_ELEMENTS = 2**22
-CACHE_BYTES = 2**30  # as needs.DRAWS_BYTES says
 
 
 class Projector(Protocol):

@@ -121,21 +121,6 @@ def read_rows(path: Path, start: int, stop: int) -> NDArray[Any]:
         ) from error
 
 
-def read(path: Path) -> NDArray[Any]:
-    """The whole array at `path`."""
-    return read_rows(path, 0, shape(path)[0])
-
-
-def shape(path: Path) -> tuple[int, ...]:
-    """The shape of the array at `path`."""
-    return tuple(_open(path, mode="r").shape)
-
-
-def attributes(path: Path) -> dict[str, Any]:
-    """The attributes of the array at `path`."""
-    return dict(_open(path, mode="r").attrs)
-
-
 def content_digest(values: NDArray[Any]) -> str:
     """Digest of the values as C-ordered bytes, whatever the codec."""
     return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()[:32]
