@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from trak_dist.errors import ConfigError
@@ -120,12 +120,24 @@ class ReportCell(_Id):
 
 Cell = TrainCell | FeaturizeCell | GramCell | KernelCell | PreconditionCell | ScoreCell | ReportCell
 
-# The stages that a user names, and the cells that each runs, in this order.
-STAGE_CELLS: dict[str, tuple[type[Cell], ...]] = {
+# The steps of the job graph, in order, and the kinds of cells that a task of each runs.
+STEPS: dict[str, tuple[type[Cell], ...]] = {
     "train": (TrainCell,),
     "featurize": (FeaturizeCell,),
-    "reduce": (GramCell, KernelCell, PreconditionCell, ScoreCell),
+    "kernel": (GramCell, KernelCell, PreconditionCell),
+    "score": (ScoreCell,),
     "report": (ReportCell,),
+}
+# The stages that a user names, and the steps that each runs, in this order.
+STAGE_STEPS: dict[str, tuple[str, ...]] = {
+    "train": ("train",),
+    "featurize": ("featurize",),
+    "reduce": ("kernel", "score"),
+    "report": ("report",),
+}
+STAGE_CELLS: dict[str, tuple[type[Cell], ...]] = {
+    stage: tuple(kind for step in steps for kind in STEPS[step])
+    for stage, steps in STAGE_STEPS.items()
 }
 
 
@@ -178,8 +190,3 @@ def parse_cell(cell_id: str) -> Cell:
             if cell.id == cell_id:  # one spelling per cell
                 return cell
     raise ConfigError(f"{cell_id!r} names no cell", next="use an id that stage=status shows")
-
-
-def sort_key(cell: Cell) -> tuple[object, ...]:
-    """Order by stage in the job graph, then by coordinates."""
-    return (list(_FORMS).index(cell.stage), *astuple(cell))

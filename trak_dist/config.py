@@ -9,13 +9,20 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from trak_dist.errors import ConfigError
 
-STAGES = ("all", "plan", "train", "featurize", "reduce", "report", "status", "verify")
+STAGES = ("all", "plan", "train", "featurize", "reduce", "report", "status", "verify", "cancel")
 DRAW_VERSION = 1  # of the projections; another one draws other numbers
 CACHE_BYTES = 2**30  # what a projector may keep of its draws in memory
+DEVICES = ("auto", "cpu", "cuda")
+# Options of sbatch that have a setting of their own, or on which the job graph rests.
+SET_BY_US = {
+    *("account", "array", "constraint", "cpus-per-task", "dependency", "error", "exclude"),
+    *("gpus-per-node", "job-name", "kill-on-invalid-dep", "mem", "nodes", "open-mode", "output"),
+    *("parsable", "partition", "qos", "requeue", "signal", "time"),
+}
 PROJECTIONS = ("sjlt", "rademacher", "gaussian", "identity")
 
 
@@ -83,12 +90,50 @@ class CheckpointsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """Where cells run. `workers` and `memory_gb` of 0 mean: what this machine has."""
+    """Cells run on this machine. `workers` and `memory_gb` of 0 mean: what it has."""
 
-    kind: str = field(default="local", metadata={"choices": ("debug", "local")})
-    device: str = field(default="auto", metadata={"choices": ("auto", "cpu", "cuda")})
+    kind: str = field(default="local", metadata={"choices": ("debug", "local", "slurm")})
+    device: str = field(default="auto", metadata={"choices": DEVICES})
     workers: int = field(default=0, metadata={"min": 0})
     memory_gb: float = field(default=0.0, metadata={"min": 0})
+
+
+@dataclass(frozen=True, kw_only=True)
+class CpuJobsConfig:
+    """Where jobs without a GPU go, if elsewhere; empty means: where the others go."""
+
+    partition: str = ""
+    account: str = ""
+    qos: str = ""
+    constraint: str = ""
+    exclude: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlurmConfig:
+    """Cells run in Slurm jobs. What each field means stands in `conf/cluster/slurm.yaml`."""
+
+    kind: str = field(default="slurm", metadata={"choices": ("slurm",)})
+    device: str = field(default="auto", metadata={"choices": DEVICES})
+    partition: str = ""
+    account: str = ""
+    qos: str = ""
+    constraint: str = ""
+    exclude: str = ""
+    cpu_jobs: CpuJobsConfig = CpuJobsConfig()
+    gpus_per_node: int = field(default=1, metadata={"min": 0})
+    cpus_per_task: int = field(default=0, metadata={"min": 0})
+    memory_gb: float = field(default=0.0, metadata={"min": 0})
+    time: int = field(default=60, metadata={"min": 1})
+    signal_delay: int = field(default=120, metadata={"min": 1})
+    minutes_per_task: int = field(default=20, metadata={"min": 1})
+    rows_per_task: int = field(default=0, metadata={"min": 0})
+    array_parallelism: int = field(default=0, metadata={"min": 0})
+    max_attempts: int = field(default=5, metadata={"min": 1})
+    setup: tuple[str, ...] = field(default=(), metadata={"may_be_empty": True})
+    python: str = ""
+    sbatch: Mapping[str, Any] = field(default_factory=dict)
+    dry_run: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +146,10 @@ class Config:
     targets: tuple[str, ...] = ("all",)
     repair: bool = False
     accept_source: bool = False
+    watch: bool = False
+    force: bool = False
     checkpoints: CheckpointsConfig = CheckpointsConfig()
-    cluster: ClusterConfig = ClusterConfig()
+    cluster: ClusterConfig | SlurmConfig = ClusterConfig()
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> Config:
@@ -122,7 +169,7 @@ class Config:
         rest = {k: v for k, v in mapping.items() if k in own_names}
         config: Config = _build(cls, rest, "", bad, given={"spec": spec})
         if not bad:
-            bad.extend(_cross_checks(spec))
+            bad.extend(_cross_checks(spec, config.cluster))
         if bad:
             raise ConfigError(
                 "\n".join(["the configuration is not valid:", *bad]),
@@ -133,11 +180,23 @@ class Config:
 
 def spec_from_mapping(mapping: Mapping[str, Any]) -> Spec:
     """Rebuild a `Spec` from a plan's JSON."""
+    return _rebuilt(Spec, mapping, "the plan's spec is not valid:")
+
+
+def cluster_from_mapping(mapping: Mapping[str, Any]) -> SlurmConfig:
+    """Rebuild a `SlurmConfig` from a job's JSON."""
+    return _rebuilt(SlurmConfig, mapping, "the job's cluster settings are not valid:")
+
+
+Section = TypeVar("Section")
+
+
+def _rebuilt(cls: type[Section], mapping: Mapping[str, Any], what: str) -> Section:
     bad: list[str] = []
-    spec: Spec = _build(Spec, mapping, "", bad)
+    section: Section = _build(cls, mapping, "", bad)
     if bad:
-        raise ConfigError("\n".join(["the plan's spec is not valid:", *bad]))
-    return spec
+        raise ConfigError("\n".join([what, *bad]))
+    return section
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -182,9 +241,9 @@ def _build(
     for name, raw in mapping.items():
         if name not in known:
             bad.append(f"  {path}{name}: unknown; {nearest(name, known)}")
-        elif hints[name] in _SECTIONS:
+        elif section := _section(hints[name], raw):
             if isinstance(raw, Mapping):
-                values[name] = _build(hints[name], raw, f"{path}{name}.", bad)
+                values[name] = _build(section, raw, f"{path}{name}.", bad)
             else:
                 bad.append(f"  {path}{name}: {raw!r} is not a section of settings")
         else:
@@ -200,14 +259,23 @@ _SECTIONS = (
     ReduceConfig,
     StoreConfig,
     CheckpointsConfig,
-    ClusterConfig,
+    CpuJobsConfig,
 )
+
+
+def _section(hint: Any, raw: Any) -> type[Any] | None:
+    """The class of a section of settings; None if the field is a plain value."""
+    if hint == ClusterConfig | SlurmConfig:
+        slurm = isinstance(raw, Mapping) and raw.get("kind") == "slurm"
+        return SlurmConfig if slurm else ClusterConfig
+    return hint if hint in _SECTIONS else None
 
 
 def _value(raw: Any, hint: Any, limits: Mapping[str, Any], path: str, bad: list[str]) -> Any:
     if hint == tuple[str, ...]:
         raw = (raw,) if isinstance(raw, str) else raw
-        if isinstance(raw, list | tuple) and raw and all(isinstance(v, str) for v in raw):
+        named = isinstance(raw, list | tuple) and all(isinstance(v, str) for v in raw)
+        if named and (raw or limits.get("may_be_empty")):
             return tuple(raw)
         bad.append(f"  {path}: {raw!r} is not a name or a list of names")
         return None
@@ -232,7 +300,15 @@ def _value(raw: Any, hint: Any, limits: Mapping[str, Any], path: str, bad: list[
     return hint(raw) if fits else None
 
 
-def _cross_checks(spec: Spec) -> Iterable[str]:
+def _cross_checks(spec: Spec, cluster: ClusterConfig | SlurmConfig) -> Iterable[str]:
+    given = {key.replace("_", "-"): key for key in getattr(cluster, "sbatch", {})}
+    for name in sorted(SET_BY_US & given.keys()):
+        yield f"  cluster.sbatch.{given[name]}: the launcher sets --{name} itself"
+    if isinstance(cluster, SlurmConfig) and cluster.signal_delay >= 60 * cluster.time:
+        yield (
+            f"  cluster.signal_delay: {cluster.signal_delay} seconds are not less than "
+            f"cluster.time {cluster.time} minutes"
+        )
     if not isinstance(spec.problem.get("_target_"), str):
         yield "  problem._target_: missing; give the import path of a function returning a Problem"
     if spec.projection.kind != "identity" and spec.store_dim % spec.proj_dim:

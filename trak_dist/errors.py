@@ -87,3 +87,19 @@ class MixedRun(TrakDistError):
 
 class DeviceError(TrakDistError):
     """The device asked for is not there."""
+
+
+class SlurmError(TrakDistError):
+    """A Slurm command is missing, failed, or refused a job."""
+
+
+class SlurmRefused(SlurmError):
+    """Slurm said no to a job, which is surely not in the queue then."""
+
+
+class QueueFull(SlurmRefused):
+    """A limit on submitted jobs leaves no room."""
+
+
+class WorkerLost(TrakDistError):
+    """A task's attempts ended without a word, again and again."""

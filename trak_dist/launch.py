@@ -11,6 +11,7 @@ import functools
 import logging
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,12 +20,13 @@ import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 
-from trak_dist import machine, needs, settings, telling
-from trak_dist.cells import STAGE_CELLS
-from trak_dist.config import ClusterConfig, Config
+from trak_dist import graph, machine, needs, settings, telling
+from trak_dist.cells import STAGE_CELLS, STAGE_STEPS
+from trak_dist.config import ClusterConfig, Config, SlurmConfig
 from trak_dist.errors import ConfigError, MissingInputs, StoreError, TrakDistError
 from trak_dist.progress import Progress
 from trak_dist.store import atomic
+from trak_dist.store.jobs import Jobs
 from trak_dist.store.run import Run
 
 if TYPE_CHECKING:
@@ -80,26 +82,54 @@ def _launch(composed: DictConfig, given: frozenset[str]) -> int:
         run = Run.open(run_dir) if Run.exists(run_dir) else None
     if run:
         mapping, kept = settings.merge_with_plan(mapping, asdict(run.plan.spec), given)
-        if kept and mapping["stage"] != "status":
+        if kept and mapping["stage"] not in ("status", "cancel"):
             out.print(f"from the plan: {', '.join(kept)}")
     settings.refuse_missing(mapping)
     config = Config.from_mapping({**mapping, "run_dir": str(run_dir)})
-    if config.stage in ("status", "verify"):
+    if config.stage in ("status", "verify", "cancel"):
         run = run or Run.open(run_dir)  # raises, and says how to begin
         _refuse_other_spec(run, config, may_reduce=False)
-        if config.stage == "status":
-            telling.status(run)
-            return DONE
-        return DONE if telling.verify(run, repair=config.repair) else FAILED
+        return _look(run, config)
     run, workers = _planned(config, run, given)
     if config.stage == "plan":
         return DONE
+    stages = [s for s in STAGE_CELLS if config.stage in ("all", s)]
+    if isinstance(config.cluster, SlurmConfig):
+        return _submit(run, config.cluster, stages, force=config.force)
     executor = _executor(run, config.cluster, workers)
     _refuse_missing_upstream(run, config.stage)
-    for stage in STAGE_CELLS:
-        if config.stage in ("all", stage) and not _run_stage(run, stage, config.cluster, executor):
+    for stage in stages:
+        if not _run_stage(run, stage, config.cluster, executor):
             return FAILED
     telling.tell_what_next(run)
+    return DONE
+
+
+def _look(run: Run, config: Config) -> int:
+    if config.stage == "cancel":
+        from trak_dist.stages.queue import cancel
+
+        ids = cancel(Jobs(run))
+        out.print(f"cancelled: {', '.join(ids) or 'nothing, no job of this run is in the queue'}")
+        return DONE
+    if config.stage == "verify":
+        return DONE if telling.verify(run, repair=config.repair) else FAILED
+    found = telling.watch(run, out) if config.watch else telling.status(run)
+    return FAILED if found.failed else DONE
+
+
+def _submit(run: Run, cluster: SlurmConfig, stages: Sequence[str], *, force: bool) -> int:
+    from trak_dist.executors import slurm
+    from trak_dist.stages import planning
+
+    rate = functools.partial(planning.trial_rate, run.plan)
+    if cluster.dry_run:
+        foreseen, scripts = slurm.dry_run(run, cluster, stages, rate=rate)
+        telling.submitted(run, foreseen)
+        for number, script in enumerate(scripts, 1):
+            print(f"\n# <{number}> {'-' * 70}\n{script}")
+        return DONE
+    telling.submitted(run, slurm.submit(run, cluster, stages, rate=rate, force=force))
     return DONE
 
 
@@ -198,7 +228,10 @@ def _refuse_full_disk(run_dir: Path, needed: int) -> None:
 # Run ----------------------------------------------------------------------------------------
 
 
-def _fit_workers(plan: Plan, cluster: ClusterConfig) -> int:
+def _fit_workers(plan: Plan, cluster: ClusterConfig | SlurmConfig) -> int:
+    if isinstance(cluster, SlurmConfig):
+        memory = int(cluster.memory_gb * 2**30) or sys.maxsize
+        return machine.fit_workers(wanted=1, needed=needs.memory(plan), memory=memory)
     threads = max(plan.spec.featurize.threads, plan.spec.reduce.threads)
     return machine.fit_workers(
         wanted=cluster.workers or _gpus(cluster) or max(1, machine.cores() // threads),
@@ -222,10 +255,12 @@ def _executor(run: Run, cluster: ClusterConfig, workers: int) -> Executor:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
         return DebugExecutor()
     from trak_dist.executors.local import LocalExecutor
-    from trak_dist.worker import LOG_VARIABLE
 
     return LocalExecutor(
-        logs=run.layout.logs, workers=workers, gpus=_gpus(cluster), log_variable=LOG_VARIABLE
+        logs=run.layout.logs,
+        workers=workers,
+        gpus=_gpus(cluster),
+        log_variable=machine.LOG_VARIABLE,
     )
 
 
@@ -251,7 +286,7 @@ def _run_stage(run: Run, stage: str, cluster: ClusterConfig, executor: Executor)
     job = functools.partial(
         worker.run_cells, str(run.layout.run_dir), run.plan.fingerprint, cluster.device
     )
-    phases = list(run.plan.phases(stage))
+    phases = [graph.tasks(run.plan, step) for step in STAGE_STEPS[stage]]
     if not any(phases):
         out.print(f"{stage}: nothing to do, the problem brings its checkpoints")
     for number, phase in enumerate(phases, 1):

@@ -1,14 +1,17 @@
-"""What this machine gives to a process: cores and memory."""
+"""What this machine gives to a process, and what surrounds it: cores, memory, job, log."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from trak_dist.errors import MemoryRefused
 
+LOG_VARIABLE = "TRAK_DIST_LOG"  # who starts a worker says in it where its output goes
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -25,6 +28,19 @@ def memory_bytes() -> int:
         with contextlib.suppress(OSError, ValueError):  # no such control group, or "max"
             limits.append(int(path.read_text()))
     return min(limits)
+
+
+def process() -> dict[str, Any]:
+    """Host, process, job (`12_3` for task 3 of Slurm's array 12) and log file of this process."""
+    get = os.environ.get
+    array, index = get("SLURM_ARRAY_JOB_ID"), get("SLURM_ARRAY_TASK_ID")
+    job_id = f"{array}_{index}" if array else get("SLURM_JOB_ID") or get("SUBMITIT_LOCAL_JOB_ID")
+    return {
+        "host": get("SLURMD_NODENAME") or socket.gethostname(),
+        "pid": os.getpid(),
+        "job_id": job_id or "",
+        "log": get(LOG_VARIABLE, ""),
+    }
 
 
 def fit_workers(*, wanted: int, needed: Mapping[str, int], memory: int) -> int:

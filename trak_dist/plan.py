@@ -218,21 +218,6 @@ class Plan:
             assert kind is ReportCell
             yield from (ReportCell(s.name) for s in self.targets)
 
-    def phases(self, stage: str) -> Iterator[list[tuple[Cell, ...]]]:
-        """The cells of `stage` as tasks, in phases.
-
-        Tasks of one phase may run in any order and at once; the cells of a task run in their order.
-        """
-        if stage != "reduce":
-            yield [(cell,) for cell in self.cells(stage)]
-            return
-        chains: dict[int, list[Cell]] = {m: [] for m in self.model_ids}
-        for kind in (GramCell, KernelCell, PreconditionCell):
-            for cell in self.cells_of(kind):
-                chains[cell.model_id].append(cell)  # type: ignore[union-attr]
-        yield [tuple(chain) for chain in chains.values()]
-        yield [(cell,) for cell in self.cells_of(ScoreCell)]
-
     def featurize_cells(self, model_id: int, split: str) -> Iterator[FeaturizeCell]:
         """The featurize cells of one checkpoint and split, in order of rows."""
         return (FeaturizeCell(model_id, split, rows) for rows in self.split(split).blocks())

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
 
 from trak_dist.cells import Cell
-from trak_dist.stages.status import lines, read_status
+from trak_dist.stages.status import Status, by_error, lines, read_status
 from trak_dist.store.run import Run
+
+if TYPE_CHECKING:
+    from trak_dist.executors.sending import Submitted
+
+WATCH_SECONDS = 5.0
 
 
 def all_done(run: Run, stage: str, cells: Sequence[Cell]) -> bool:
@@ -20,10 +30,7 @@ def all_done(run: Run, stage: str, cells: Sequence[Cell]) -> bool:
         return True
     failures = run.receipts.failures(missing)
     print(f"error: {stage}: {len(missing)} of {len(cells)} cells are not done", file=sys.stderr)
-    alike: dict[str, list[Cell]] = {}
-    for cell, failure in failures.items():
-        alike.setdefault(failure.error.split("\n")[0], []).append(cell)
-    for cells_alike in alike.values():
+    for cells_alike in by_error(failures):
         first = failures[cells_alike[0]]
         text = first.error if first.expected else first.traceback
         log = f" (log: {first.job['log']})" if first.job.get("log") else ""
@@ -41,11 +48,48 @@ def all_done(run: Run, stage: str, cells: Sequence[Cell]) -> bool:
     return False
 
 
-def status(run: Run) -> None:
+def status(run: Run) -> Status:
     """Print the status, the machine-readable line last."""
     found = read_status(run)
     for line in (*lines(found), "", found.json_line()):
         print(line)
+    return found
+
+
+def watch(run: Run, console: Console) -> Status:
+    """Show the status again and again, until there is nothing to wait for."""
+    with Live(console=console, auto_refresh=False, transient=True) as live:
+        while not (found := read_status(run)).idle:
+            live.update(Text("\n".join(lines(found)), no_wrap=True), refresh=True)
+            time.sleep(WATCH_SECONDS)
+    return status(run)
+
+
+def submitted(run: Run, done: Submitted) -> None:
+    """Print what was submitted, and what to type next."""
+    if done.lines:
+        print(f"{'step':<12}{'job':>10}{'tasks':>8}{'cells':>8}  after")
+    for line in done.lines:
+        after = line.dependency if len(line.dependency) < 60 else f"{line.dependency[:59]}…"
+        counts = f"{line.job_id:>10}{line.tasks:>8}{line.cells:>8}"
+        print(f"{line.step:<12}{counts}  {after}".rstrip())
+    if done.queued_before:
+        print(f"in the queue before, left alone: {done.queued_before} cells")
+    if done.left and done.goes_on:
+        print(f"no room in the queue for {done.left} cells: job {done.goes_on} submits them")
+    elif done.left:
+        print(
+            f"no room in the queue for {done.left} cells: run the same command again when some "
+            "jobs have ended"
+        )
+    if done.blocked:
+        print(
+            f"not submitted, since what they need failed or is missing: {len(done.blocked)} cells, "
+            f"{done.blocked[0].id} first"
+        )
+    if not (done.lines or done.queued_before or done.left or done.blocked):
+        print("nothing to submit: all cells are done")
+    print(f"next:   {_command(run, 'stage=status')}")
 
 
 def verify(run: Run, *, repair: bool) -> bool:
@@ -54,7 +98,7 @@ def verify(run: Run, *, repair: bool) -> bool:
 
     found = read_status(run)
     done = sum(len(s.done) for s in found.stages.values())
-    missing = sum(s.total for s in found.stages.values()) - done
+    missing = sum(len(s.cells) for s in found.stages.values()) - done
     damaged = list(damaged_cells(run))
     for cell, reasons in damaged:
         print(f"damaged {cell.id}: {'; '.join(reasons)}")
@@ -79,7 +123,11 @@ def tell_what_next(run: Run) -> None:
         if run.layout.report(split.name).exists():
             print(f"scores: {run.layout.scores(split.name)}")
             print(f"report: {run.layout.report(split.name)}")
+    print(f"next:   {_command(run, 'stage=status')}")
+
+
+def _command(run: Run, arguments: str) -> str:
     where = run.layout.run_dir
-    if os.path.commonpath([where, Path.cwd()]) == str(Path.cwd()):
+    if where.is_relative_to(Path.cwd()):
         where = where.relative_to(Path.cwd())
-    print(f"next:   python -m trak_dist.launch stage=status run_dir={where}")
+    return f"python -m trak_dist.launch {arguments} run_dir={where}"

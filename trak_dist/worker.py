@@ -11,10 +11,8 @@ import contextlib
 import functools
 import importlib
 import logging
-import os
 import platform
 import random
-import socket
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -25,7 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from trak_dist.cells import Cell, parse_cell
+from trak_dist import machine
+from trak_dist.cells import Cell, FeaturizeCell, parse_cell
 from trak_dist.errors import (
     DatasetError,
     DeviceError,
@@ -44,7 +43,6 @@ from trak_dist.store.run import Run
 
 log = logging.getLogger(__name__)
 
-LOG_VARIABLE = "TRAK_DIST_LOG"
 STOPS_WORKER = (DatasetError, DeviceError, PlanMismatch, ProblemError, StoreError)
 
 # Imported when a cell needs them, so that a score job does not pay for matplotlib.
@@ -59,8 +57,21 @@ _STAGES = {
 }
 
 
-def run_cells(run_dir: str, fingerprint: str, device: str, cell_ids: Sequence[str]) -> None:
-    """Run those of `cell_ids` that are not done. What came of each is in the run directory.
+def run_cells(
+    run_dir: str,
+    fingerprint: str,
+    device: str,
+    cell_ids: Sequence[str],
+    stopped: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Run those of `cell_ids` that are not done; whether all are done in the end.
+
+    What came of each is in the run directory.
+
+    Parameters
+    ----------
+    stopped : callable
+        Asked before each cell; once it says yes, no further one is begun.
 
     Raises
     ------
@@ -78,11 +89,15 @@ def run_cells(run_dir: str, fingerprint: str, device: str, cell_ids: Sequence[st
     cells = [parse_cell(cell_id) for cell_id in cell_ids]
     done = run.receipts.done(cells)
     log.info("%d cells, %d of them done before", len(cells), len(done))
+    finished = len(done)
     for cell in cells:
         if cell in done:
             continue
+        if stopped():
+            return False
         try:
             _run_cell(session, cell)
+            finished += 1
         except MissingInputs as error:
             log.warning(
                 "%s: not run: %s", cell.id, error.what
@@ -94,7 +109,8 @@ def run_cells(run_dir: str, fingerprint: str, device: str, cell_ids: Sequence[st
             with contextlib.suppress(StoreError):  # a full disk: the log above has to do
                 run.receipts.fail(cell, _failure(session, cell, error))
             if isinstance(error, STOPS_WORKER):
-                return
+                return False
+    return finished == len(cells)
 
 
 @functools.lru_cache(maxsize=1)  # in one process the phases of a run share the problem in memory
@@ -106,6 +122,8 @@ def _session(run_dir: str, plan: str, generation: int, device: str) -> Session:
 def _run_cell(session: Session, cell: Cell) -> None:
     run = session.run
     _fix_numerics(session, cell)
+    if isinstance(cell, FeaturizeCell):
+        session.load(cell.model_id)  # not on the clock: data shards are sized by rows per second
     started = time.time()
     module, name = _STAGES[cell.stage]
     stage: Callable[[Session, Any], Outcome] = getattr(
@@ -141,8 +159,9 @@ def _fix_numerics(session: Session, cell: Cell) -> None:
     torch.set_num_threads(spec.featurize.threads if featurizes else spec.reduce.threads)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
-    # Scatter-adds on CUDA sum in any order otherwise; a warning where there is no such kernel.
-    torch.use_deterministic_algorithms(session.device.type == "cuda", warn_only=True)
+    if session.device.type == "cuda":  # on the CPU it only costs the import of inductor, 1.4 s
+        # Scatter-adds sum in any order otherwise; a warning where there is no such kernel.
+        torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
 
@@ -152,10 +171,7 @@ def _job(session: Session, cell: Cell) -> dict[str, Any]:
     device = session.device
     return {
         "attempt": 1 + (int(failed.job.get("attempt", 0)) if failed else 0),
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "job_id": os.environ.get("SLURM_JOB_ID") or os.environ.get("SUBMITIT_LOCAL_JOB_ID") or "",
-        "log": os.environ.get(LOG_VARIABLE, ""),
+        **machine.process(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "python": platform.python_version(),
         **{name: version(name) for name in ("trak_dist", "torch", "numpy", "zarr")},

@@ -7,7 +7,7 @@ from typing import Protocol
 
 # A task: ids of cells, to run in this order in one process.
 Task = tuple[str, ...]
-Job = Callable[[Sequence[str]], None]
+Job = Callable[[Sequence[str]], object]
 
 
 class Executor(Protocol):

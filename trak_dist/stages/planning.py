@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import zip_longest
@@ -29,7 +30,7 @@ from trak_dist.stages.checkpoints import (
     read_state_dict,
     refuse_other_weights,
 )
-from trak_dist.stages.session import as_batch, check_split, limited, probe
+from trak_dist.stages.session import as_batch, check_split, limited, probe, projector
 from trak_dist.store.layout import Layout
 from trak_dist.store.run import Run
 
@@ -217,6 +218,30 @@ def dry_run(problem: Problem, name: str, dataset: MapDataset, params: Sequence[s
                 where="problem.render",
                 next="return trak_dist.Rendered(picture or text, label)",
             )
+
+
+def trial_rate(plan: Plan) -> float:
+    """Rows per second of two examples' grads on this CPU: about what a worker does at least.
+
+    The first pass, which also allocates and draws, is not counted.
+    """
+    problem = problems.rebuild(plan.spec.problem, plan.source)
+    torch.set_num_threads(plan.spec.featurize.threads)
+    dataset = problem.dataset(TRAIN)
+    examples = [dataset[row] for row in range(min(2, plan.train.rows))]
+    batch = as_batch((problem.collate or torch.utils.data.default_collate)(examples))
+    gradients = VmapGradients(
+        problem.model.eval(), problem.model_output, plan.spec.featurize.params
+    )
+    project = projector(plan, 0, problem.model)
+    seconds = 0.0
+    for _ in range(2):
+        started = time.perf_counter()
+        into = torch.zeros(len(examples), plan.store_dim)
+        for name, values in gradients(batch).items():
+            project.add(into, name, values.float())
+        seconds = time.perf_counter() - started
+    return len(examples) / seconds
 
 
 def _checkpoints(problem: Problem, train: int, import_root: str) -> tuple[Checkpoint, ...]:

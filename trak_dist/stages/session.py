@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
@@ -86,10 +87,11 @@ class _Loaded:
         self.gradients: GradientComputer = VmapGradients(
             self.model, session.problem.model_output, plan.spec.featurize.params
         )
-        self.projector = _projector(plan, model_id, self.model)
+        self.projector = projector(plan, model_id, self.model)
 
 
-def _projector(plan: Plan, model_id: int, model: nn.Module) -> Projector:
+def projector(plan: Plan, model_id: int, model: nn.Module) -> Projector:
+    """The projection of one checkpoint's gradients."""
     return make_projector(
         plan.spec.projection.kind,
         dim=plan.store_dim,
@@ -158,7 +160,7 @@ def open_device(name: str) -> torch.device:
     Raises
     ------
     DeviceError
-        If `cuda` is asked for and not there.
+        If `cuda` is asked for and not there, or a GPU was granted that torch does not see.
     """
     cuda = torch.cuda.is_available()
     if name == "cuda" and not cuda:
@@ -166,5 +168,12 @@ def open_device(name: str) -> torch.device:
             "device cuda was asked for, torch sees no CUDA device",
             where="cluster.device",
             next="cluster.device=cpu, or run where there is a GPU",
+        )
+    granted = os.environ.get("SLURM_STEP_GPUS") or os.environ.get("SLURM_JOB_GPUS")
+    if name == "auto" and granted and not cuda and torch.version.cuda:
+        raise DeviceError(
+            f"Slurm gave this task GPU {granted}, torch {torch.__version__} sees no CUDA device",
+            where="cluster.device",
+            next="leave the node out (cluster.exclude), or compute without: cluster.device=cpu",
         )
     return torch.device("cuda" if cuda and name != "cpu" else "cpu")

@@ -46,6 +46,28 @@ class Layout:
         """What workers print."""
         return self.run_dir / "logs"
 
+    def job(self, number: int) -> Path:
+        """What an array of tasks was submitted to do."""
+        return self.run_dir / "jobs" / f"{number}.json"
+
+    def jobs(self) -> list[int]:
+        """The numbers of the arrays that were submitted, in order."""
+        found = (path.stem for path in (self.run_dir / "jobs").glob("*.json"))
+        return sorted(int(n) for n in found if n.isdecimal())
+
+    def job_logs(self, number: int) -> Path:
+        """The batch script of an array, and what its tasks print."""
+        return self.logs / "slurm" / str(number)
+
+    def task_logs(self, number: int) -> dict[int, Path]:
+        """What the tasks of an array that ever began printed, by index."""
+        found = self.job_logs(number).glob("*_*_0_log.out")
+        return {int(path.name.split("_")[1]): path for path in found}
+
+    def attempt(self, job: str, index: int) -> Path:
+        """What the last attempt at one task of a job began with."""
+        return self.run_dir / "jobs" / job / f"{index}.json"
+
     def checkpoint(self, path: str) -> Path:
         """A checkpoint as the plan names it."""
         return self.run_dir / path  # an absolute path stays what it is

@@ -10,9 +10,10 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any, TypeVar
 
 import numpy as np
@@ -75,11 +76,15 @@ class Receipts:
         atomic.write(self._layout.failure(self._plan, cell), _dump(failure))
 
     def done(self, cells: Iterable[Cell]) -> dict[Cell, Receipt]:
-        """The receipts of those of `cells` that are done. Each directory is read once."""
+        """The receipts of those of `cells` that are done. Each directory is listed once."""
         cells = list(cells)
+        asked: dict[Path, set[str]] = {}
+        for cell in cells:
+            path = self._layout.receipt(self._plan, cell)
+            asked.setdefault(path.parent, set()).add(path.name)
         found: dict[str, Receipt] = {}
-        for directory in {self._layout.receipts(self._plan, c) for c in cells}:
-            found.update(_read_directory(directory))
+        for directory, names in asked.items():
+            found.update(_read_directory(directory, names))
         receipts = ((cell, found.get(cell.id)) for cell in cells)
         return {c: r for c, r in receipts if r is not None and r.key == self._plan.key(c)}
 
@@ -120,6 +125,15 @@ class Receipts:
                 single.unlink(missing_ok=True)
 
 
+def rows_per_second(receipts: Iterable[Receipt]) -> float:
+    """Rows per second of one worker, the median of the cells; 0 if no receipt tells.
+
+    A task's first cell also pays for what is imported and drawn once.
+    """
+    timed = (r for r in receipts if "rows" in r.facts and r.job.get("seconds"))
+    return float(median([r.facts["rows"] / r.job["seconds"] for r in timed] or [0.0]))
+
+
 def _dump(value: Receipt | Failure) -> bytes:
     return json.dumps(asdict(value)).encode()
 
@@ -142,8 +156,8 @@ def _read(path: Path, kind: type[Kind]) -> Kind | None:
     return value
 
 
-def _read_directory(directory: Path) -> dict[str, Receipt]:
-    singles = [_read(path, Receipt) for path in directory.glob("*.json")]
+def _read_directory(directory: Path, names: Container[str]) -> dict[str, Receipt]:
+    singles = [_read(path, Receipt) for path in directory.glob("*.json") if path.name in names]
     found = {r.cell: r for r in _read_columns(directory / "consolidated.npz")}
     return found | {r.cell: r for r in singles if r is not None}
 

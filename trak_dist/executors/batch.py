@@ -1,0 +1,190 @@
+"""One array of tasks as a batch script: what it asks Slurm for, and its submission by submitit.
+
+submitit writes the script and runs sbatch. The tasks run `trak_dist.task`, not submitit's pickles:
+what a task does is in the run directory, and nothing from there is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import shlex
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import submitit
+from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+from trak_dist import needs, slurm
+from trak_dist.cells import STEPS
+from trak_dist.config import SlurmConfig
+from trak_dist.errors import QueueFull, SlurmError, SlurmRefused
+from trak_dist.machine import LOG_VARIABLE
+from trak_dist.plan import Plan
+from trak_dist.store.jobs import GO_ON
+from trak_dist.store.run import Run
+
+BASE_GB = 8  # interpreter, libraries, CUDA's own, the user's data
+GPU_STEPS = ("train", "featurize")
+TRIES, PAUSE_SECONDS = 4, 5.0
+# What sbatch says where a limit on submitted jobs is reached, and where trying again may help.
+FULL = ("MaxSubmitJob", "GrpSubmitJob", "job queue full", "temporarily unable to accept")
+PASSING = ("timed out", "Unable to contact", "Connection refused", "Transport endpoint")
+# What follows srun. 85 asks for another go; above 128 the worker was killed. A job that is not
+# RUNNING any more is being cancelled, or put into the queue by Slurm itself.
+REQUEUE = (
+    "code=$?",
+    "task=${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}",
+    'if [ "$code" = 85 ] || [ "$code" -gt 128 ]; then',
+    '  for _ in 1 2 3; do state=$(squeue -h -j "$task" -o %T) && break; sleep 5; done',
+    '  if [ "$state" = RUNNING ]; then trap \'\' TERM; scontrol requeue "$task"; fi',
+    "fi",
+    'exit "$code"',
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What is asked of Slurm for one array; `number` is that of its file, `tasks` how many."""
+
+    name: str
+    step: str
+    tasks: int
+    dependency: str
+    number: int
+
+
+def submit(run: Run, cluster: SlurmConfig, batch: Batch) -> str:
+    """Submit an array; return its job id.
+
+    Raises
+    ------
+    SlurmRefused
+        If Slurm says no; `QueueFull` where that is for a limit on submitted jobs.
+    SlurmError
+        If neither sbatch nor squeue answer, so that the array may be in the queue or not.
+    """
+    run.layout.job_logs(batch.number).mkdir(parents=True, exist_ok=True)
+    executor, said = _executor(run, cluster, batch), ""
+    for _ in range(TRIES):
+        try:
+            with slurm.clean_environment(), contextlib.redirect_stderr(io.StringIO()):
+                return executor.send(_command(run, cluster, batch), batch.tasks)
+        except FileNotFoundError:
+            raise slurm.not_there("sbatch") from None
+        except FailedSubmissionError as error:
+            for task in slurm.queue(batch.name):  # submitted, by an sbatch that words its answer so
+                return task.job_id.split("_")[0]
+            raise SlurmError(str(error), next="see what sbatch is on this machine") from None
+        except FailedJobError as error:
+            said = str(error).strip()
+        if any(text in said for text in FULL):
+            raise QueueFull(
+                f"Slurm takes no more jobs: {said}",
+                next="run the same command again when some of yours have ended",
+            )
+        if not any(text in said for text in PASSING):
+            raise SlurmRefused(
+                f"sbatch refused the {batch.step} array: {said}",
+                where="cluster",
+                next="correct the setting it names; cluster.dry_run=true shows the script",
+            )
+        time.sleep(PAUSE_SECONDS)
+        for task in slurm.queue(batch.name):  # an answer that was lost may have been a yes
+            return task.job_id.split("_")[0]
+    raise SlurmError(
+        f"sbatch gave no answer for the {batch.step} array: {said}",
+        next="see whether Slurm is up (scontrol ping), then run the same command again",
+    )
+
+
+def script(run: Run, cluster: SlurmConfig, batch: Batch) -> str:
+    """The batch script of an array."""
+    return _executor(run, cluster, batch).text(_command(run, cluster, batch), batch.tasks)
+
+
+def memory_gb(plan: Plan, cluster: SlurmConfig, step: str) -> float:
+    """Memory that a task of this step asks for."""
+    if cluster.memory_gb:
+        return cluster.memory_gb
+    known = needs.memory(plan)
+    cells = max((known.get(kind.stage, 0) for kind in STEPS.get(step, ())), default=0)
+    return BASE_GB + -(-cells // 2**30)
+
+
+def destination(cluster: SlurmConfig, step: str) -> dict[str, str]:
+    """Partition, account, QOS, nodes that tasks of this step ask for, where not the site's own."""
+    names = ("partition", "account", "qos", "constraint", "exclude")
+    chosen = {n: getattr(cluster, n) for n in names}
+    if step not in GPU_STEPS:
+        chosen |= {n: v for n in names if (v := getattr(cluster.cpu_jobs, n))}
+    return {n: v for n, v in chosen.items() if v}
+
+
+class _Sbatch(submitit.SlurmExecutor):
+    """submitit's batch scripts and its sbatch, for a command in place of a pickled function."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        return 2  # whether sbatch is there shows when it is run
+
+    def text(self, command: str, tasks: int) -> str:
+        self.parameters["map_count"] = tasks
+        return self._make_submission_file_text(command, "")
+
+    def send(self, command: str, tasks: int) -> str:
+        self.parameters["map_count"] = tasks
+        return self._submit_command(command).job_id
+
+
+def _command(run: Run, cluster: SlurmConfig, batch: Batch) -> str:
+    python = cluster.python or shlex.quote(sys.executable)
+    return f"{python} -u -m trak_dist.task {shlex.quote(str(run.layout.run_dir))} {batch.number}"
+
+
+def _executor(run: Run, cluster: SlurmConfig, batch: Batch) -> _Sbatch:
+    executor = _Sbatch(folder=run.layout.job_logs(batch.number))
+    executor.update_parameters(**_parameters(run, cluster, batch))
+    return executor
+
+
+def _parameters(run: Run, cluster: SlurmConfig, batch: Batch) -> dict[str, Any]:
+    gpu = batch.step in GPU_STEPS and cluster.device != "cpu"
+    cpus = cluster.cpus_per_task or 1 + _threads(run.plan, batch.step)
+    logs = shlex.quote(str(run.layout.job_logs(batch.number)))
+    log = '"${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}_0_log.out"'
+    given: dict[str, Any] = {
+        "job_name": batch.name,
+        "time": cluster.time,
+        "mem": f"{math.ceil(1024 * memory_gb(run.plan, cluster, batch.step))}M",
+        "cpus_per_task": cpus,
+        "gpus_per_node": (cluster.gpus_per_node or None) if gpu else None,
+        "signal_delay_s": cluster.signal_delay,
+        "array_parallelism": cluster.array_parallelism or batch.tasks,
+        "dependency": batch.dependency or None,
+        "stderr_to_stdout": True,
+        "setup": [
+            f"export {LOG_VARIABLE}={logs}/{log}",
+            *(f"{{ {line}\n}} || exit 1" for line in cluster.setup),
+        ],
+        "teardown": list(REQUEUE),
+        # Since 22.05 srun does not take --cpus-per-task from sbatch. Logs go on when requeued.
+        "srun_args": [f"--cpus-per-task={cpus}", "--open-mode=append"],
+        "additional_parameters": {
+            "requeue": True,
+            "kill-on-invalid-dep": "yes",
+            **destination(cluster, batch.step),
+            **cluster.sbatch,
+        },
+    }
+    # Without a wckey of submitit's: some sites refuse those that they don't know.
+    return {k: v for k, v in given.items() if v is not None} | {"wckey": None}
+
+
+def _threads(plan: Plan, step: str) -> int:
+    if step == GO_ON:
+        return 1
+    return plan.spec.featurize.threads if step in GPU_STEPS else plan.spec.reduce.threads

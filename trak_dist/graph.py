@@ -1,0 +1,152 @@
+"""The job graph: which cells make a task, and what a task needs. Pure: no torch, no Slurm.
+
+A task is a tuple of cells that one process runs in order. Every executor takes its tasks from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from trak_dist.cells import (
+    STEPS,
+    TRAIN,
+    Cell,
+    FeaturizeCell,
+    GramCell,
+    KernelCell,
+    PreconditionCell,
+    ReportCell,
+    ScoreCell,
+    TrainCell,
+)
+from trak_dist.plan import Plan
+
+Task = tuple[Cell, ...]
+
+
+def cells(plan: Plan, step: str) -> Iterator[Cell]:
+    """The cells of one step."""
+    for kind in STEPS[step]:
+        yield from plan.cells_of(kind)
+
+
+def tasks(
+    plan: Plan, step: str, *, skip: Collection[Cell] = (), rows_per_task: int = 1
+) -> list[Task]:
+    """The tasks of one step, without the cells to `skip`.
+
+    A featurize task is one data shard of one checkpoint: neighbouring cells with at most
+    `rows_per_task` rows, or one cell. A kernel task is the chain of one checkpoint.
+    """
+    todo = [cell for cell in cells(plan, step) if cell not in skip]
+    if step == "featurize":
+        return list(_data_shards(todo, rows_per_task))
+    if step == "kernel":
+        chains: dict[object, list[Cell]] = {}
+        for cell in todo:
+            chains.setdefault(shares_needs(cell), []).append(cell)
+        return [tuple(chain) for chain in chains.values()]
+    return [(cell,) for cell in todo]
+
+
+def _data_shards(todo: list[Cell], rows_per_task: int) -> Iterator[Task]:
+    shard: list[FeaturizeCell] = []
+    for cell in todo:
+        assert isinstance(cell, FeaturizeCell)
+        if shard and not _continues(shard, cell, rows_per_task):
+            yield tuple(shard)
+            shard = []
+        shard.append(cell)
+    if shard:
+        yield tuple(shard)
+
+
+def _continues(shard: list[FeaturizeCell], cell: FeaturizeCell, rows_per_task: int) -> bool:
+    first, last = shard[0], shard[-1]
+    neighbours = (cell.model_id, cell.split, cell.rows.start) == (
+        *(last.model_id, last.split),
+        last.rows.stop,
+    )
+    return neighbours and cell.rows.stop - first.rows.start <= rows_per_task
+
+
+def shares_needs(cell: Cell) -> object:
+    """What cells of one step have in common if they need the same cells of earlier steps."""
+    match cell:
+        case FeaturizeCell() | GramCell() | KernelCell() | PreconditionCell():
+            return cell.model_id
+        case ScoreCell() | ReportCell():
+            return cell.targets
+        case TrainCell():
+            return None
+
+
+def needs(plan: Plan, cell: Cell, done: Collection[Cell]) -> Iterator[Cell]:
+    """The cells of earlier steps that the task of `cell` needs, done or not.
+
+    Those that a cell named here needs itself are left out as long as that one is not done.
+    """
+    match cell:
+        case TrainCell():
+            return
+        case FeaturizeCell(model_id=model_id):
+            if plan.checkpoint(model_id).trained:
+                yield TrainCell("full", model_id)
+        case GramCell(model_id) | KernelCell(model_id) | PreconditionCell(model_id):
+            for split in (plan.train, *plan.targets):
+                yield from plan.featurize_cells(model_id, split.name)
+        case ScoreCell(targets=targets):
+            for model_id in plan.model_ids:
+                solved = PreconditionCell(model_id, targets)
+                yield solved
+                for split_name in (TRAIN, targets) if solved in done else ():
+                    yield from plan.featurize_cells(model_id, split_name)
+        case ReportCell(targets=targets):
+            blocks = plan.score_split(plan.split(targets)).blocks()
+            yield from (ScoreCell(targets, rows) for rows in blocks)
+
+
+@dataclass(frozen=True)
+class Array:
+    """Tasks of one step that wait for the same tasks of earlier ones.
+
+    `after` are the names of those tasks; `lacks` are cells that the array needs and nobody makes.
+    """
+
+    step: str
+    tasks: tuple[Task, ...]
+    after: frozenset[str]
+    lacks: tuple[Cell, ...]
+
+
+def arrays(
+    plan: Plan,
+    steps: Sequence[str],
+    *,
+    done: Collection[Cell],
+    owners: Mapping[Cell, str],
+    skip: Collection[Cell],
+    rows_per_task: int,
+) -> Iterator[Array]:
+    """The arrays that make what is neither done nor owned nor to be skipped, upstream first.
+
+    Parameters
+    ----------
+    owners : mapping
+        The name of the task that makes a cell. Who asks for the next array has entered those of the
+        last one, or it is as if nobody made them.
+    """
+    for step in steps:
+        waiting = tasks(plan, step, skip={*done, *owners, *skip}, rows_per_task=rows_per_task)
+        groups: dict[object, list[Task]] = {}
+        for task in waiting:
+            groups.setdefault(shares_needs(task[0]), []).append(task)
+        alike: dict[tuple[frozenset[str], tuple[Cell, ...]], list[Task]] = {}
+        for group in groups.values():
+            missing = [c for c in needs(plan, group[0][0], done) if c not in done]
+            after = frozenset(owners[c] for c in missing if c in owners)
+            lacks = tuple(c for c in missing if c not in owners)
+            alike.setdefault((after, lacks), []).extend(group)
+        for (after, lacks), grouped in alike.items():
+            yield Array(step, tuple(grouped), after, lacks)

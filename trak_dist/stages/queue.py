@@ -1,0 +1,75 @@
+"""Tasks of a run in Slurm's queue, and their cells. Loads neither torch nor submitit."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from trak_dist import slurm
+from trak_dist.cells import Cell
+from trak_dist.store.jobs import GO_ON, Job, Jobs
+
+
+@dataclass(frozen=True)
+class Queue:
+    """Tasks in the queue, each with its job; a damaged job's tasks are not among them."""
+
+    tasks: tuple[tuple[slurm.QueuedTask, Job], ...] = ()
+
+    def goes_on(self, stages: Sequence[str]) -> str:
+        """The job that will submit what of `stages` had no room, if there is one."""
+        for task, job in self.tasks:
+            if job.step == GO_ON and set(stages) <= set(job.stages) and not task.doomed:
+                return task.job_id
+        return ""
+
+    @cached_property
+    def running(self) -> frozenset[Cell]:
+        """The cells of the tasks that have begun."""
+        return frozenset(c for task, job in self.tasks if task.runs for c in cells_of(task, job))
+
+    @cached_property
+    def waiting(self) -> frozenset[Cell]:
+        """The cells of the tasks that have not."""
+        return frozenset(
+            c for task, job in self.tasks if not task.runs for c in cells_of(task, job)
+        )
+
+    def workers(self, cells: Collection[Cell]) -> int:
+        """How many running tasks are for some of `cells`."""
+        return sum(
+            1 for t, job in self.tasks if t.runs and any(c in cells for c in cells_of(t, job))
+        )
+
+
+def read_queue(jobs: Jobs) -> Queue:
+    """Ask squeue once.
+
+    Raises
+    ------
+    SlurmError
+        If squeue is missing or fails.
+    """
+    queued = slurm.queue(jobs.pattern)
+    known = dict(jobs.readable({jobs.number(task.name) for task in queued}))
+    numbered = ((task, jobs.number(task.name)) for task in queued)
+    return Queue(tuple((task, known[n]) for task, n in numbered if n in known))
+
+
+def cells_of(task: slurm.QueuedTask, job: Job) -> tuple[Cell, ...]:
+    """The cells of a task in the queue."""
+    return job.cells(int(task.job_id.partition("_")[2] or 0)) if job.tasks else ()
+
+
+def cancel(jobs: Jobs) -> list[str]:
+    """Cancel this run's jobs and nobody else's; return their ids.
+
+    Raises
+    ------
+    SlurmError
+        If squeue or scancel is missing or fails.
+    """
+    ids = sorted({t.job_id.partition("_")[0] for t in slurm.queue(jobs.pattern)}, key=int)
+    slurm.cancel(ids)
+    return ids

@@ -1,0 +1,152 @@
+"""Jobs on disk: what each submitted array was to do, and how its tasks' last attempts began.
+
+Written before it is submitted and never changed, so that a task finds its cells by its index
+whatever happens to the plan meanwhile. Needs no zarr and no torch. What is done is in the receipts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+from trak_dist.cells import Cell, parse_cell
+from trak_dist.errors import StoreError
+from trak_dist.plan import digest
+from trak_dist.store import atomic
+from trak_dist.store.layout import Layout
+from trak_dist.store.run import Run
+
+log = logging.getLogger(__name__)
+
+GO_ON = "submit"  # the step of a job that submits what the queue had no room for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """An array of tasks, or a job of step `submit`, which has none.
+
+    `launch` names the command that it came from: of one command each cell is submitted once.
+    `cluster` and `stages` are what the command was given, `device` is what follows for this step.
+    """
+
+    launch: str
+    step: str
+    fingerprint: str
+    device: str
+    tasks: tuple[tuple[str, ...], ...]
+    cluster: Mapping[str, Any]
+    stages: tuple[str, ...]
+
+    def cells(self, index: int) -> tuple[Cell, ...]:
+        """The cells of one task."""
+        return tuple(parse_cell(cell_id) for cell_id in self.tasks[index])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """The start of an attempt at a task.
+
+    `fruitless` counts the attempts in a row, this one included, before which no cell was finished;
+    `done` is how many of the task's cells were done when it began.
+    """
+
+    number: int
+    fruitless: int
+    done: int
+    job: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """The jobs of one run."""
+
+    run: Run
+
+    @property
+    def _layout(self) -> Layout:
+        return self.run.layout
+
+    @cached_property
+    def run_id(self) -> str:
+        """Names the run in the queue; two run directories never share one."""
+        return digest([self.run.plan.fingerprint, str(self._layout.run_dir.resolve())])[:12]
+
+    def name(self, number: int, step: str) -> str:
+        """The name that a job has in the queue."""
+        return f"trak-{step}-{number}-{self.run_id}"
+
+    @property
+    def pattern(self) -> str:
+        """A regular expression that the names of this run's jobs match, and no others."""
+        return f"trak-[a-z]+-[0-9]+-{self.run_id}"
+
+    @staticmethod
+    def number(name: str) -> int:
+        """The number of the job whose name in the queue is `name`."""
+        return int(name.split("-")[2])
+
+    def withdraw(self, number: int) -> None:
+        """Forget a job that was not submitted."""
+        self._layout.job(number).unlink(missing_ok=True)
+
+    def publish(self, job: Job) -> int:
+        """Write `job` under the next number, which no other process takes; return it."""
+        content = json.dumps(asdict(job)).encode()
+        number = max(self._layout.jobs(), default=0)
+        while True:
+            number += 1
+            path = self._layout.job(number)
+            if not path.exists() and atomic.write_once(path, content) == content:
+                return number
+
+    def read(self, number: int) -> Job:
+        """The job of that number.
+
+        Raises
+        ------
+        StoreError
+            If there is none.
+        """
+        path = self._layout.job(number)
+        try:
+            raw = json.loads(path.read_bytes())
+            raw["tasks"] = tuple(tuple(task) for task in raw["tasks"])
+            return Job(**{**raw, "stages": tuple(raw["stages"])})
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise StoreError(
+                f"the job's record can't be read ({error})",
+                where=str(path),
+                next="run the launch command again: what is missing is submitted anew",
+            ) from None
+
+    def numbers(self) -> list[int]:
+        """The numbers of all jobs, in order."""
+        return self._layout.jobs()
+
+    def readable(self, numbers: Collection[int]) -> Iterator[tuple[int, Job]]:
+        """The jobs of these numbers, newest first, without those whose record is damaged."""
+        for number in sorted(numbers, reverse=True):
+            try:
+                yield number, self.read(number)
+            except StoreError as error:
+                log.warning("%s: %s", error.where, error.what)
+
+    def attempt(self, job: str, index: int) -> Attempt | None:
+        """How the last attempt at a task began, if there was one."""
+        try:
+            return Attempt(**json.loads(self._layout.attempt(job, index).read_bytes()))
+        except (OSError, ValueError, TypeError):  # none, or damaged: counting begins anew
+            return None
+
+    def begin(self, job: str, index: int, *, done: int, by: Mapping[str, Any]) -> Attempt:
+        """Record that an attempt at a task begins, `done` of its cells being done."""
+        last = self.attempt(job, index)
+        fruitless = last.fruitless + 1 if last and last.done >= done else 1
+        number = last.number + 1 if last else 1
+        attempt = Attempt(number=number, fruitless=fruitless, done=done, job=by)
+        atomic.write(self._layout.attempt(job, index), json.dumps(asdict(attempt)).encode())
+        return attempt

@@ -1,0 +1,213 @@
+"""One task of a Slurm job: the cells it is to run, Slurm's signals, attempts, the exit code.
+
+    python -m trak_dist.task RUN_DIR JOB      task $SLURM_ARRAY_TASK_ID of the run's submitted JOB
+    python -m trak_dist.task RUN_DIR STEP     its share of a step's cells, in an array of your own
+
+Exit codes: 0 its cells are done, 1 a cell failed or lacks its inputs, 85 requeue it.
+The batch script does the requeueing: it is outside of any container, and no part of the step that
+Slurm kills when it requeues.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from trak_dist import machine
+from trak_dist.cells import STEPS, Cell
+from trak_dist.config import DEVICES, SlurmConfig
+from trak_dist.errors import ConfigError, TrakDistError, WorkerLost
+from trak_dist.store.jobs import GO_ON, Job, Jobs
+from trak_dist.store.receipts import Failure
+from trak_dist.store.run import Run
+
+log = logging.getLogger(__name__)
+
+DONE, FAILED, REQUEUE = 0, 1, 85
+PATIENCE_SECONDS = 30.0  # where no setting says how long before the end the warning comes
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one process is to do; its attempts are counted under `name` and `index`."""
+
+    name: str
+    index: int
+    fingerprint: str
+    cells: tuple[Cell, ...]
+    device: str
+    patience: float
+    max_attempts: int
+
+
+class Warned:
+    """Whether Slurm warned that the end is near.
+
+    The cell in work has `patience` seconds from then; if it is not finished, the process ends where
+    it stands, which costs that cell's work and nothing else. This goes through a wake-up file and a
+    thread, since Python's own handlers wait while the main thread is in a long call of C code.
+    """
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self.patience = PATIENCE_SECONDS
+        ours, self._theirs = socket.socketpair()
+        self._theirs.setblocking(False)
+        signal.signal(signal.SIGUSR2, lambda *_: None)
+        # Slurm sends it at the start of a grace period too. Working on is best: what is finished
+        # before SIGKILL is kept.
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.set_wakeup_fd(self._theirs.fileno())
+        threading.Thread(target=self._wait, args=(ours,), daemon=True).start()
+
+    def __call__(self) -> bool:
+        """Whether it came."""
+        return self._event.is_set()
+
+    def _wait(self, ours: socket.socket) -> None:
+        while ours.recv(1)[0] != signal.SIGUSR2:
+            pass
+        log.warning("Slurm gave a warning; the cell in work has %.0f s to finish", self.patience)
+        self._event.set()
+        time.sleep(self.patience)
+        log.warning("the cell in work is abandoned, and the task put into the queue again")
+        logging.shutdown()
+        os._exit(REQUEUE)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one task; see the module."""
+    warned = Warned()  # before anything slow is imported
+    parser = argparse.ArgumentParser(prog="python -m trak_dist.task", description=__doc__)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("what", help=f"number of a submitted job, or one of {', '.join(STEPS)}")
+    parser.add_argument("--device", default="auto", choices=DEVICES)
+    parser.add_argument("--max-attempts", type=int, default=SlurmConfig().max_attempts)
+    given = parser.parse_args(arguments)
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    try:
+        jobs = Jobs(Run.open(given.run_dir))
+        if given.what.isdecimal():
+            job = jobs.read(int(given.what))
+            if job.step == GO_ON:
+                return _go_on(jobs, job)
+            task = _submitted(job, given.what)
+        else:
+            task = _own_share(jobs.run, given)
+        warned.patience = task.patience
+        return _run(jobs, task, warned)
+    except TrakDistError as error:
+        log.error("%s", error)  # noqa: TRY400
+        return FAILED
+
+
+def _submitted(job: Job, name: str) -> Task:
+    index = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))
+    if index >= len(job.tasks):
+        raise ConfigError(f"job {name} has {len(job.tasks)} tasks, there is no task {index}")
+    return Task(
+        name=name,
+        index=index,
+        fingerprint=job.fingerprint,
+        cells=job.cells(index),
+        device=job.device,
+        patience=job.cluster["signal_delay"] / 2,
+        max_attempts=job.cluster["max_attempts"],
+    )
+
+
+def _own_share(run: Run, given: argparse.Namespace) -> Task:
+    """Neighbouring ones of all its cells, so that no task's share depends on what others did."""
+    from trak_dist import graph
+
+    if given.what not in STEPS:
+        raise ConfigError(f"{given.what!r} is no step", next=f"one of {', '.join(STEPS)}")
+    get = os.environ.get
+    index = int(get("SLURM_ARRAY_TASK_ID", "0")) - int(get("SLURM_ARRAY_TASK_MIN", "0"))
+    count = int(get("SLURM_ARRAY_TASK_COUNT", "1"))
+    last = int(get("SLURM_ARRAY_TASK_MAX", "0")) - int(get("SLURM_ARRAY_TASK_MIN", "0"))
+    if last != count - 1:
+        raise ConfigError(
+            f"the array has {count} tasks among {last + 1} indices: some shares would be missing",
+            next="sbatch --array=0-19 …, without gaps",
+        )
+    tasks = graph.tasks(run.plan, given.what)
+    share = tasks[index * len(tasks) // count : (index + 1) * len(tasks) // count]
+    return Task(
+        name=f"sbatch-{get('SLURM_ARRAY_JOB_ID') or get('SLURM_JOB_ID', 'none')}-{given.what}",
+        index=index,
+        fingerprint=run.plan.fingerprint,
+        cells=tuple(cell for task in share for cell in task),
+        device=given.device,
+        patience=PATIENCE_SECONDS,
+        max_attempts=given.max_attempts,
+    )
+
+
+def _run(jobs: Jobs, task: Task, warned: Warned) -> int:
+    run = jobs.run
+    done = run.receipts.done(task.cells)
+    left = [c for c in task.cells if c not in done]
+    if not left:
+        log.info("all %d cells were done before", len(task.cells))
+        return DONE
+    attempt = jobs.begin(
+        task.name, task.index, done=len(done), by={**machine.process(), "started": time.time()}
+    )
+    log.info("attempt %d: %d of %d cells to do", attempt.number, len(left), len(task.cells))
+    if attempt.fruitless > task.max_attempts:
+        _give_up(run, left[0], attempt.fruitless - 1)
+        return FAILED
+
+    from trak_dist import worker  # loads torch
+
+    cells = [c.id for c in task.cells]
+    run_dir = str(run.layout.run_dir)
+    if worker.run_cells(run_dir, task.fingerprint, task.device, cells, warned):
+        return DONE
+    return REQUEUE if warned() else FAILED
+
+
+def _give_up(run: Run, cell: Cell, attempts: int) -> None:
+    error = WorkerLost(
+        f"{attempts} attempts in a row ended without a word before a cell was finished",
+        where=cell.id,
+        next="see the log's end; memory (cluster.memory_gb), time (cluster.time), or smaller cells "
+        "(featurize.cell_rows, in a new run) may help",
+    )
+    log.error("%s", error)
+    key = run.plan.key(cell)
+    failure = Failure(
+        cell=cell.id,
+        key=key,
+        error=str(error),
+        traceback="",
+        expected=True,
+        job={**machine.process(), "attempt": attempts},
+    )
+    run.receipts.fail(cell, failure)
+
+
+def _go_on(jobs: Jobs, job: Job) -> int:
+    from trak_dist import telling
+    from trak_dist.executors import slurm
+
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is lost, and scancel means it
+    done = slurm.go_on(jobs, job)
+    telling.submitted(jobs.run, done)
+    return FAILED if done.blocked else DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())
