@@ -2,6 +2,7 @@
 PYTHON ?= python3
 CLUSTER ?= local
 RUN_DIR ?= runs/demo
+SLURM ?= 1
 BIN := .venv/bin
 USER_STAMP := .venv/.installed
 DEV_STAMP := .venv/.installed-dev
@@ -11,14 +12,18 @@ DEV_STAMP := .venv/.installed-dev
 demo: $(USER_STAMP)
 	$(BIN)/python -m trak_dist.launch problem=mnist cluster=$(CLUSTER) run_dir=$(RUN_DIR)
 
-test: check-code $(DEV_STAMP)
-	$(BIN)/pytest
+# SLURM=0 leaves out the tests on a real Slurm, whose packages are else installed where that can be done.
+test: check-code slurm-packages
+	$(BIN)/pytest -n auto -m "not slurm"
+ifneq ($(SLURM),0)
+	$(BIN)/pytest -n 3 -m slurm
+endif
 
 # What to run before a commit: the code's checks, and the tests that are fast.
 check: check-code test-fast
 
 test-fast: $(DEV_STAMP)
-	$(BIN)/pytest -n auto -m "not slow"
+	$(BIN)/pytest -n auto -m "not slow and not slurm"
 
 .PHONY: check-code
 check-code: $(DEV_STAMP)
@@ -26,6 +31,14 @@ check-code: $(DEV_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+.PHONY: slurm-packages
+slurm-packages:
+ifneq ($(SLURM),0)
+	@command -v slurmctld >/dev/null || test -x /usr/sbin/slurmctld \
+	  || if test "$$(id -u)" = 0 && command -v apt-get >/dev/null; then launch/slurm-lab install; \
+	  else echo "no Slurm here, and no way to install it: its tests will be skipped"; fi
+endif
 
 bench: $(DEV_STAMP)
 	$(BIN)/python benchmarks/store.py

@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from launching import Ended, Launch
 
 from trak_dist.launch import main
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-Launch = Callable[..., Ended]
 
 
 @pytest.fixture(autouse=True)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from trak_dist import cells
-from trak_dist.cells import Cell, Rows, check_name, parse_cell, sort_key
+from trak_dist.cells import Cell, Rows, check_name, parse_cell
 from trak_dist.errors import ConfigError
 
 names = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", fullmatch=True)
@@ -123,20 +121,3 @@ def test_names_unfit_for_a_path_are_refused(name: str) -> None:
     with pytest.raises(ConfigError) as raised:
         check_name(name, what="the target set")
     assert raised.value.what == f"the target set {name!r} is not usable as a name"
-
-
-def test_cells_sort_in_the_order_of_the_job_graph() -> None:
-    ordered: list[Cell] = [
-        cells.TrainCell("full", 0),
-        cells.FeaturizeCell(0, "train", Rows(0, 4)),
-        cells.FeaturizeCell(0, "train", Rows(4, 8)),
-        cells.FeaturizeCell(0, "train", Rows(16, 20)),
-        cells.FeaturizeCell(0, "val", Rows(0, 4)),
-        cells.FeaturizeCell(10, "train", Rows(0, 4)),
-        cells.GramCell(0),
-        cells.KernelCell(0),
-        cells.PreconditionCell(0, "val"),
-        cells.ScoreCell("val", Rows(0, 20)),
-        cells.ReportCell("val"),
-    ]
-    assert sorted(random.Random(0).sample(ordered, len(ordered)), key=sort_key) == ordered

@@ -12,8 +12,8 @@ from trak_dist.config import STAGES, Config, flatten, nearest, spec_from_mapping
 from trak_dist.errors import ConfigError
 
 SETTINGS = (
-    "accept_source, checkpoints, cluster, featurize, limit, problem, proj_dim, projection, reduce, "
-    "repair, run_dir, stage, store, store_dim, targets"
+    "accept_source, checkpoints, cluster, featurize, force, limit, problem, proj_dim, projection, "
+    "reduce, repair, run_dir, stage, store, store_dim, targets, watch"
 )
 GOOD: dict[str, Any] = {"problem": {"_target_": "a.b", "rows": 3}, "run_dir": "runs/a"}
 
@@ -168,3 +168,13 @@ def test_the_nearest_name_is_only_offered_if_it_is_near() -> None:
 
 def test_nested_settings_flatten_to_dotted_keys() -> None:
     assert flatten({"a": {"b": {"c": 1}}, "d": [2]}) == {"a.b.c": 1, "d": [2]}
+
+
+def test_options_of_sbatch_that_the_launcher_sets_itself_are_refused() -> None:
+    cluster = {"kind": "slurm", "sbatch": {"gpus_per_node": 2, "reservation": "x", "time": 3}}
+    with pytest.raises(ConfigError) as raised:
+        Config.from_mapping({**GOOD, "cluster": cluster})
+    assert str(raised.value).splitlines()[1:3] == [
+        "  cluster.sbatch.gpus_per_node: the launcher sets --gpus-per-node itself",
+        "  cluster.sbatch.time: the launcher sets --time itself",
+    ]

@@ -136,25 +136,6 @@ def test_every_path_stays_inside_the_run_directory(plan: Plan) -> None:
         assert ".." not in path.parts
 
 
-@given(plans())
-def test_the_phases_of_a_stage_hold_each_of_its_cells_once(plan: Plan) -> None:
-    for stage in STAGE_CELLS:
-        phased = [cell for phase in plan.phases(stage) for task in phase for cell in task]
-        assert len(phased) == len(set(phased))
-        assert set(phased) == set(plan.cells(stage))
-
-
-def test_a_phase_runs_what_one_checkpoint_needs_in_order() -> None:
-    chains, scores = PLAN.phases("reduce")
-    assert [c.id for c in chains[1]] == [
-        "gram/1",
-        "kernel/1",
-        "precondition/1/val",
-        "precondition/1/test",
-    ]
-    assert [[c.id for c in task] for task in scores] == [["score/val/0-10"], ["score/test/0-10"]]
-
-
 @pytest.mark.parametrize(
     ("other", "stages"),
     [

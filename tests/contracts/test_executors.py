@@ -119,6 +119,7 @@ def test_debug_starts_no_task_after_an_interrupt(tmp_path: Path) -> None:
     assert ran(tmp_path) == [["a1", "a2", "a3"]]
 
 
+@pytest.mark.slow
 def test_local_leaves_no_worker_running_after_an_interrupt(tmp_path: Path) -> None:
     def interrupt_once_both_work() -> None:
         if len(ran(tmp_path)) == 2:

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 import zarr
-from conftest import Ended
+from launching import Ended
 from torch import nn
 from trak.modelout_functions import ImageClassificationModelOutput
 
@@ -123,6 +123,7 @@ def test_an_output_that_ignores_its_weights_is_refused(run_problem) -> None:
     assert "functional_call(model, (weights, buffers), inputs)" in ended.err
 
 
+@pytest.mark.slow
 def test_traks_own_model_output_gives_the_same_scores(run_problem, tmp_path: Path) -> None:
     assert run_problem().code == 0
     ended = run_problem(
@@ -161,6 +162,7 @@ class Tied(nn.Module):
         return self.out(self.again(self.inner(x).tanh()))
 
 
+@pytest.mark.slow
 def test_more_checkpoints_are_trained_for_a_finished_run_with_tied_weights(
     run_problem, tmp_path: Path
 ) -> None:
@@ -192,6 +194,7 @@ def test_of_two_that_extend_a_run_at_once_one_is_told(launch, tiny_run, tmp_path
     assert [s.name for s in Run.open(tmp_path / "run").plan.targets] == ["val", "one"]
 
 
+@pytest.mark.slow
 def test_all_target_sets_are_added_where_all_are_asked_for(
     launch, tiny_run, tmp_path: Path
 ) -> None:
@@ -210,6 +213,7 @@ def test_reading_stages_hold_given_keys_against_the_plan(launch, tiny_run, stage
     assert "reduce.lambda_reg: 1.0 in the plan, 5.0 now" in ended.err
 
 
+@pytest.mark.slow
 def test_lost_metadata_of_an_array_is_made_again(launch, tiny_run, tmp_path: Path) -> None:
     assert launch(*tiny_run).code == 0
     expected = open_run(tmp_path / "run").scores("val")
@@ -221,6 +225,7 @@ def test_lost_metadata_of_an_array_is_made_again(launch, tiny_run, tmp_path: Pat
     np.testing.assert_array_equal(open_run(tmp_path / "run").scores("val"), expected)
 
 
+@pytest.mark.slow
 def test_relative_paths_of_a_problem_mean_the_same_from_anywhere(
     launch, tiny_run, tmp_path: Path, monkeypatch
 ) -> None:

@@ -38,4 +38,5 @@ def test_status_ends_with_the_json_line(launch, tiny_run, tmp_path: Path) -> Non
     assert ended.code == 0, ended.err
     last = json.loads(ended.out.splitlines()[-1])
     assert last["complete"] is True
-    assert last["stage"]["featurize"] == {"done": 27, "total": 27, "failed": 0}
+    counts = {"done": 27, "total": 27, "failed": 0, "running": 0, "queued": 0}
+    assert last["stage"]["featurize"] == counts

@@ -168,6 +168,7 @@ def test_chosen_parameters_alone_make_the_scores(launch, tmp_path: Path) -> None
     assert oracle.column_errors(found, everything).min() > 0.01
 
 
+@pytest.mark.slow
 def test_folded_grads_give_the_scores_of_the_smaller_dimension(launch, tmp_path: Path) -> None:
     setting = Setting("sjlt")
     for name in ("folded", "direct"):

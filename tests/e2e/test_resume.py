@@ -152,11 +152,12 @@ def test_a_cell_killed_at_any_step_is_not_done_or_whole_and_is_mended_bit_for_bi
                 pass
             else:
                 break
-        assert attempts == [cell_id]
-        done = bool(run.receipts.done([cell]))
+        # A checkpoint is loaded, and its digest published, before featurize begins.
+        assert attempts == [cell_id] or (cell_id.startswith("featurize") and not attempts)
+        begun, done = len(attempts), bool(run.receipts.done([cell]))
         assert missing(run) == [i for i in missing(before) if i != cell_id or not done], steps
         job(run, [cell_id])
-        assert attempts == [cell_id] * (1 if done else 2), steps
+        assert attempts == [cell_id] * (begun if done else begun + 1), steps
         assert run.receipts.done([cell])[cell].digests == expected, steps
         assert list(contents.damages(run, cell, run.receipts.done([cell])[cell])) == [], steps
     assert at > 8

@@ -190,6 +190,7 @@ def race(gate: Path, path: Path, columns: list[int]) -> list[subprocess.Popen[st
     return processes
 
 
+@pytest.mark.slow
 def test_processes_that_make_the_same_array_at_once_all_succeed(tmp_path: Path) -> None:
     path = tmp_path / "store" / "grads"
     processes = race(tmp_path / "gate", path, [3] * RACERS)

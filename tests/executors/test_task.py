@@ -1,0 +1,440 @@
+"""One task of a Slurm job: its cells, its exit code, its attempts, and Slurm's signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiny
+from submitting import fail, finish, opened, publish
+from waiting import AT
+
+from trak_dist import graph, task, worker
+from trak_dist.cells import parse_cell
+from trak_dist.store.jobs import Attempt, Jobs
+from trak_dist.store.run import Run
+
+HERE = Path(__file__).parent
+FIRST = ["featurize/0/train/0-8", "featurize/0/train/8-16", "featurize/0/train/16-24"]
+KERNEL = ["gram/0", "kernel/0", "precondition/0/val", "precondition/0/test"]
+
+Main = Callable[..., int]
+
+
+class Killed(BaseException):
+    """The worker's end without a word."""
+
+
+@pytest.fixture
+def run(launch, tiny_run, tmp_path: Path, fake_slurm) -> Run:
+    assert launch(*tiny_run, "stage=plan").code == 0
+    return opened(tmp_path)
+
+
+@pytest.fixture
+def log(run: Run, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What tasks log; Hydra, with which `run` is made, has closed pytest's own way to it."""
+    lines: list[str] = []
+    for name in ("info", "error"):
+        monkeypatch.setattr(task.log, name, lambda text, *values: lines.append(text % values))
+    return lines
+
+
+@pytest.fixture
+def main(run: Run, monkeypatch: pytest.MonkeyPatch) -> Main:
+    """`python -m trak_dist.task RUN …` in this process, whose signals stay what they are."""
+
+    class Unwarned:
+        patience = 0.0
+
+        def __call__(self) -> bool:
+            return False
+
+    monkeypatch.setattr(task, "Warned", Unwarned)
+
+    def called(*arguments: object, index: int | None = None) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            if index is not None:
+                patch.setenv("SLURM_ARRAY_TASK_ID", str(index))
+            return task.main([str(run.layout.run_dir), *map(str, arguments)])
+
+    return called
+
+
+def done(run: Run, cells: Sequence[str]) -> list[str]:
+    return [cell.id for cell in run.receipts.done([parse_cell(c) for c in cells])]
+
+
+def attempt(run: Run, job: object, index: int = 0) -> Attempt:
+    found = Jobs(run).attempt(str(job), index)
+    assert found
+    return found
+
+
+# The task of a submitted job ----------------------------------------------------------------------
+
+
+def test_a_submitted_task_runs_its_cells_and_no_others(main: Main, run: Run, log) -> None:
+    job = publish(run, FIRST[:1], FIRST[1:])
+    assert main(job, index=1) == 0
+    assert done(run, FIRST) == FIRST[1:]
+    assert attempt(run, job, 1).number == 1
+    assert main(job, index=1) == 0
+    assert log[-1] == "all 2 cells were done before"
+    assert attempt(run, job, 1).number == 1, "where nothing is left no attempt begins"
+
+
+def test_a_task_goes_on_where_it_was_left(main: Main, run: Run, monkeypatch) -> None:
+    finish(run, FIRST[:1])
+    begun = []
+    real = worker._run_cell
+    monkeypatch.setattr(worker, "_run_cell", lambda s, c: (begun.append(c.id), real(s, c)))
+    assert main(publish(run, FIRST)) == 0
+    assert begun == FIRST[1:]
+
+
+def test_a_task_with_a_cell_that_fails(main: Main, run: Run, monkeypatch) -> None:
+    real = tiny.Rows.__getitem__
+
+    def broken(self: tiny.Rows, index: int) -> object:
+        if index == 9:
+            raise RuntimeError("row 9 can't be read")
+        return real(self, index)
+
+    monkeypatch.setattr(tiny.Rows, "__getitem__", broken)
+    assert main(publish(run, FIRST)) == 1
+    assert done(run, FIRST) == [FIRST[0], FIRST[2]]
+    failure = run.receipts.failure(parse_cell(FIRST[1]))
+    assert failure
+    assert failure.error == "RuntimeError: row 9 can't be read"
+
+
+def test_a_task_whose_inputs_are_missing(main: Main, run: Run) -> None:
+    assert main(publish(run, KERNEL, step="kernel")) == 1
+    assert done(run, KERNEL) == []
+    assert run.receipts.failures(map(parse_cell, KERNEL)) == {}
+
+
+def test_a_task_for_another_plan(main: Main, run: Run, log) -> None:
+    job = publish(run, FIRST)
+    path = run.layout.job(job)
+    path.write_text(path.read_text().replace(run.plan.fingerprint, "another"))
+    assert main(job) == 1
+    assert log[-1].startswith(
+        f"this job was made for fingerprint another, the plan has {run.plan.fingerprint}\n"
+    )
+    assert done(run, FIRST) == []
+
+
+def test_an_index_beyond_the_tasks(main: Main, run: Run, log) -> None:
+    job = publish(run, FIRST)
+    assert main(job, index=1) == 1
+    assert f"job {job} has 1 tasks, there is no task 1" in log[-1]
+
+
+def test_a_job_that_was_never_published(main: Main, run: Run, log) -> None:
+    assert main(7) == 1
+    assert f"where: {run.layout.job(7)}" in log[-1]
+
+
+def test_a_damaged_record(main: Main, run: Run, log) -> None:
+    job = publish(run, FIRST)
+    run.layout.job(job).write_text("{")
+    assert main(job) == 1
+    assert "the job's record can't be read (Expecting property name" in log[-1]
+    assert "next:  run the launch command again: what is missing is submitted anew" in log[-1]
+
+
+def test_a_directory_without_a_run(main: Main, tmp_path: Path, log) -> None:
+    assert task.main([str(tmp_path / "nowhere"), "1"]) == 1
+    assert "there is no run here: plan.json is missing" in log[-1]
+
+
+# A share of a step --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(main: Main, monkeypatch) -> Iterator[list[list[str]]]:
+    """The cells of each worker, none of which does anything."""
+    cells: list[list[str]] = []
+
+    def run_cells(run_dir, fingerprint, device, cell_ids, stopped) -> bool:
+        cells.append(list(cell_ids))
+        return True
+
+    monkeypatch.setattr(worker, "run_cells", run_cells)
+    return cells
+
+
+@pytest.mark.parametrize("first", [0, 1, 5])
+def test_the_shares_of_an_array_are_all_cells_once(
+    main: Main, run: Run, asked, monkeypatch, first: int
+) -> None:
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", str(first))
+    for step, counts in (("featurize", (1, 4, 27, 30)), ("kernel", (2, 3)), ("report", (2, 5))):
+        every = [cell.id for cells in graph.tasks(run.plan, step) for cell in cells]
+        for count in counts:
+            asked.clear()
+            monkeypatch.setenv("SLURM_ARRAY_JOB_ID", f"{step}{count}")
+            monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", str(count))
+            monkeypatch.setenv("SLURM_ARRAY_TASK_MAX", str(first + count - 1))
+            assert {main(step, index=first + i) for i in range(count)} == {0}
+            assert [cell for share in asked for cell in share] == every
+            assert max(map(len, asked)) <= -(-len(every) // count) + (2 if step == "kernel" else 0)
+
+
+def test_without_an_array_the_share_is_the_whole_step(main: Main, run: Run, asked) -> None:
+    assert main("kernel") == 0
+    assert asked == [[c.id for t in graph.tasks(run.plan, "kernel") for c in t]]
+
+
+def test_the_device_of_a_share_is_what_its_command_says(main: Main, monkeypatch) -> None:
+    devices = []
+    monkeypatch.setattr(worker, "run_cells", lambda *given: devices.append(given[2]) or True)
+    assert main("featurize") == 0
+    assert main("featurize", "--device", "cpu") == 0
+    assert devices == ["auto", "cpu"]
+
+
+def test_an_array_with_gaps_is_refused_or_has_all_cells(
+    main: Main, run: Run, asked, monkeypatch
+) -> None:
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MIN", "0")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_MAX", "2")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_COUNT", "2")
+    codes = [main("featurize", index=index) for index in (0, 2)]
+    assert sum(map(len, asked)) == 27 or codes == [1, 1]
+
+
+def test_an_unknown_step(main: Main, log) -> None:
+    assert main("featurise") == 1
+    assert (
+        "'featurise' is no step\n  next:  one of train, featurize, kernel, score, report"
+    ) in log[-1]
+
+
+# Attempts -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def dies(main: Main, monkeypatch) -> Callable[..., None]:
+    """An attempt at a job whose worker dies, after it finished some cells."""
+
+    def attempted(run: Run, job: object, *finished: str) -> None:
+        def run_cells(*_: object) -> bool:
+            finish(run, finished)
+            raise Killed
+
+        monkeypatch.setattr(worker, "run_cells", run_cells)
+        with pytest.raises(Killed):
+            main(job)
+
+    return attempted
+
+
+def test_attempts_in_a_row_that_finish_nothing_come_to_an_end(
+    main: Main, run: Run, dies, log
+) -> None:
+    job = publish(run, FIRST, max_attempts=2)
+    finish(run, FIRST[:1])
+    dies(run, job)
+    dies(run, job)
+    assert run.receipts.failures(map(parse_cell, FIRST)) == {}
+    assert main(job) == 1
+    error = (
+        "2 attempts in a row ended without a word before a cell was finished\n"
+        f"  where: {FIRST[1]}\n"
+        "  next:  see the log's end; memory (cluster.memory_gb), time (cluster.time), or smaller "
+        "cells (featurize.cell_rows, in a new run) may help"
+    )
+    assert error in log[-1]
+    failure = run.receipts.failure(parse_cell(FIRST[1]))
+    assert failure
+    assert (failure.error, failure.expected) == (error, True)
+    assert failure.job["attempt"] == 2
+
+
+def test_status_tells_of_a_task_that_was_given_up(
+    main: Main, run: Run, dies, launch, tmp_path: Path
+) -> None:
+    job = publish(run, FIRST, max_attempts=1)
+    dies(run, job)
+    assert main(job) == 1
+    ended = launch("stage=status", f"run_dir={tmp_path / 'run'}")
+    assert ended.code == 1
+    assert f"\nfailed {FIRST[0]} on " in ended.out
+    assert "\n  1 attempts in a row ended without a word before a cell was finished\n" in ended.out
+
+
+def test_progress_begins_the_count_anew(main: Main, run: Run, dies) -> None:
+    job = publish(run, FIRST, max_attempts=2)
+    dies(run, job)
+    dies(run, job, FIRST[0])
+    dies(run, job)
+    dies(run, job, FIRST[1])
+    assert (attempt(run, job).number, attempt(run, job).fruitless) == (4, 2)
+    dies(run, job)
+    dies(run, job)
+    assert main(job) == 1
+    assert [c.id for c in run.receipts.failures(map(parse_cell, FIRST))] == [FIRST[2]]
+
+
+def test_a_new_array_begins_the_count_anew(main: Main, run: Run, dies) -> None:
+    first = publish(run, FIRST, max_attempts=1)
+    dies(run, first)
+    assert main(first) == 1
+    second = publish(run, FIRST, max_attempts=1)
+    dies(run, second)
+    assert attempt(run, second).number == 1
+
+
+def test_a_damaged_count_begins_anew(main: Main, run: Run, dies) -> None:
+    job = publish(run, FIRST, max_attempts=1)
+    dies(run, job)
+    run.layout.attempt(str(job), 0).write_text("{")
+    dies(run, job)
+    assert attempt(run, job).fruitless == 1
+
+
+def test_the_shares_of_an_array_of_ones_own_count_their_attempts(
+    main: Main, run: Run, monkeypatch, log
+) -> None:
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
+
+    def run_cells(*_: object) -> bool:
+        raise Killed
+
+    monkeypatch.setattr(worker, "run_cells", run_cells)
+    with pytest.raises(Killed):
+        main("featurize", "--max-attempts", 1)
+    assert main("featurize", "--max-attempts", 1) == 1
+    assert "1 attempts in a row ended without a word" in log[-1]
+    assert attempt(run, "sbatch-12-featurize").fruitless == 2
+
+
+def test_the_steps_of_one_job_count_their_attempts_apart(main: Main, run: Run, monkeypatch) -> None:
+    def run_cells(run_dir, fingerprint, device, cell_ids, stopped) -> bool:
+        finish(run, cell_ids)
+        return True
+
+    monkeypatch.setattr(worker, "run_cells", run_cells)
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    steps = ("featurize", "kernel", "score", "report")
+    assert [main(step, "--max-attempts", 2) for step in steps] == [0, 0, 0, 0]
+
+
+# Signals ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def waiting_run(launch, tiny_run, tmp_path: Path, fake_slurm) -> Run:
+    overrides = [o.replace("tiny.problem", "waiting.problem") for o in tiny_run]
+    assert launch(*overrides, "stage=plan").code == 0
+    return opened(tmp_path)
+
+
+@pytest.fixture
+def started(waiting_run: Run, tmp_path: Path) -> Iterator[Callable[[int], subprocess.Popen[bytes]]]:
+    """A task in its second cell, in a process of its own."""
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def start(job: int) -> subprocess.Popen[bytes]:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": f"{HERE}:{HERE.parent}",
+            "OMP_NUM_THREADS": "1",
+            "SLURM_ARRAY_JOB_ID": "12",
+            "SLURM_ARRAY_TASK_ID": "0",
+            AT: str(tmp_path),
+        }
+        command = [sys.executable, "-m", "trak_dist.task", str(waiting_run.layout.run_dir)]
+        with (tmp_path / "log").open("wb") as log:
+            process = subprocess.Popen([*command, str(job)], env=environment, stderr=log)
+        processes.append(process)
+        until = time.monotonic() + 60
+        while not (tmp_path / "reached").exists():
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        return process
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.slow
+def test_warned_a_task_ends_after_its_cell_and_asks_for_another_go(
+    started, waiting_run: Run, tmp_path: Path
+) -> None:
+    process = started(publish(waiting_run, FIRST, signal_delay=100))
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGUSR2)
+    time.sleep(0.1)
+    (tmp_path / "go").touch()
+    assert process.wait(60) == 85
+    assert done(waiting_run, FIRST) == FIRST[:2]
+    log = (tmp_path / "log").read_text()
+    assert "Slurm gave a warning; the cell in work has 50 s to finish" in log
+    assert attempt(waiting_run, 1).job["job_id"] == "12_0"
+
+
+def in_a_process(code: str) -> subprocess.CompletedProcess[str]:
+    code = f"import hashlib, os, signal, time\nfrom trak_dist.task import Warned\n{code}"
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
+
+def test_a_cell_that_is_stuck_when_warned_is_abandoned() -> None:
+    """Even in a call that no handler of Python's interrupts."""
+    ended = in_a_process(
+        "warned = Warned()\n"
+        "warned.patience = 0.2\n"
+        "os.kill(os.getpid(), signal.SIGUSR2)\n"
+        "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)\n"
+    )
+    assert ended.returncode == 85
+    assert "the cell in work is abandoned, and the task put into the queue again" in ended.stderr
+
+
+def test_a_grace_period_is_used_to_the_end() -> None:
+    ended = in_a_process(
+        "warned = Warned()\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "time.sleep(0.1)\n"
+        "print(warned())\n"
+        "os.kill(os.getpid(), signal.SIGUSR2)\n"
+        "time.sleep(0.1)\n"
+        "print(warned())\n"
+    )
+    assert (ended.returncode, ended.stdout) == (0, "False\nTrue\n")
+
+
+def test_a_worker_that_was_warned_begins_no_further_cell(run: Run) -> None:
+    asked = iter([False, True])
+    run_dir, fingerprint = str(run.layout.run_dir), run.plan.fingerprint
+    assert not worker.run_cells(run_dir, fingerprint, "cpu", FIRST, lambda: next(asked))
+    assert done(run, FIRST) == FIRST[:1]
+
+
+def test_a_failed_cell_of_a_task_that_was_warned_does_not_keep_it_from_another_go(
+    run: Run, monkeypatch
+) -> None:
+    def run_cells(*_: object) -> bool:
+        fail(run, FIRST[0])
+        return False
+
+    monkeypatch.setattr(worker, "run_cells", run_cells)
+    warned = SimpleNamespace(patience=0.0, said=True)
+    given = task.Task("1", 0, run.plan.fingerprint, (parse_cell(FIRST[0]),), "cpu", 1.0, 5)
+    assert task._run(Jobs(run), given, lambda: warned.said) == 85  # type: ignore[arg-type]
+    warned.said = False
+    assert task._run(Jobs(run), given, lambda: warned.said) == 1  # type: ignore[arg-type]

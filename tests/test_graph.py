@@ -1,0 +1,122 @@
+"""The job graph: tasks cover their step once, and arrays wait for what they need and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from itertools import pairwise
+
+from hypothesis import given
+from hypothesis import strategies as st
+from test_plan import PLAN, plans
+
+from trak_dist import graph
+from trak_dist.cells import STEPS, Cell, FeaturizeCell, PreconditionCell, ScoreCell, parse_cell
+from trak_dist.plan import Plan
+
+
+def everything(plan: Plan) -> list[Cell]:
+    return [cell for step in STEPS for cell in graph.cells(plan, step)]
+
+
+def submit(plan: Plan, done: Collection[Cell], **changed: object) -> list[graph.Array]:
+    """The arrays of all steps, each task owned under the name `step.array.task` once it is seen."""
+    owners: dict[Cell, str] = {}
+    seen = []
+    settings = {"done": done, "owners": owners, "skip": (), "rows_per_task": 8, **changed}
+    for array in graph.arrays(plan, list(STEPS), **settings):  # type: ignore[arg-type]
+        seen.append(array)
+        for index, task in enumerate(() if array.lacks else array.tasks):
+            owners.update(dict.fromkeys(task, f"{array.step}.{len(seen)}.{index}"))
+    return seen
+
+
+@given(plans(), st.integers(1, 60), st.data())
+def test_the_tasks_of_a_step_hold_each_of_its_cells_once(
+    plan: Plan, rows: int, data: st.DataObject
+) -> None:
+    for step in STEPS:
+        cells = list(graph.cells(plan, step))
+        skip = set(data.draw(st.lists(st.sampled_from(cells)))) if cells else set()
+        tasks = graph.tasks(plan, step, skip=skip, rows_per_task=rows)
+        assert [c for task in tasks for c in task if step == "featurize"] == [
+            c for c in cells if c not in skip and step == "featurize"
+        ]
+        assert {c for task in tasks for c in task} == set(cells) - skip
+        assert sum(map(len, tasks)) == len(set(cells) - skip)
+
+
+@given(plans(), st.integers(1, 60), st.data())
+def test_a_data_shard_is_neighbouring_cells_of_one_checkpoint_and_split(
+    plan: Plan, rows: int, data: st.DataObject
+) -> None:
+    cells = list(graph.cells(plan, "featurize"))
+    skip = set(data.draw(st.lists(st.sampled_from(cells))))
+    for shard in graph.tasks(plan, "featurize", skip=skip, rows_per_task=rows):
+        assert len({(c.model_id, c.split) for c in shard}) == 1
+        assert all(a.rows.stop == b.rows.start for a, b in pairwise(shard))
+        assert len(shard) == 1 or shard[-1].rows.stop - shard[0].rows.start <= rows
+
+
+def test_a_kernel_task_is_what_one_checkpoint_needs_in_order() -> None:
+    chains = graph.tasks(PLAN, "kernel")
+    assert [[c.id for c in chain] for chain in chains] == [
+        [f"gram/{m}", f"kernel/{m}", f"precondition/{m}/val", f"precondition/{m}/test"]
+        for m in (0, 1)
+    ]
+
+
+@given(plans(), st.data())
+def test_every_cell_runs_after_what_it_needs_and_all_are_submitted_once(
+    plan: Plan, data: st.DataObject
+) -> None:
+    cells = everything(plan)
+    done = set(data.draw(st.lists(st.sampled_from(cells))))
+    arrays = submit(plan, done)
+    submitted = [c for array in arrays for task in array.tasks for c in task]
+    assert len(submitted) == len(set(submitted))
+    assert set(submitted) == set(cells) - done
+    assert not any(array.lacks for array in arrays)
+    names = {}
+    for number, array in enumerate(arrays, 1):
+        for index, task in enumerate(array.tasks):
+            needed = [n for n in graph.needs(plan, task[0], done) if n not in done]
+            assert {names[n] for n in needed} == set(array.after)
+            names.update(dict.fromkeys(task, f"{array.step}.{number}.{index}"))
+
+
+def test_without_training_featurize_is_one_array_and_a_kernel_waits_for_its_own_checkpoint() -> (
+    None
+):
+    trained = {c for c in everything(PLAN) if c.stage == "train"}
+    arrays = submit(PLAN, trained)
+    assert [a.step for a in arrays] == [
+        *("featurize", "kernel", "kernel", "score", "report", "report")
+    ]
+    features, first, second, score, *_ = arrays
+    tasks = [f"featurize.1.{i}" for i in range(len(features.tasks))]
+    assert not features.after
+    assert first.after | second.after == set(tasks)
+    assert not first.after & second.after
+    assert score.after == {"kernel.2.0", "kernel.3.0"}
+
+
+def test_a_cell_taken_back_is_made_again_and_what_reads_it_waits() -> None:
+    """`verify repair=true` took one featurize cell; what was made of it before stays valid."""
+    cell = parse_cell("featurize/1/train/4-8")
+    scored = [c for c in everything(PLAN) if isinstance(c, ScoreCell)]
+    done = set(everything(PLAN)) - {cell, *scored}
+    features, *scores = submit(PLAN, done)
+    assert features.tasks == ((cell,),)
+    assert all(array.after == {"featurize.1.0"} for array in scores)
+
+
+def test_what_lacks_an_input_that_nobody_makes_says_so() -> None:
+    lost = parse_cell("featurize/1/train/4-8")
+    arrays = submit(PLAN, {c for c in everything(PLAN) if c.stage == "train"}, skip={lost})
+    lacking = {array.step: array.lacks for array in arrays if array.lacks}
+    assert set(lacking) == {"kernel", "score", "report"}
+    assert lacking["kernel"] == (lost,)
+    assert any(isinstance(c, PreconditionCell) and c.model_id == 1 for c in lacking["score"])
+    made = [t for a in arrays if not a.lacks for t in a.tasks]
+    assert all(c != lost for t in made for c in t)
+    assert all(isinstance(c, FeaturizeCell) or c.model_id == 0 for t in made for c in t)
