@@ -14,6 +14,7 @@ from typing import ClassVar
 from trak_dist.errors import ConfigError
 
 TRAIN = "train"
+FULL = "full"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 
@@ -67,6 +68,16 @@ class TrainCell(_Id):
 
 
 @dataclass(frozen=True)
+class MarginsCell(_Id):
+    """The model outputs on one target set of a checkpoint that was trained on a subset."""
+
+    stage: ClassVar[str] = "margins"
+    subset: str
+    seed: int
+    targets: str
+
+
+@dataclass(frozen=True)
 class FeaturizeCell(_Id):
     """Writes one chunk of grads: some rows of one split, for one checkpoint."""
 
@@ -111,6 +122,14 @@ class ScoreCell(_Id):
 
 
 @dataclass(frozen=True)
+class EvaluateCell(_Id):
+    """Holds the scores of one target set against what retrained models say."""
+
+    stage: ClassVar[str] = "evaluate"
+    targets: str
+
+
+@dataclass(frozen=True)
 class ReportCell(_Id):
     """Draws the report of one target set."""
 
@@ -118,14 +137,25 @@ class ReportCell(_Id):
     targets: str
 
 
-Cell = TrainCell | FeaturizeCell | GramCell | KernelCell | PreconditionCell | ScoreCell | ReportCell
+Cell = (
+    TrainCell
+    | MarginsCell
+    | FeaturizeCell
+    | GramCell
+    | KernelCell
+    | PreconditionCell
+    | ScoreCell
+    | EvaluateCell
+    | ReportCell
+)
 
 # The steps of the job graph, in order, and the kinds of cells that a task of each runs.
 STEPS: dict[str, tuple[type[Cell], ...]] = {
-    "train": (TrainCell,),
+    "train": (TrainCell, MarginsCell),
     "featurize": (FeaturizeCell,),
     "kernel": (GramCell, KernelCell, PreconditionCell),
     "score": (ScoreCell,),
+    "evaluate": (EvaluateCell,),
     "report": (ReportCell,),
 }
 # The stages that a user names, and the steps that each runs, in this order.
@@ -133,6 +163,7 @@ STAGE_STEPS: dict[str, tuple[str, ...]] = {
     "train": ("train",),
     "featurize": ("featurize",),
     "reduce": ("kernel", "score"),
+    "evaluate": ("evaluate",),
     "report": ("report",),
 }
 STAGE_CELLS: dict[str, tuple[type[Cell], ...]] = {
@@ -161,11 +192,13 @@ def _name(text: str) -> str:
 
 _FORMS: dict[str, tuple[type[Cell], tuple[Callable[[str], object], ...]]] = {
     "train": (TrainCell, (_name, _number)),
+    "margins": (MarginsCell, (_name, _number, _name)),
     "featurize": (FeaturizeCell, (_number, _name, _rows)),
     "gram": (GramCell, (_number,)),
     "kernel": (KernelCell, (_number,)),
     "precondition": (PreconditionCell, (_number, _name)),
     "score": (ScoreCell, (_name, _rows)),
+    "evaluate": (EvaluateCell, (_name,)),
     "report": (ReportCell, (_name,)),
 }
 

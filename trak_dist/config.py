@@ -13,7 +13,10 @@ from typing import Any, TypeVar, get_args, get_type_hints
 
 from trak_dist.errors import ConfigError
 
-STAGES = ("all", "plan", "train", "featurize", "reduce", "report", "status", "verify", "cancel")
+STAGES = (
+    *("all", "plan", "train", "featurize", "reduce", "evaluate", "report"),
+    *("status", "verify", "cancel"),
+)
 DRAW_VERSION = 1  # of the projections; another one draws other numbers
 CACHE_BYTES = 2**30  # what a projector may keep of its draws in memory
 DEVICES = ("auto", "cpu", "cuda")
@@ -89,6 +92,21 @@ class CheckpointsConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GroundTruth:
+    """Models retrained on random subsets, which the scores are held against; none if 0 or empty.
+
+    Either `subsets` with `seeds` models each, on a share `alpha` of the train rows; or the files
+    `masks` (subsets, n_train) and `margins` (subsets, n_targets) of models trained elsewhere.
+    """
+
+    subsets: int = field(default=0, metadata={"min": 0})
+    seeds: int = field(default=1, metadata={"min": 1})
+    alpha: float = field(default=0.5, metadata={"min": 0})
+    masks: str = ""
+    margins: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
     """Cells run on this machine. `workers` and `memory_gb` of 0 mean: what it has."""
 
@@ -149,6 +167,7 @@ class Config:
     watch: bool = False
     force: bool = False
     checkpoints: CheckpointsConfig = CheckpointsConfig()
+    ground_truth: GroundTruth = GroundTruth()
     cluster: ClusterConfig | SlurmConfig = ClusterConfig()
 
     @classmethod
@@ -170,6 +189,7 @@ class Config:
         config: Config = _build(cls, rest, "", bad, given={"spec": spec})
         if not bad:
             bad.extend(_cross_checks(spec, config.cluster))
+            bad.extend(_ground_truth_checks(config.ground_truth))
         if bad:
             raise ConfigError(
                 "\n".join(["the configuration is not valid:", *bad]),
@@ -181,6 +201,11 @@ class Config:
 def spec_from_mapping(mapping: Mapping[str, Any]) -> Spec:
     """Rebuild a `Spec` from a plan's JSON."""
     return _rebuilt(Spec, mapping, "the plan's spec is not valid:")
+
+
+def ground_truth_from_mapping(mapping: Mapping[str, Any]) -> GroundTruth:
+    """Rebuild a `GroundTruth` from a plan's JSON."""
+    return _rebuilt(GroundTruth, mapping, "the plan's ground truth is not valid:")
 
 
 def cluster_from_mapping(mapping: Mapping[str, Any]) -> SlurmConfig:
@@ -259,6 +284,7 @@ _SECTIONS = (
     ReduceConfig,
     StoreConfig,
     CheckpointsConfig,
+    GroundTruth,
     CpuJobsConfig,
 )
 
@@ -298,6 +324,15 @@ def _value(raw: Any, hint: Any, limits: Mapping[str, Any], path: str, bad: list[
     elif "min" in limits and not limits["min"] <= raw < float("inf"):
         bad.append(f"  {path}: {raw!r} is not a finite number of at least {limits['min']}")
     return hint(raw) if fits else None
+
+
+def _ground_truth_checks(truth: GroundTruth) -> Iterable[str]:
+    if truth.subsets and not 0 < truth.alpha < 1:
+        yield f"  ground_truth.alpha: {truth.alpha} is not between 0 and 1"
+    if bool(truth.masks) != bool(truth.margins):
+        yield "  ground_truth: masks and margins belong together, one of them is missing"
+    if truth.masks and truth.subsets:
+        yield "  ground_truth: either subsets to train, or masks and margins of trained models"
 
 
 def _cross_checks(spec: Spec, cluster: ClusterConfig | SlurmConfig) -> Iterable[str]:

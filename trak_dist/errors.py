@@ -81,6 +81,10 @@ class MissingInputs(TrakDistError):
     """A cell's upstream cells are not done."""
 
 
+class EvaluationError(TrakDistError):
+    """The ground truth does not fit the run, or nothing can be said from it."""
+
+
 class MixedRun(TrakDistError):
     """Cells that belong together were made from different inputs."""
 

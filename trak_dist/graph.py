@@ -9,12 +9,15 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from trak_dist.cells import (
+    FULL,
     STEPS,
     TRAIN,
     Cell,
+    EvaluateCell,
     FeaturizeCell,
     GramCell,
     KernelCell,
+    MarginsCell,
     PreconditionCell,
     ReportCell,
     ScoreCell,
@@ -37,17 +40,30 @@ def tasks(
     """The tasks of one step, without the cells to `skip`.
 
     A featurize task is one data shard of one checkpoint: neighbouring cells with at most
-    `rows_per_task` rows, or one cell. A kernel task is the chain of one checkpoint.
+    `rows_per_task` rows, or one cell. A kernel task is the chain of one checkpoint; a train task is
+    one checkpoint, or those of one subset and their margins.
     """
     todo = [cell for cell in cells(plan, step) if cell not in skip]
     if step == "featurize":
         return list(_data_shards(todo, rows_per_task))
-    if step == "kernel":
-        chains: dict[object, list[Cell]] = {}
-        for cell in todo:
-            chains.setdefault(shares_needs(cell), []).append(cell)
-        return [tuple(chain) for chain in chains.values()]
-    return [(cell,) for cell in todo]
+    chains: dict[object, list[Cell]] = {}
+    for cell in todo:
+        chains.setdefault(_chain(cell), []).append(cell)
+    return [tuple(sorted(chain, key=_within_subset)) for chain in chains.values()]
+
+
+def _chain(cell: Cell) -> object:
+    match cell:
+        case TrainCell(subset=subset) | MarginsCell(subset=subset) if subset != FULL:
+            return subset
+        case GramCell(model_id) | KernelCell(model_id) | PreconditionCell(model_id):
+            return model_id
+    return cell
+
+
+def _within_subset(cell: Cell) -> int:
+    """A model's margins come right after its training."""
+    return cell.seed if isinstance(cell, TrainCell | MarginsCell) else 0
 
 
 def _data_shards(todo: list[Cell], rows_per_task: int) -> Iterator[Task]:
@@ -76,9 +92,9 @@ def shares_needs(cell: Cell) -> object:
     match cell:
         case FeaturizeCell() | GramCell() | KernelCell() | PreconditionCell():
             return cell.model_id
-        case ScoreCell() | ReportCell():
+        case ScoreCell() | EvaluateCell() | ReportCell():
             return cell.targets
-        case TrainCell():
+        case TrainCell() | MarginsCell():
             return None
 
 
@@ -88,11 +104,11 @@ def needs(plan: Plan, cell: Cell, done: Collection[Cell]) -> Iterator[Cell]:
     Those that a cell named here needs itself are left out as long as that one is not done.
     """
     match cell:
-        case TrainCell():
+        case TrainCell() | MarginsCell():
             return
         case FeaturizeCell(model_id=model_id):
             if plan.checkpoint(model_id).trained:
-                yield TrainCell("full", model_id)
+                yield TrainCell(FULL, model_id)
         case GramCell(model_id) | KernelCell(model_id) | PreconditionCell(model_id):
             for split in (plan.train, *plan.targets):
                 yield from plan.featurize_cells(model_id, split.name)
@@ -102,9 +118,18 @@ def needs(plan: Plan, cell: Cell, done: Collection[Cell]) -> Iterator[Cell]:
                 yield solved
                 for split_name in (TRAIN, targets) if solved in done else ():
                     yield from plan.featurize_cells(model_id, split_name)
+        case EvaluateCell(targets=targets):
+            scores = list(plan.score_cells(targets))
+            yield from scores
+            yield from (MarginsCell(*model, targets) for model in plan.retrained())
+            for model_id in plan.model_ids if scores[0] in done else ():
+                yield GramCell(model_id)
+                for split_name in (TRAIN, targets):
+                    yield from plan.featurize_cells(model_id, split_name)
         case ReportCell(targets=targets):
-            blocks = plan.score_split(plan.split(targets)).blocks()
-            yield from (ScoreCell(targets, rows) for rows in blocks)
+            evaluated = EvaluateCell(targets)
+            yield evaluated
+            yield from plan.score_cells(targets) if evaluated in done else ()
 
 
 @dataclass(frozen=True)

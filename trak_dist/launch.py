@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from trak_dist import graph, machine, needs, settings, telling
-from trak_dist.cells import STAGE_CELLS, STAGE_STEPS
+from trak_dist.cells import STAGE_CELLS, STAGE_STEPS, STEPS
 from trak_dist.config import ClusterConfig, Config, SlurmConfig
 from trak_dist.errors import ConfigError, MissingInputs, StoreError, TrakDistError
 from trak_dist.progress import Progress
@@ -158,7 +158,7 @@ def _refuse_other_spec(run: Run, config: Config, *, may_reduce: bool) -> bool:
 
 def _planned(config: Config, run: Run | None, given: frozenset[str]) -> tuple[Run, int]:
     """The run, made or extended, and how many workers fit; refuses before it writes."""
-    from trak_dist.stages import planning
+    from trak_dist.stages import planning, truth
     from trak_dist.store.prepare import prepare
 
     plan = run.plan if run else None
@@ -166,6 +166,8 @@ def _planned(config: Config, run: Run | None, given: frozenset[str]) -> tuple[Ru
         plan = planning.with_reduce(run, config.spec)
     if plan is None or config.stage != "reduce":
         plan = _plan_with_problem(config, plan, run, given)
+    if any(key.startswith("ground_truth.") for key in given):
+        plan = planning.with_ground_truth(plan, config.ground_truth, tell=out.print)
     planning.refuse_rank_deficient(plan)
     workers = _fit_workers(plan, config.cluster)
     run_dir = Path(config.run_dir)
@@ -177,6 +179,7 @@ def _planned(config: Config, run: Run | None, given: frozenset[str]) -> tuple[Ru
     elif plan != run.plan:
         run = run.extend(plan)
     prepare(run)
+    truth.publish_masks(run)
     cells = sum(1 for stage in STAGE_CELLS for _ in plan.cells(stage))
     out.print(
         f"plan: {plan.train.rows} train rows, {len(plan.checkpoints)} checkpoints, "
@@ -265,16 +268,19 @@ def _executor(run: Run, cluster: ClusterConfig, workers: int) -> Executor:
 
 
 def _refuse_missing_upstream(run: Run, stage: str) -> None:
-    order = list(STAGE_CELLS)
-    if stage == "all" or order.index(stage) == 0:
+    if stage == "all":
         return
-    for upstream in order[: order.index(stage)]:
-        cells = list(run.plan.cells(upstream))
-        done = run.receipts.done(cells)
-        if len(done) < len(cells):
+    every = [c for step in STEPS for c in graph.cells(run.plan, step)]
+    done = run.receipts.done(every)
+    own = list(run.plan.cells(stage))
+    needed = {c for cell in own for c in graph.needs(run.plan, cell, done)}.difference(own)
+    for upstream, kinds in STAGE_CELLS.items():
+        wanted = [c for c in needed if isinstance(c, kinds)]
+        missing = sum(c not in done for c in wanted)
+        if missing:
             raise MissingInputs(
-                f"stage={stage} needs {upstream}, of which {len(cells) - len(done)} of "
-                f"{len(cells)} cells are missing",
+                f"stage={stage} needs {upstream}, of which {missing} of {len(wanted)} cells are "
+                "missing",
                 where=str(run.layout.run_dir),
                 next=f"python -m trak_dist.launch stage={upstream} run_dir={run.layout.run_dir}",
             )

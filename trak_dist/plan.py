@@ -9,16 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from trak_dist.cells import (
+    FULL,
     STAGE_CELLS,
     Cell,
+    EvaluateCell,
     FeaturizeCell,
     GramCell,
     KernelCell,
+    MarginsCell,
     PreconditionCell,
     ReportCell,
     Rows,
@@ -26,7 +29,15 @@ from trak_dist.cells import (
     TrainCell,
     check_name,
 )
-from trak_dist.config import DRAW_VERSION, Spec, distinct, flatten, spec_from_mapping
+from trak_dist.config import (
+    DRAW_VERSION,
+    GroundTruth,
+    Spec,
+    distinct,
+    flatten,
+    ground_truth_from_mapping,
+    spec_from_mapping,
+)
 from trak_dist.errors import PlanMismatch
 
 SCHEMA = 1
@@ -86,7 +97,10 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A run. `parameters` is p, the number of parameters whose gradients are used."""
+    """A run. `parameters` is p, the number of parameters whose gradients are used.
+
+    `truth_files` digests the ground truth's files, if the user brought them.
+    """
 
     spec: Spec
     source: Source
@@ -94,6 +108,8 @@ class Plan:
     train: Split
     checkpoints: tuple[Checkpoint, ...]
     targets: tuple[Split, ...]
+    ground_truth: GroundTruth = field(default_factory=GroundTruth)
+    truth_files: str = ""
 
     @property
     def store_dim(self) -> int:
@@ -162,13 +178,18 @@ class Plan:
         gram = digest([self.fingerprint, self.proj_dim, self._settings("reduce.threads")])
         kernel = digest([gram, self.kernel_id])
         score = digest([kernel, self.model_ids])
-        bases = {"train": digest([self._trained_from, threads]), "gram": gram, "kernel": kernel}
+        train = digest([self._trained_from, threads])
+        subset = digest([train, self.ground_truth.alpha])
+        truth = [subset, self.truth_files, self.ground_truth.subsets, self.ground_truth.seeds]
+        bases = {"train": train, "subset": subset, "gram": gram, "kernel": kernel}
         for split in (self.train, *self.targets):
             content = [split.content, split.cell_rows]
             bases[f"featurize/{split.name}"] = digest([self.fingerprint, content])
             bases[f"precondition/{split.name}"] = digest([kernel, content])
             bases[f"score/{split.name}"] = digest([score, content])
-            bases[f"report/{split.name}"] = digest(["report", score, content])
+            bases[f"margins/{split.name}"] = digest([subset, split.content])
+            bases[f"evaluate/{split.name}"] = digest(["evaluate", score, content, truth])
+            bases[f"report/{split.name}"] = digest(["report", score, content, truth])
         return bases
 
     def _settings(self, *sections: str) -> dict[str, Any]:
@@ -183,8 +204,14 @@ class Plan:
         match cell:
             case FeaturizeCell(split=split):
                 base = self._bases[f"featurize/{split}"]
+            case TrainCell(subset=subset):
+                base = self._bases["train" if subset == FULL else "subset"]
             case (
-                PreconditionCell(targets=name) | ScoreCell(targets=name) | ReportCell(targets=name)
+                MarginsCell(targets=name)
+                | PreconditionCell(targets=name)
+                | ScoreCell(targets=name)
+                | EvaluateCell(targets=name)
+                | ReportCell(targets=name)
             ):
                 base = self._bases[f"{cell.stage}/{name}"]
             case _:
@@ -201,7 +228,11 @@ class Plan:
     def cells_of(self, kind: type[Cell]) -> Iterator[Cell]:
         """The cells of one kind, in order."""
         if kind is TrainCell:
-            yield from (TrainCell("full", c.model_id) for c in self.checkpoints if c.trained)
+            yield from (TrainCell(FULL, c.model_id) for c in self.checkpoints if c.trained)
+            yield from (TrainCell(subset, seed) for subset, seed in self.retrained())
+        elif kind is MarginsCell:
+            for subset, seed in self.retrained():
+                yield from (MarginsCell(subset, seed, s.name) for s in self.targets)
         elif kind is FeaturizeCell:
             for model_id in self.model_ids:
                 for split in (self.train, *self.targets):
@@ -213,14 +244,24 @@ class Plan:
                 yield from (PreconditionCell(model_id, s.name) for s in self.targets)
         elif kind is ScoreCell:
             for targets in self.targets:
-                yield from (ScoreCell(targets.name, r) for r in self.score_split(targets).blocks())
+                yield from self.score_cells(targets.name)
         else:
-            assert kind is ReportCell
-            yield from (ReportCell(s.name) for s in self.targets)
+            assert kind is EvaluateCell or kind is ReportCell
+            yield from (kind(s.name) for s in self.targets)
+
+    def retrained(self) -> Iterator[tuple[str, int]]:
+        """Subset and seed of each model of the ground truth, subset by subset."""
+        for subset in range(self.ground_truth.subsets):
+            yield from ((str(subset), seed) for seed in range(self.ground_truth.seeds))
 
     def featurize_cells(self, model_id: int, split: str) -> Iterator[FeaturizeCell]:
         """The featurize cells of one checkpoint and split, in order of rows."""
         return (FeaturizeCell(model_id, split, rows) for rows in self.split(split).blocks())
+
+    def score_cells(self, targets: str) -> Iterator[ScoreCell]:
+        """The score cells of one target set, in order of rows."""
+        blocks = self.score_split(self.split(targets)).blocks()
+        return (ScoreCell(targets, rows) for rows in blocks)
 
     def score_split(self, targets: Split) -> Split:
         """The train split, cut so that a cell's scores, and its grads, stay below `CHUNK_BYTES`."""
@@ -271,6 +312,8 @@ class Plan:
             train=Split(**raw["train"]),
             checkpoints=tuple(Checkpoint(**c) for c in raw["checkpoints"]),
             targets=tuple(Split(**s) for s in raw["targets"]),
+            ground_truth=ground_truth_from_mapping(raw["ground_truth"]),
+            truth_files=raw["truth_files"],
         )
         if plan.fingerprint != raw["fingerprint"]:
             raise PlanMismatch(

@@ -48,11 +48,13 @@ STOPS_WORKER = (DatasetError, DeviceError, PlanMismatch, ProblemError, StoreErro
 # Imported when a cell needs them, so that a score job does not pay for matplotlib.
 _STAGES = {
     "train": ("train", "train"),
+    "margins": ("train", "margins"),
     "featurize": ("featurize", "featurize"),
     "gram": ("reduce", "gram"),
     "kernel": ("reduce", "factorise"),
     "precondition": ("reduce", "precondition"),
     "score": ("score", "score"),
+    "evaluate": ("evaluate", "evaluate"),
     "report": ("report", "report"),
 }
 
@@ -150,7 +152,7 @@ def _run_cell(session: Session, cell: Cell) -> None:
 def _fix_numerics(session: Session, cell: Cell) -> None:
     """Set all that could change bits from one executor to another."""
     spec = session.run.plan.spec
-    featurizes = cell.stage in ("train", "featurize")
+    featurizes = cell.stage in ("train", "margins", "featurize")
     # For a train_checkpoint or a model output that draws numbers and does not seed them itself.
     seed = int(session.run.plan.key(cell)[:8], 16)
     random.seed(seed)

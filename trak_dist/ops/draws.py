@@ -58,6 +58,12 @@ def bucket_and_sign(
     return _shift(bits, 1) % buckets, (bits & 1).to(torch.float32).mul_(2).sub_(1)
 
 
+def subset(index: int, rows: int, share: float) -> Int64[Tensor, " chosen"]:
+    """Subset number `index`: a share of `rows` rows, without replacement, in ascending order."""
+    bits = draw(stream_key("subset", index), torch.arange(rows))
+    return bits.argsort(stable=True)[: round(share * rows)].sort().values
+
+
 def _lanes(
     key: int, rows: Int64[Tensor, " rows"], columns: int, *, per_draw: int
 ) -> Int64[Tensor, "rows columns"]:

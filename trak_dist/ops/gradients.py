@@ -47,6 +47,19 @@ class VmapGradients:
         return grads
 
 
+def outputs(
+    model: nn.Module, model_output: ModelOutput, batch: Sequence[Any]
+) -> Float[Tensor, " batch"]:
+    """f(z; θ) of each example of a batch."""
+    weights = {n: p.detach() for n, p in model.named_parameters()}
+    buffers = dict(model.named_buffers())
+    axes = (None, None, None, *([0] * len(batch)))
+    values: Tensor = torch.func.vmap(model_output.get_output, in_dims=axes)(
+        model, weights, buffers, *batch
+    )
+    return values
+
+
 def select_params(model: nn.Module, patterns: Sequence[str]) -> dict[str, torch.Size]:
     """The names and shapes of the parameters that the glob `patterns` select, in order of name.
 

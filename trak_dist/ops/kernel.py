@@ -5,6 +5,7 @@ Everything here is O(k²) in memory, whatever the number of rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,8 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from trak_dist.errors import SingularGram
+
+SCALE_ROWS = 64
 
 
 def add_gram(gram: Float64[Tensor, "k k"], block: Float[Tensor, "rows k"]) -> None:
@@ -96,6 +99,48 @@ def factorise(
         effective_rank=(mean_diagonal * k) ** 2 / float(gram.square().sum()),
         effective_dimension=k - lambda_absolute * trace_of_inverse,
     )
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """XᵀX = V diag(w) Vᵀ, from which the kernel of any λ follows in O(k²)."""
+
+    values: Float64[Tensor, " k"]
+    vectors: Float64[Tensor, "k k"]
+
+    @classmethod
+    def of(cls, gram: Float64[Tensor, "k k"]) -> Spectrum:
+        """Decompose XᵀX."""
+        values, vectors = torch.linalg.eigh(gram)
+        return cls(values.clamp_min_(0), vectors)
+
+    @property
+    def mean_diagonal(self) -> float:
+        """The mean of the diagonal of XᵀX, the unit of a relative λ."""
+        return float(self.values.mean())
+
+    def predictions(
+        self,
+        sums: Float64[Tensor, "subsets k"],
+        target_grads: Float64[Tensor, "targets k"],
+        lambdas: Sequence[float],
+        kernel_scale: str,
+    ) -> Float64[Tensor, "lambdas subsets targets"]:
+        """Z (XᵀX + λI)⁻¹ Gᵀ, scaled, for each absolute λ.
+
+        With `mean_abs` the mean of the kernel's absolute entries is taken over `SCALE_ROWS` of its
+        rows: it weighs checkpoints against each other, and nothing else.
+        """
+        z, g = sums @ self.vectors, target_grads @ self.vectors
+        some = self.vectors[:: max(1, len(self.vectors) // SCALE_ROWS)]
+        found = []
+        for lambda_absolute in lambdas:
+            inverse = 1 / (self.values + lambda_absolute)
+            scale = 1.0
+            if kernel_scale == "mean_abs":
+                scale = 1 / float(((some * inverse) @ self.vectors.T).abs().mean())
+            found.append((z * inverse) @ g.T * scale)
+        return torch.stack(found)
 
 
 _PROPOSAL = "reduce.lambda_reg=1.0 reduce.lambda_unit=mean_diagonal, or another λ > 0"

@@ -55,6 +55,6 @@ def problem(root: str, targets: int) -> Problem:
         checkpoints=(),
         render=image_renderer(list(CLASSES.values())),
         train_checkpoint=classifier_trainer(
-            lambda: resnet9(2), epochs=24, batch_size=512, learning_rate=0.4
+            lambda: resnet9(2), epochs=24, batch_size=512, learning_rate=0.4, weight_decay=5e-4
         ),
     )

@@ -52,7 +52,7 @@ def problem(root: str, train: int, targets: int) -> Problem:
         checkpoints=(),
         render=image_renderer(CLASSES),
         train_checkpoint=classifier_trainer(
-            lambda: cnn(1, 10), epochs=10, batch_size=128, learning_rate=0.05
+            lambda: cnn(1, 10), epochs=10, batch_size=128, learning_rate=0.05, weight_decay=5e-3
         ),
     )
 

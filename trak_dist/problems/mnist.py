@@ -51,6 +51,6 @@ def problem(model: str = "mlp") -> Problem:
         checkpoints=(),
         render=image_renderer([str(digit) for digit in range(10)]),
         train_checkpoint=classifier_trainer(
-            MODELS[model], epochs=15, batch_size=64, learning_rate=0.05
+            MODELS[model], epochs=15, batch_size=64, learning_rate=0.05, weight_decay=5e-3
         ),
     )

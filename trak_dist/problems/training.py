@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from trak_dist.problem import MapDataset, TrainCheckpoint
 
@@ -18,7 +16,7 @@ def classifier_trainer(
     epochs: int,
     batch_size: int,
     learning_rate: float,
-    weight_decay: float = 5e-4,
+    weight_decay: float,
 ) -> TrainCheckpoint:
     """A `train_checkpoint` for a dataset of (image, label).
 
@@ -38,12 +36,10 @@ def classifier_trainer(
             torch.manual_seed(seed)
             model = make_model().to(device).train()
             order = torch.Generator().manual_seed(seed)
-            loader: DataLoader[Any] = DataLoader(
-                train,  # type: ignore[arg-type]
-                batch_size=batch_size,
-                shuffle=True,
-                generator=order,
-            )
+            examples = [train[i] for i in range(len(train))]
+            columns = zip(*examples, strict=True)
+            images, labels = (torch.stack(column).to(device) for column in columns)
+            steps = -(-len(images) // batch_size)
             optimiser = torch.optim.SGD(
                 model.parameters(),
                 lr=learning_rate,
@@ -51,13 +47,11 @@ def classifier_trainer(
                 nesterov=True,
                 weight_decay=weight_decay,
             )
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
-                optimiser, T_max=epochs * len(loader)
-            )
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=epochs * steps)
             for _ in range(epochs):
-                for images, labels in loader:
-                    logits = model(images.to(device))
-                    loss = nn.functional.cross_entropy(logits, labels.to(device))
+                for batch in torch.randperm(len(images), generator=order).split(batch_size):
+                    logits = model(images[batch])
+                    loss = nn.functional.cross_entropy(logits, labels[batch])
                     optimiser.zero_grad(set_to_none=True)
                     loss.backward()  # type: ignore[no-untyped-call]
                     optimiser.step()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -12,7 +12,7 @@ import torch
 
 from trak_dist import problem as problems
 from trak_dist.cells import TRAIN, ScoreCell, check_name
-from trak_dist.config import Config, Spec
+from trak_dist.config import Config, GroundTruth, Spec
 from trak_dist.errors import (
     CheckpointError,
     ConfigError,
@@ -24,6 +24,7 @@ from trak_dist.ops import kernel
 from trak_dist.ops.gradients import VmapGradients, select_params
 from trak_dist.plan import Checkpoint, Plan, Source, Split, cell_rows
 from trak_dist.problem import MapDataset, Problem, Rendered
+from trak_dist.stages import truth
 from trak_dist.stages.checkpoints import (
     check_fit,
     content_digest,
@@ -105,6 +106,38 @@ def extend_plan(
             )
     splits = tuple(_split(n, problem, plan.spec, plan.store_dim) for n in added)
     return replace(plan, checkpoints=checkpoints, targets=(*plan.targets, *splits))
+
+
+def with_ground_truth(plan: Plan, asked: GroundTruth, *, tell: Callable[[str], None]) -> Plan:
+    """`plan` with the ground truth asked for; one that is there may get more subsets and seeds.
+
+    Raises
+    ------
+    PlanMismatch
+        If it has another one.
+    EvaluationError
+        If the files that were brought do not fit.
+    """
+    there = plan.ground_truth
+    if asked.masks:
+        asked = replace(
+            asked,
+            masks=str(Path(asked.masks).absolute()),
+            margins=str(Path(asked.margins).absolute()),
+        )
+    fewer = asked.subsets < there.subsets or asked.seeds < there.seeds
+    if there.subsets and (asked.masks or asked.alpha != there.alpha or fewer):
+        raise PlanMismatch(
+            f"the run has a ground truth of {there.subsets} subsets, {there.seeds} seeds, alpha "
+            f"{there.alpha}",
+            where="ground_truth",
+            next="leave the settings out, ask for more subsets or seeds, or use another run_dir",
+        )
+    if not asked.masks:
+        return replace(plan, ground_truth=asked, truth_files="")
+    rows = {split.name: split.rows for split in plan.targets}
+    found = truth.read_files(asked, plan.train.rows, rows, tell=tell)
+    return replace(plan, ground_truth=asked, truth_files=found.digest)
 
 
 def refuse_rank_deficient(plan: Plan) -> None:

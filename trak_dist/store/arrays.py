@@ -67,6 +67,16 @@ def ensure(path: Path, spec: ArraySpec) -> None:
         )
 
 
+def grow(path: Path, spec: ArraySpec) -> None:
+    """Make the array at `path`, or give the one that is there more rows; its chunks stay."""
+    if _there(path):
+        there = _described(_open(path, mode="r"), spec.compression)
+        if there.shape[0] < spec.shape[0]:
+            with atomic.told(path):
+                _open(path, mode="r+").resize((spec.shape[0], *there.shape[1:]))
+    ensure(path, spec)
+
+
 def replace(path: Path, spec: ArraySpec) -> None:
     """Put an empty array at `path`; one of another kind that is there is discarded."""
     if _there(path):

@@ -15,6 +15,7 @@ from trak_dist.cells import (
     FeaturizeCell,
     GramCell,
     KernelCell,
+    MarginsCell,
     PreconditionCell,
     ScoreCell,
 )
@@ -34,9 +35,12 @@ class Slab:
 
 
 def slabs(run: Run, cell: Cell) -> dict[str, Slab]:
-    """The arrays' rows that `cell` owns, by the name of the array; train and report own none."""
+    """The arrays' rows that `cell` owns, by the name of the array; some own none."""
     plan, layout = run.plan, run.layout
     match cell:
+        case MarginsCell(subset, seed, targets):
+            path, row = layout.margins(targets, seed), int(subset)
+            return {"margins": Slab(path, row, row + 1)}
         case FeaturizeCell(model_id, split, rows):
             group = layout.grads(plan, model_id, split)
             names = ("grads", "row_scale", "out_to_loss")

@@ -8,9 +8,11 @@ from pathlib import Path
 from trak_dist.cells import (
     TRAIN,
     Cell,
+    EvaluateCell,
     FeaturizeCell,
     GramCell,
     KernelCell,
+    MarginsCell,
     PreconditionCell,
     ReportCell,
     ScoreCell,
@@ -91,7 +93,7 @@ class Layout:
                 return root / plan.projection_id / str(plan.proj_dim)
             case KernelCell() | PreconditionCell():
                 return root / plan.projection_id / plan.kernel_id
-            case ScoreCell() | ReportCell() | TrainCell():
+            case TrainCell() | MarginsCell() | ScoreCell() | EvaluateCell() | ReportCell():
                 return root
 
     def receipt(self, plan: Plan, cell: Cell) -> Path:
@@ -123,6 +125,19 @@ class Layout:
     def scores(self, targets: str) -> Path:
         """The array of the ensemble's scores."""
         return self.store / "scores" / targets
+
+    @property
+    def masks(self) -> Path:
+        """Which train rows each subset of the ground truth has."""
+        return self.run_dir / "ground_truth" / "masks.npy"
+
+    def margins(self, targets: str, seed: int) -> Path:
+        """The array of one seed's model outputs, a row per subset."""
+        return self.store / "ground_truth" / "margins" / targets / str(seed)
+
+    def evaluation(self, targets: str) -> Path:
+        """What `stage=evaluate` found, in figures."""
+        return self.run_dir / "report" / f"{targets}.json"
 
     def report(self, targets: str) -> Path:
         """The page; its picture lies beside it as `.png`."""

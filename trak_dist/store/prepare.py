@@ -28,6 +28,11 @@ def prepare(run: Run) -> None:
         path = layout.scores(split.name)
         arrays.replace(path, _scores(plan, split))  # of another ensemble, if there were any
         paths.append(path)
+    for split in plan.targets:
+        for seed in range(plan.ground_truth.seeds if plan.ground_truth.subsets else 0):
+            path = layout.margins(split.name, seed)
+            arrays.grow(path, _margins(plan, split))
+            paths.append(path)
     for group in {parent for path in paths for parent in path.parents}:
         if group.is_relative_to(layout.store):
             arrays.ensure_group(group)
@@ -74,6 +79,11 @@ def _preconditioned(plan: Plan, split: Split) -> ArraySpec:
     shape = (plan.proj_dim, split.rows)
     chunk = max(1, min(shape[0], CHUNK_BYTES // (8 * split.rows)))
     return ArraySpec(shape=shape, chunks=(chunk, split.rows), dtype=plan.precondition_dtype)
+
+
+def _margins(plan: Plan, split: Split) -> ArraySpec:
+    shape = (plan.ground_truth.subsets, split.rows)
+    return ArraySpec(shape=shape, chunks=(1, split.rows), dtype="float32")
 
 
 def _scores(plan: Plan, split: Split) -> ArraySpec:

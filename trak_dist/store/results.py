@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trak_dist.cells import STAGE_CELLS, ScoreCell
+from trak_dist.cells import STAGE_CELLS
 from trak_dist.errors import ConfigError, MissingInputs
 from trak_dist.plan import Plan
 from trak_dist.store import contents
@@ -98,11 +98,7 @@ class Results:
             raise ConfigError(
                 f"the run has no target set {targets!r}", next=f"one of {', '.join(names)}"
             )
-        cells = [
-            c
-            for c in self._run.plan.cells_of(ScoreCell)
-            if isinstance(c, ScoreCell) and c.targets == targets
-        ]
+        cells = list(self._run.plan.score_cells(targets))
         done = self._run.receipts.done(cells)
         if len(done) < len(cells):
             raise MissingInputs(

@@ -1,0 +1,127 @@
+"""The linear datamodeling score (LDS), its interval, and how far the ground truth can be trusted.
+
+Park et al. 2023, "TRAK: Attributing Model Behavior at Scale", section 2: for subsets S of the train
+set, the sum of a target's scores over S predicts the output of a model trained on S; the LDS of a
+target is Spearman's correlation, over subsets, between prediction and output.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from trak_dist.errors import EvaluationError
+
+Matrix = NDArray[np.float64]
+CONFIDENCE = 0.95
+RESAMPLES = 9999
+MIN_SUBSETS = 3  # two always correlate by ±1
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over targets, and its bootstrap interval at 95 %."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def spearman(a: Matrix, b: Matrix) -> Matrix:
+    """Spearman's ρ between the columns of `a` and `b` (subsets, targets), one for each target.
+
+    Raises
+    ------
+    EvaluationError
+        If a column is constant, where a correlation means nothing.
+    """
+    ranks = [stats.rankdata(values, axis=0) for values in (a, b)]
+    centred = [r - r.mean(axis=0) for r in ranks]
+    norms = [np.linalg.norm(c, axis=0) for c in centred]
+    constant = np.flatnonzero((norms[0] == 0) | (norms[1] == 0))
+    if len(constant):
+        raise EvaluationError(
+            f"no correlation over {len(a)} subsets for {len(constant)} targets, {constant[0]} "
+            "first: predictions or margins are the same for every subset",
+            next="more subsets, or look at that target's scores",
+        )
+    correlation: Matrix = (centred[0] * centred[1]).sum(axis=0) / (norms[0] * norms[1])
+    return correlation
+
+
+def interval(per_target: Matrix) -> Interval:
+    """The mean over targets with its percentile bootstrap interval over targets."""
+    mean = float(per_target.mean())
+    if len(per_target) < 2:
+        return Interval(mean, float("-inf"), float("inf"))
+    found = stats.bootstrap(
+        (per_target,),
+        np.mean,
+        n_resamples=RESAMPLES,
+        batch=1000,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return Interval(mean, float(found.low), float(found.high))
+
+
+@dataclass(frozen=True)
+class Reliability:
+    """What the ground truth can tell.
+
+    `halves` is the correlation, per target, between the means over either half of the seeds;
+    `of_mean` what follows from it for the mean over all seeds (Spearman–Brown), averaged over
+    targets; `bound` its square root: about what the LDS of perfect scores would be.
+    """
+
+    halves: Interval
+    of_mean: float
+    bound: float
+
+
+def reliability(margins: NDArray[np.float64]) -> Reliability | None:
+    """Agreement of halves of the seeds of `margins` (subsets, seeds, targets); None for one seed."""
+    seeds = margins.shape[1]
+    if seeds < 2:
+        return None
+    half = seeds // 2
+    # With an odd number one seed is left out, so that the halves are alike.
+    halves = spearman(margins[:, :half].mean(axis=1), margins[:, half : 2 * half].mean(axis=1))
+    by_targets = interval(halves)
+    ratio = seeds / half
+    r = max(0.0, by_targets.mean)
+    of_mean = ratio * r / (1 + (ratio - 1) * r)
+    return Reliability(by_targets, of_mean, of_mean**0.5)
+
+
+def cross_fitted(by_choice: Matrix) -> tuple[Matrix, tuple[int, int]]:
+    """Per-target LDS, each at the choice that is best for the other half of the targets.
+
+    Parameters
+    ----------
+    by_choice : (choices, targets)
+        Per-target LDS at each choice.
+
+    Returns
+    -------
+    (targets,) and the two choices
+        No target has a say in the choice that it is reported at.
+    """
+    targets = by_choice.shape[1]
+    first = np.zeros(targets, dtype=bool)
+    first[np.random.default_rng(0).permutation(targets)[: targets // 2]] = True
+    chosen = np.empty(targets)
+    picks = []
+    for half in (first, ~first):
+        others = by_choice[:, ~half] if (~half).any() else by_choice
+        best = int(others.mean(axis=1).argmax())
+        chosen[half] = by_choice[best, half]
+        picks.append(best)
+    return chosen, (picks[0], picks[1])

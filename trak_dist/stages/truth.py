@@ -1,0 +1,168 @@
+"""The ground truth of an evaluation: which rows each retrained model had, and what it says."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trak_dist.cells import MarginsCell
+from trak_dist.config import GroundTruth
+from trak_dist.errors import EvaluationError
+from trak_dist.ops import draws
+from trak_dist.plan import Plan
+from trak_dist.store import arrays, atomic, contents
+from trak_dist.store.run import Run
+
+MIN_SUBSETS = 3  # rankings of two subsets agree or disagree by chance alone
+
+
+@dataclass(frozen=True)
+class Truth:
+    """`masks` (subsets, n_train) bool, and `margins` (subsets, seeds, targets) float64."""
+
+    masks: NDArray[np.bool_]
+    margins: NDArray[np.float64]
+
+
+def trained_masks(plan: Plan) -> NDArray[np.bool_]:
+    """The masks of the models that the run retrains."""
+    masks = np.zeros((plan.ground_truth.subsets, plan.train.rows), dtype=bool)
+    for index, mask in enumerate(masks):
+        mask[draws.subset(index, plan.train.rows, plan.ground_truth.alpha).numpy()] = True
+    return masks
+
+
+def publish_masks(run: Run) -> None:
+    """Write the masks where others find them, as TRAK's `masks.npy`."""
+    if run.plan.ground_truth.subsets:
+        buffer = io.BytesIO()
+        np.save(buffer, trained_masks(run.plan))
+        atomic.write(run.layout.masks, buffer.getvalue())
+
+
+def read_truth(run: Run, targets: str) -> Truth | None:
+    """The ground truth for one target set; None if the run has none.
+
+    Raises
+    ------
+    EvaluationError
+        If the files that it was brought in are not those that were planned.
+    """
+    plan = run.plan
+    if plan.ground_truth.subsets:
+        margins = np.stack(
+            [
+                [
+                    contents.read(run, MarginsCell(str(subset), seed, targets), "margins")[0]
+                    for seed in range(plan.ground_truth.seeds)
+                ]
+                for subset in range(plan.ground_truth.subsets)
+            ]
+        )
+        return Truth(trained_masks(plan), margins.astype(np.float64))
+    if not plan.ground_truth.masks:
+        return None
+    found = read_files(plan.ground_truth, plan.train.rows, _rows(plan), tell=lambda _: None)
+    if found.digest != plan.truth_files:
+        raise EvaluationError(
+            f"the ground truth changed since planning: digest {plan.truth_files} then, "
+            f"{found.digest} now",
+            where=plan.ground_truth.margins,
+            next="restore the files, or use another run_dir",
+        )
+    return found.truth if found.targets == targets else None
+
+
+@dataclass(frozen=True)
+class Brought:
+    """The ground truth that a user brought, for one target set, and the digest of its files."""
+
+    truth: Truth
+    targets: str
+    digest: str
+
+
+def read_files(
+    files: GroundTruth, train_rows: int, targets: Mapping[str, int], *, tell: Callable[[str], None]
+) -> Brought:
+    """Read `masks.npy` and `margins.npy`, a row per subset or a column per subset.
+
+    Parameters
+    ----------
+    targets : mapping of names to numbers of rows
+        The target sets; the margins are those of the one that has as many rows.
+    tell : callable
+        Is told what was made of the files.
+
+    Raises
+    ------
+    EvaluationError
+        If a file is no array, or the shapes do not fit the run or each other.
+    """
+    masks, margins = (_load(Path(p)) for p in (files.masks, files.margins))
+    shapes = f"masks {masks.shape}, margins {margins.shape}"
+    where = f"{files.masks}, {files.margins}"
+    if masks.ndim != 2 or margins.ndim != 2 or train_rows not in masks.shape:
+        raise EvaluationError(
+            f"the ground truth does not fit: {shapes}; wanted (subsets, {train_rows}) and "
+            "(subsets, targets)",
+            where=where,
+            next="masks over the rows of the train set that the run uses",
+        )
+    turned = masks.shape[1] != train_rows
+    masks = masks.T if turned else masks
+    subsets = len(masks)
+    fitting = [
+        (name, margins.shape != (subsets, rows))
+        for name, rows in targets.items()
+        if margins.shape in ((subsets, rows), (rows, subsets))
+    ]
+    if len(fitting) != 1:
+        found = "fits several target sets" if fitting else "fits no target set"
+        raise EvaluationError(
+            f"the ground truth {found}: {shapes}, {subsets} subsets, target sets "
+            f"{', '.join(f'{name} {rows}' for name, rows in targets.items())}",
+            where=where,
+            next="a run with targets=… of the one set that the margins are of",
+        )
+    ((name, margins_turned),) = fitting
+    margins = margins.T if margins_turned else margins
+    if not set(np.unique(masks)) <= {0, 1} or not np.isfinite(margins).all():
+        raise EvaluationError(
+            "masks must hold 0 and 1, or False and True, margins finite numbers", where=where
+        )
+    if subsets < MIN_SUBSETS:
+        raise EvaluationError(f"{subsets} subsets are too few for a correlation", where=where)
+    for what, other_way in (("masks", turned), ("margins", margins_turned)):
+        if other_way:
+            tell(f"ground truth: {what} have a column per subset, read transposed")
+    tell(f"ground truth: {subsets} subsets, margins of {name!r}")
+    masks, margins = masks.astype(bool), margins.astype(np.float64)
+    content = arrays.content_digest(masks) + arrays.content_digest(margins)
+    return Brought(Truth(masks, margins[:, None]), name, content)
+
+
+def _rows(plan: Plan) -> dict[str, int]:
+    return {split.name: split.rows for split in plan.targets}
+
+
+def _load(path: Path) -> NDArray[Any]:
+    try:
+        loaded = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise EvaluationError(
+            f"not a readable array: {error}", where=str(path), next="numpy.save a plain array"
+        ) from None
+    if not isinstance(loaded, np.ndarray) or loaded.dtype.kind not in "biuf":
+        raise EvaluationError(
+            f"not one array of numbers: {getattr(loaded, 'dtype', type(loaded).__name__)}",
+            where=str(path),
+            next="numpy.save a plain array",
+        )
+    return loaded
