@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from trak_dist.cells import Cell
+from trak_dist.cells import Cell, EvaluateCell
 from trak_dist.stages.status import Status, by_error, lines, read_status
 from trak_dist.store.run import Run
 
@@ -118,12 +118,26 @@ def verify(run: Run, *, repair: bool) -> bool:
 
 
 def tell_what_next(run: Run) -> None:
-    """Print where scores and report are, and what to type next."""
-    for split in run.plan.targets:
-        if run.layout.report(split.name).exists():
+    """Print where scores, report and pictures are, what to type next, and the LDS."""
+    pages = [run.layout.report(split.name) for split in run.plan.targets]
+    for split, page in zip(run.plan.targets, pages, strict=True):
+        if page.exists():
             print(f"scores: {run.layout.scores(split.name)}")
-            print(f"report: {run.layout.report(split.name)}")
+            shown = [
+                page,
+                *(p for s in (".png", ".lds.png") if (p := page.with_suffix(s)).exists()),
+            ]
+            print("\n".join(f"report: {path}" for path in shown))
     print(f"next:   {_command(run, 'stage=status')}")
+    for cell, receipt in run.receipts.done(run.plan.cells_of(EvaluateCell)).items():
+        if "lds" in receipt.facts:
+            name, chosen = cell.id.partition("/")[2], receipt.facts["chosen"]["lds"]
+            print(f"LDS:    {name} {_interval(receipt.facts['lds'])}, mean over targets, 95 %")
+            print(f"        {name} {_interval(chosen)} with λ chosen on other targets")
+
+
+def _interval(found: Mapping[str, float]) -> str:
+    return f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
 
 
 def _command(run: Run, arguments: str) -> str:

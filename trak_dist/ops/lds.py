@@ -87,7 +87,7 @@ class Reliability:
 
 
 def reliability(margins: NDArray[np.float64]) -> Reliability | None:
-    """Agreement of halves of the seeds of `margins` (subsets, seeds, targets); None for one seed."""
+    """Agreement of halves of the seeds of `margins` (subsets, seeds, targets)."""
     seeds = margins.shape[1]
     if seeds < 2:
         return None

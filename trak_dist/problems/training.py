@@ -49,7 +49,7 @@ def classifier_trainer(
             )
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=epochs * steps)
             for _ in range(epochs):
-                for batch in torch.randperm(len(images), generator=order).split(batch_size):
+                for batch in torch.split(torch.randperm(len(images), generator=order), batch_size):
                     logits = model(images[batch])
                     loss = nn.functional.cross_entropy(logits, labels[batch])
                     optimiser.zero_grad(set_to_none=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any
@@ -16,6 +18,7 @@ from matplotlib.figure import Figure
 from trak_dist.cells import TRAIN, ReportCell
 from trak_dist.problem import Rendered
 from trak_dist.stages.outcome import Outcome
+from trak_dist.stages.plots import lds_picture
 from trak_dist.stages.session import Session
 from trak_dist.store import atomic
 from trak_dist.store.results import Results, Top
@@ -56,7 +59,13 @@ def report(session: Session, cell: ReportCell) -> Outcome:
     if all(isinstance(line.target.rendered.content, np.ndarray) for line in lines):
         picture = _picture(lines, title=_title(session, cell))
         atomic.write(path.with_suffix(".png"), picture)
-    atomic.write(path, _page(lines, picture, title=_title(session, cell)).encode())
+    evaluation = json.loads(run.layout.evaluation(cell.targets).read_bytes())
+    curves = b""
+    if "lds" in evaluation:
+        curves = lds_picture(evaluation, title=_title(session, cell))
+        atomic.write(path.with_suffix(".lds.png"), curves)
+    page = _page(lines, picture, curves, evaluation, title=_title(session, cell))
+    atomic.write(path, page.encode())
     return Outcome({}, {"picture": bool(picture)})
 
 
@@ -137,9 +146,22 @@ def _draw(axes: Axes, example: _Example, colour: str) -> None:
     )
 
 
-def _page(lines: list[_Line], picture: bytes, *, title: str) -> str:
+def _page(
+    lines: list[_Line],
+    picture: bytes,
+    curves: bytes,
+    evaluation: Mapping[str, Any],
+    *,
+    title: str,
+) -> str:
     source = resources.files("trak_dist.stages").joinpath("report.html.j2").read_text()
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
         source
     )
-    return template.render(title=title, lines=lines, picture=base64.b64encode(picture).decode())
+    return template.render(
+        title=title,
+        lines=lines,
+        picture=base64.b64encode(picture).decode(),
+        curves=base64.b64encode(curves).decode(),
+        evaluation=evaluation,
+    )
