@@ -122,14 +122,21 @@ def needs(plan: Plan, cell: Cell, done: Collection[Cell]) -> Iterator[Cell]:
             scores = list(plan.score_cells(targets))
             yield from scores
             yield from (MarginsCell(*model, targets) for model in plan.retrained())
-            for model_id in plan.model_ids if scores[0] in done else ():
-                yield GramCell(model_id)
-                for split_name in (TRAIN, targets):
-                    yield from plan.featurize_cells(model_id, split_name)
+            if scores[0] in done:
+                yield from _grads_and_gram(plan, targets)
         case ReportCell(targets=targets):
             evaluated = EvaluateCell(targets)
-            yield evaluated
-            yield from plan.score_cells(targets) if evaluated in done else ()
+            if plan.has_truth:
+                yield evaluated
+            if evaluated in done or not plan.has_truth:
+                yield from plan.score_cells(targets)
+
+
+def _grads_and_gram(plan: Plan, targets: str) -> Iterator[Cell]:
+    for model_id in plan.model_ids:
+        yield GramCell(model_id)
+        for split_name in (TRAIN, targets):
+            yield from plan.featurize_cells(model_id, split_name)
 
 
 @dataclass(frozen=True)

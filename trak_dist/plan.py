@@ -189,7 +189,8 @@ class Plan:
             bases[f"score/{split.name}"] = digest([score, content])
             bases[f"margins/{split.name}"] = digest([subset, split.content])
             bases[f"evaluate/{split.name}"] = digest(["evaluate", score, content, truth])
-            bases[f"report/{split.name}"] = digest(["report", score, content, truth])
+            told = [truth] if self.has_truth else []
+            bases[f"report/{split.name}"] = digest(["report", score, content, *told])
         return bases
 
     def _settings(self, *sections: str) -> dict[str, Any]:
@@ -231,23 +232,29 @@ class Plan:
             yield from (TrainCell(FULL, c.model_id) for c in self.checkpoints if c.trained)
             yield from (TrainCell(subset, seed) for subset, seed in self.retrained())
         elif kind is MarginsCell:
-            for subset, seed in self.retrained():
-                yield from (MarginsCell(subset, seed, s.name) for s in self.targets)
+            yield from (MarginsCell(*m, s.name) for m in self.retrained() for s in self.targets)
         elif kind is FeaturizeCell:
-            for model_id in self.model_ids:
-                for split in (self.train, *self.targets):
-                    yield from self.featurize_cells(model_id, split.name)
+            names = [s.name for s in (self.train, *self.targets)]
+            yield from (
+                c for m in self.model_ids for n in names for c in self.featurize_cells(m, n)
+            )
         elif kind is GramCell or kind is KernelCell:
             yield from (kind(model_id) for model_id in self.model_ids)
         elif kind is PreconditionCell:
-            for model_id in self.model_ids:
-                yield from (PreconditionCell(model_id, s.name) for s in self.targets)
+            yield from (PreconditionCell(m, s.name) for m in self.model_ids for s in self.targets)
         elif kind is ScoreCell:
             for targets in self.targets:
                 yield from self.score_cells(targets.name)
+        elif kind is EvaluateCell:
+            yield from (EvaluateCell(s.name) for s in self.targets if self.has_truth)
         else:
-            assert kind is EvaluateCell or kind is ReportCell
-            yield from (kind(s.name) for s in self.targets)
+            assert kind is ReportCell
+            yield from (ReportCell(s.name) for s in self.targets)
+
+    @property
+    def has_truth(self) -> bool:
+        """Whether there are retrained models to hold scores against."""
+        return bool(self.ground_truth.subsets or self.ground_truth.masks)
 
     def retrained(self) -> Iterator[tuple[str, int]]:
         """Subset and seed of each model of the ground truth, subset by subset."""

@@ -15,10 +15,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from trak_dist.cells import TRAIN, ReportCell
+from trak_dist.cells import TRAIN, EvaluateCell, ReportCell
 from trak_dist.problem import Rendered
 from trak_dist.stages.outcome import Outcome
 from trak_dist.stages.plots import lds_picture
+from trak_dist.stages.reduce import require
 from trak_dist.stages.session import Session
 from trak_dist.store import atomic
 from trak_dist.store.results import Results, Top
@@ -59,8 +60,10 @@ def report(session: Session, cell: ReportCell) -> Outcome:
     if all(isinstance(line.target.rendered.content, np.ndarray) for line in lines):
         picture = _picture(lines, title=_title(session, cell))
         atomic.write(path.with_suffix(".png"), picture)
-    evaluation = json.loads(run.layout.evaluation(cell.targets).read_bytes())
-    curves = b""
+    evaluation, curves = {}, b""
+    if run.plan.has_truth:
+        require(run, [EvaluateCell(cell.targets)], needed_by=cell)
+        evaluation = json.loads(run.layout.evaluation(cell.targets).read_bytes())
     if "lds" in evaluation:
         curves = lds_picture(evaluation, title=_title(session, cell))
         atomic.write(path.with_suffix(".lds.png"), curves)

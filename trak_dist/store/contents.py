@@ -40,21 +40,23 @@ def slabs(run: Run, cell: Cell) -> dict[str, Slab]:
     match cell:
         case MarginsCell(subset, seed, targets):
             path, row = layout.margins(targets, seed), int(subset)
-            return {"margins": Slab(path, row, row + 1)}
+            owned = {"margins": Slab(path, row, row + 1)}
         case FeaturizeCell(model_id, split, rows):
             group = layout.grads(plan, model_id, split)
             names = ("grads", "row_scale", "out_to_loss")
-            return {name: Slab(group / name, rows.start, rows.stop) for name in names}
+            owned = {name: Slab(group / name, rows.start, rows.stop) for name in names}
         case GramCell(model_id):
-            return {"gram": Slab(layout.gram(plan, model_id), 0, plan.proj_dim)}
+            owned = {"gram": Slab(layout.gram(plan, model_id), 0, plan.proj_dim)}
         case KernelCell(model_id):
-            return {"kernel": Slab(layout.kernel(plan, model_id) / "kernel", 0, plan.proj_dim)}
+            owned = {"kernel": Slab(layout.kernel(plan, model_id) / "kernel", 0, plan.proj_dim)}
         case PreconditionCell(model_id, targets):
             path = layout.kernel(plan, model_id) / "precond" / targets
-            return {"precond": Slab(path, 0, plan.proj_dim)}
+            owned = {"precond": Slab(path, 0, plan.proj_dim)}
         case ScoreCell(targets, rows):
-            return {"scores": Slab(layout.scores(targets), rows.start, rows.stop)}
-    return {}
+            owned = {"scores": Slab(layout.scores(targets), rows.start, rows.stop)}
+        case _:
+            owned = {}
+    return owned
 
 
 def write(run: Run, cell: Cell, values: Mapping[str, NDArray[Any]]) -> dict[str, str]:
