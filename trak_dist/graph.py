@@ -116,14 +116,15 @@ def needs(plan: Plan, cell: Cell, done: Collection[Cell]) -> Iterator[Cell]:
             for model_id in plan.model_ids:
                 solved = PreconditionCell(model_id, targets)
                 yield solved
-                for split_name in (TRAIN, targets) if solved in done else ():
-                    yield from plan.featurize_cells(model_id, split_name)
+                if solved in done:
+                    yield from _grads(plan, model_id, targets)
         case EvaluateCell(targets=targets):
             scores = list(plan.score_cells(targets))
             yield from scores
             yield from (MarginsCell(*model, targets) for model in plan.retrained())
-            if scores[0] in done:
-                yield from _grads_and_gram(plan, targets)
+            for model_id in plan.model_ids if scores[0] in done else ():
+                yield GramCell(model_id)
+                yield from _grads(plan, model_id, targets)
         case ReportCell(targets=targets):
             evaluated = EvaluateCell(targets)
             if plan.has_truth:
@@ -132,11 +133,9 @@ def needs(plan: Plan, cell: Cell, done: Collection[Cell]) -> Iterator[Cell]:
                 yield from plan.score_cells(targets)
 
 
-def _grads_and_gram(plan: Plan, targets: str) -> Iterator[Cell]:
-    for model_id in plan.model_ids:
-        yield GramCell(model_id)
-        for split_name in (TRAIN, targets):
-            yield from plan.featurize_cells(model_id, split_name)
+def _grads(plan: Plan, model_id: int, targets: str) -> Iterator[Cell]:
+    for split_name in (TRAIN, targets):
+        yield from plan.featurize_cells(model_id, split_name)
 
 
 @dataclass(frozen=True)
