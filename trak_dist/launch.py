@@ -12,7 +12,7 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +24,7 @@ from trak_dist import graph, machine, needs, settings, telling
 from trak_dist.cells import STAGE_CELLS, STAGE_STEPS
 from trak_dist.config import ClusterConfig, Config, SlurmConfig
 from trak_dist.errors import ConfigError, MissingInputs, StoreError, TrakDistError
+from trak_dist.plan import REDUCE_KEYS, Plan
 from trak_dist.progress import Progress
 from trak_dist.store import atomic
 from trak_dist.store.jobs import Jobs
@@ -31,7 +32,6 @@ from trak_dist.store.run import Run
 
 if TYPE_CHECKING:
     from trak_dist.executors.protocol import Executor
-    from trak_dist.plan import Plan
 
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 out = Console(soft_wrap=True, highlight=False, markup=False)
@@ -81,14 +81,14 @@ def _launch(composed: DictConfig, given: frozenset[str]) -> int:
     with atomic.told(run_dir):
         run = Run.open(run_dir) if Run.exists(run_dir) else None
     if run:
-        mapping, kept = settings.merge_with_plan(mapping, asdict(run.plan.spec), given)
+        mapping, kept = settings.merge_with_plan(mapping, run.plan.settings, given)
         if kept and mapping["stage"] not in ("status", "cancel"):
             out.print(f"from the plan: {', '.join(kept)}")
     settings.refuse_missing(mapping)
     config = Config.from_mapping({**mapping, "run_dir": str(run_dir)})
     if config.stage in ("status", "verify", "cancel"):
         run = run or Run.open(run_dir)  # raises, and says how to begin
-        _refuse_other_spec(run, config, may_reduce=False)
+        _refuse_other_settings(run, config, may=())
         return _look(run, config)
     run, workers = _planned(config, run, given)
     if config.stage == "plan":
@@ -144,13 +144,10 @@ def _run_dir(given: object) -> Path:
     return Path(given).expanduser().absolute()
 
 
-def _refuse_other_spec(run: Run, config: Config, *, may_reduce: bool) -> bool:
-    return settings.refuse_other_spec(
-        asdict(run.plan.spec),
-        asdict(config.spec),
-        where=str(run.layout.run_dir),
-        may_reduce=may_reduce,
-    )
+def _refuse_other_settings(run: Run, config: Config, *, may: tuple[str, ...]) -> None:
+    wanted = {**asdict(config.spec), "checkpoints": {"use": config.checkpoints.ensemble}}
+    where = str(run.layout.run_dir)
+    settings.refuse_other_settings(run.plan.settings, wanted, where=where, may=may)
 
 
 # Plan ---------------------------------------------------------------------------------------
@@ -161,11 +158,12 @@ def _planned(config: Config, run: Run | None, given: frozenset[str]) -> tuple[Ru
     from trak_dist.stages import planning
     from trak_dist.store.prepare import prepare
 
-    plan = run.plan if run else None
-    if run and _refuse_other_spec(run, config, may_reduce=True):
-        plan = planning.with_reduce(run, config.spec)
+    plan = _wanted(config, run) if run else None
+    if run and plan:
+        planning.refuse_scored(run, plan)
     if plan is None or config.stage != "reduce":
         plan = _plan_with_problem(config, plan, run, given)
+    planning.refuse_unknown_ids(plan)
     planning.refuse_rank_deficient(plan)
     workers = _fit_workers(plan, config.cluster)
     run_dir = Path(config.run_dir)
@@ -179,12 +177,28 @@ def _planned(config: Config, run: Run | None, given: frozenset[str]) -> tuple[Ru
     prepare(run)
     cells = sum(1 for stage in STAGE_CELLS for _ in plan.cells(stage))
     out.print(
-        f"plan: {plan.train.rows} train rows, {len(plan.checkpoints)} checkpoints, "
+        f"plan: {plan.train.rows} train rows, {len(plan.model_ids)} checkpoints, "
         f"{', '.join(f'{s.name} {s.rows}' for s in plan.targets)} targets, p {plan.parameters:,}, "
         f"{plan.spec.projection.kind} to {plan.proj_dim}, {cells} cells, "
         f"{needs.store_bytes(plan) / 2**20:,.0f} MiB, in {run.layout.run_dir}"
     )
     return run, workers
+
+
+def _wanted(config: Config, run: Run) -> Plan:
+    """The plan of `run` with the reduce and the ensemble that are asked for."""
+    from trak_dist.stages import planning
+
+    _refuse_other_settings(run, config, may=REDUCE_KEYS)
+    plan = replace(run.plan, spec=config.spec, use=config.checkpoints.ensemble)
+    if config.checkpoints.allow_missing:
+        plan, asked = planning.without_missing(run, plan), plan
+        if plan.model_ids != asked.model_ids:
+            left_out = [i for i in asked.model_ids if i not in plan.model_ids]
+            out.print(
+                f"not featurized, left out of the ensemble: {left_out}; it is {list(plan.use)}"
+            )
+    return plan
 
 
 def _plan_with_problem(

@@ -33,4 +33,4 @@ def store_bytes(plan: Plan) -> int:
     k = plan.proj_dim
     reduce = 2 * k * k * 8 + sum(s.rows for s in plan.targets) * k * 8
     scores = plan.train.rows * sum(s.rows for s in plan.targets) * 4
-    return len(plan.checkpoints) * (grads + reduce) + scores
+    return len(plan.model_ids) * (grads + reduce) + scores

@@ -32,7 +32,7 @@ from trak_dist.errors import PlanMismatch
 SCHEMA = 1
 CHUNK_BYTES = 64 * 2**20
 MIN_CELLS = 8  # a small split is still cut into about so many cells, to lose little at a kill
-REDUCE_KEYS = ("proj_dim", "reduce.")
+REDUCE_KEYS = ("proj_dim", "reduce.", "checkpoints.use")
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,11 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A run. `parameters` is p, the number of parameters whose gradients are used."""
+    """A run.
+
+    `parameters` is p, the number of parameters whose gradients are used; `use` names the
+    checkpoints of the ensemble, none of them: all.
+    """
 
     spec: Spec
     source: Source
@@ -94,6 +98,7 @@ class Plan:
     train: Split
     checkpoints: tuple[Checkpoint, ...]
     targets: tuple[Split, ...]
+    use: tuple[int, ...] = ()
 
     @property
     def store_dim(self) -> int:
@@ -118,7 +123,12 @@ class Plan:
     @property
     def model_ids(self) -> tuple[int, ...]:
         """The ensemble."""
-        return tuple(c.model_id for c in self.checkpoints)
+        return self.use or tuple(c.model_id for c in self.checkpoints)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the command line may say of the run, nested as there."""
+        return {**asdict(self.spec), "checkpoints": {"use": list(self.use)}}
 
     def split(self, name: str) -> Split:
         """The train split or the target set called `name`."""
@@ -201,7 +211,8 @@ class Plan:
     def cells_of(self, kind: type[Cell]) -> Iterator[Cell]:
         """The cells of one kind, in order."""
         if kind is TrainCell:
-            yield from (TrainCell("full", c.model_id) for c in self.checkpoints if c.trained)
+            used = (self.checkpoint(model_id) for model_id in self.model_ids)
+            yield from (TrainCell("full", c.model_id) for c in used if c.trained)
         elif kind is FeaturizeCell:
             for model_id in self.model_ids:
                 for split in (self.train, *self.targets):
@@ -271,6 +282,7 @@ class Plan:
             train=Split(**raw["train"]),
             checkpoints=tuple(Checkpoint(**c) for c in raw["checkpoints"]),
             targets=tuple(Split(**s) for s in raw["targets"]),
+            use=tuple(raw.get("use", ())),
         )
         if plan.fingerprint != raw["fingerprint"]:
             raise PlanMismatch(

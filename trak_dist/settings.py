@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from trak_dist.config import Spec, flatten, nearest
 from trak_dist.errors import ConfigError, PlanMismatch
-from trak_dist.plan import REDUCE_KEYS, differences
+from trak_dist.plan import differences
 
 PACKAGE = Path(__file__).parent
 CONF = next(p for p in (PACKAGE / "conf", PACKAGE.parent / "conf") if p.is_dir())
@@ -91,23 +91,25 @@ def to_mapping(config: DictConfig) -> dict[str, Any]:
 def merge_with_plan(
     mapping: Mapping[str, Any], planned: Mapping[str, Any], given: frozenset[str]
 ) -> tuple[dict[str, Any], list[str]]:
-    """`mapping` with the plan's spec wherever the command line does not give a key.
+    """`mapping` with the plan's settings wherever the command line does not give a key.
 
     Also, as `key=value`, what the plan says otherwise than the defaults do.
     """
-    composed = _leaves({k: mapping[k] for k in _SPEC_KEYS})
+    composed = _leaves({k: mapping[k] for k in planned})
+    frozen = _leaves(planned)
     ours = {
         path: value
         for path, value in composed.items()
-        if value != _MISSING and _is_given(".".join(path), given)
+        if value != _MISSING
+        and (_is_given(".".join(path), given) or (path not in frozen and path[0] not in _SPEC_KEYS))
     }
     kept = [
         f"{key}={old}"
         for key, (old, new) in differences(planned, mapping).items()
-        if old is not None and key.split(".")[0] in _SPEC_KEYS and not _is_given(key, given)
+        if old is not None and not _is_given(key, given)
     ]
     merged: dict[str, Any] = {}
-    for path, value in {**_leaves(planned), **ours}.items():
+    for path, value in {**frozen, **ours}.items():
         section = merged
         for part in path[:-1]:
             section = section.setdefault(part, {})
@@ -141,21 +143,19 @@ def refuse_missing(mapping: Mapping[str, Any]) -> None:
         )
 
 
-def refuse_other_spec(
-    planned: Mapping[str, Any], wanted: Mapping[str, Any], *, where: str, may_reduce: bool
-) -> bool:
-    """Whether `wanted` differs from `planned` in how it reduces, where it may.
+def refuse_other_settings(
+    planned: Mapping[str, Any], wanted: Mapping[str, Any], *, where: str, may: tuple[str, ...]
+) -> None:
+    """Raise `PlanMismatch` if `wanted` differs from `planned` in what it may not.
 
-    Raises
-    ------
-    PlanMismatch
-        Naming each differing field with both values, if it differs in what it may not.
+    Parameters
+    ----------
+    may : tuple of str
+        How the keys begin that may differ.
     """
     found = differences(planned, wanted)
-    if may_reduce and all(key.startswith(REDUCE_KEYS) for key in found):
-        return bool(found)
-    if not found:
-        return False
+    if all(key.startswith(may) for key in found):
+        return
     listed = "\n".join(
         f"  {k}: {old!r} in the plan, {new!r} now" for k, (old, new) in found.items()
     )
