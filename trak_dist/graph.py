@@ -83,7 +83,7 @@ def shares_needs(cell: Cell) -> object:
 
 
 def needs(plan: Plan, cell: Cell, done: Collection[Cell]) -> Iterator[Cell]:
-    """The cells of earlier steps that the task of `cell` needs, done or not.
+    """The cells of other tasks that the task whose first cell is `cell` needs, done or not.
 
     Those that a cell named here needs itself are left out as long as that one is not done.
     """
@@ -94,6 +94,10 @@ def needs(plan: Plan, cell: Cell, done: Collection[Cell]) -> Iterator[Cell]:
             if plan.checkpoint(model_id).trained:
                 yield TrainCell("full", model_id)
         case GramCell(model_id) | KernelCell(model_id) | PreconditionCell(model_id):
+            if isinstance(cell, KernelCell):  # first of its task: another task makes the Gram
+                yield GramCell(model_id)
+            elif isinstance(cell, PreconditionCell):
+                yield KernelCell(model_id)
             for split in (plan.train, *plan.targets):
                 yield from plan.featurize_cells(model_id, split.name)
         case ScoreCell(targets=targets):

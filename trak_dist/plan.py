@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -33,6 +33,10 @@ SCHEMA = 1
 CHUNK_BYTES = 64 * 2**20
 MIN_CELLS = 8  # a small split is still cut into about so many cells, to lose little at a kill
 REDUCE_KEYS = ("proj_dim", "reduce.", "checkpoints.use")
+SWEEP_KEYS = (
+    *("proj_dim", "store_dim", "projection.", "checkpoints.use"),
+    *("reduce.lambda_", "reduce.kernel_"),  # not its threads: they set the bits of the shared Gram
+)
 
 
 @dataclass(frozen=True)
@@ -130,6 +134,17 @@ class Plan:
         """What the command line may say of the run, nested as there."""
         return {**asdict(self.spec), "checkpoints": {"use": list(self.use)}}
 
+    def with_settings(self, spec: Spec, use: Sequence[int]) -> Plan:
+        """The plan with other settings; the cells of other grads are cut as those of a new run."""
+        changed = replace(self, spec=spec, use=tuple(use))
+        if changed.projection_id == self.projection_id:
+            return changed
+        train, *targets = (
+            replace(s, cell_rows=planned_cell_rows(s.rows, spec, changed.store_dim))
+            for s in (self.train, *self.targets)
+        )
+        return replace(changed, train=train, targets=tuple(targets))
+
     def split(self, name: str) -> Split:
         """The train split or the target set called `name`."""
         return next(s for s in (self.train, *self.targets) if s.name == name)
@@ -165,6 +180,12 @@ class Plan:
     def kernel_id(self) -> str:
         """Names one choice of `proj_dim` and `reduce`; checkpoints may join without changing it."""
         return f"{self.proj_dim}-{digest([self.proj_dim, self._settings('reduce')])[:8]}"
+
+    @cached_property
+    def reduce_id(self) -> str:
+        """Names a member of a sweep: its projection, `proj_dim`, `reduce` and `use`."""
+        content = [self.projection_id, self.kernel_id, self.use]
+        return f"{self.spec.projection.kind}-{self.proj_dim}-{digest(content)[:8]}"
 
     @cached_property
     def _bases(self) -> dict[str, str]:
@@ -305,6 +326,14 @@ def cell_rows(rows: int, *, row_bytes: int, batch_rows: int) -> int:
     cap = max(1, CHUNK_BYTES // row_bytes // batch_rows)
     wanted = -(-rows // (MIN_CELLS * batch_rows))
     return max(1, min(cap, wanted)) * batch_rows
+
+
+def planned_cell_rows(rows: int, spec: Spec, dim: int) -> int:
+    """Rows of a cell of grads with `dim` columns: what the settings say, or what fits."""
+    row_bytes = dim * (2 if spec.featurize.dtype == "float16" else 4)
+    return spec.featurize.cell_rows or cell_rows(
+        rows, row_bytes=row_bytes, batch_rows=spec.featurize.batch_rows
+    )
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

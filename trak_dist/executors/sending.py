@@ -131,6 +131,7 @@ def sender(jobs: Jobs, order: Order, rows: int) -> Send:
             tasks=tuple(tuple(cell.id for cell in task) for task in tasks),
             cluster=asdict(replace(order.cluster, rows_per_task=rows)),
             stages=order.stages,
+            member=jobs.run.layout.member,
         )
         number = jobs.publish(job)
         try:

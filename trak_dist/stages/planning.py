@@ -24,7 +24,7 @@ from trak_dist.errors import (
 )
 from trak_dist.ops import kernel
 from trak_dist.ops.gradients import VmapGradients, select_params
-from trak_dist.plan import Checkpoint, Plan, Source, Split, cell_rows
+from trak_dist.plan import Checkpoint, Plan, Source, Split, planned_cell_rows
 from trak_dist.problem import MapDataset, Problem, Rendered
 from trak_dist.stages.checkpoints import (
     check_fit,
@@ -156,14 +156,21 @@ def without_missing(run: Run, plan: Plan) -> Plan:
 
 
 def refuse_scored(run: Run, plan: Plan) -> None:
-    """Raise `PlanMismatch` if `run` has scores that `plan`, of another reduce, would replace."""
+    """Raise `PlanMismatch` if `run` has scores that `plan`, of another reduce, would replace.
+
+    A member of a sweep keeps them both.
+    """
     if plan.model_ids == run.plan.model_ids and plan.kernel_id == run.plan.kernel_id:
         return
     if run.receipts.done(run.plan.cells_of(ScoreCell)):
+        member = run.layout.sweeps / plan.reduce_id
+        there = plan.reduce_id in run.layout.members()
         raise PlanMismatch(
             "the run has scores made with another proj_dim, reduce or ensemble",
             where=str(run.layout.run_dir),
-            next="use another run_dir: the scores that are there are kept",
+            next=f"run_dir={member} is the run with these settings"
+            if there
+            else f"the same command with -m, which keeps both: these go to {member}",
         )
 
 
@@ -208,12 +215,7 @@ def _split(name: str, problem: Problem, spec: Spec, dim: int) -> Split:
             next="switch random augmentation off: an example must be the same every time",
         )
     dry_run(problem, name, dataset, spec.featurize.params)
-    featurize = spec.featurize
-    row_bytes = dim * (2 if featurize.dtype == "float16" else 4)
-    rows = featurize.cell_rows or cell_rows(
-        len(dataset), row_bytes=row_bytes, batch_rows=featurize.batch_rows
-    )
-    return Split(name, len(dataset), rows, first)
+    return Split(name, len(dataset), planned_cell_rows(len(dataset), spec, dim), first)
 
 
 def dry_run(problem: Problem, name: str, dataset: MapDataset, params: Sequence[str]) -> None:
