@@ -115,12 +115,15 @@ def needs(plan: Plan, cell: Cell, done: Collection[Cell]) -> Iterator[Cell]:
 class Array:
     """Tasks of one step that wait for the same tasks of earlier ones.
 
-    `after` are the names of those tasks; `lacks` are cells that the array needs and nobody makes.
+    `after` are the names of those tasks; `beside` are those of tasks of this step, of another run
+    of the same sweep, that make a Gram or a kernel first, and may fail at what comes next; `lacks`
+    are cells that the array needs and nobody makes.
     """
 
     step: str
     tasks: tuple[Task, ...]
     after: frozenset[str]
+    beside: frozenset[str]
     lacks: tuple[Cell, ...]
 
 
@@ -146,11 +149,13 @@ def arrays(
         groups: dict[object, list[Task]] = {}
         for task in waiting:
             groups.setdefault(shares_needs(task[0]), []).append(task)
-        alike: dict[tuple[frozenset[str], tuple[Cell, ...]], list[Task]] = {}
+        alike: dict[tuple[frozenset[str], frozenset[str], tuple[Cell, ...]], list[Task]] = {}
         for group in groups.values():
             missing = [c for c in needs(plan, group[0][0], done) if c not in done]
-            after = frozenset(owners[c] for c in missing if c in owners)
+            owned = [c for c in missing if c in owners]
+            beside = frozenset(owners[c] for c in owned if type(c) in STEPS[step])
+            after = frozenset(owners[c] for c in owned) - beside
             lacks = tuple(c for c in missing if c not in owners)
-            alike.setdefault((after, lacks), []).extend(group)
-        for (after, lacks), grouped in alike.items():
-            yield Array(step, tuple(grouped), after, lacks)
+            alike.setdefault((after, beside, lacks), []).extend(group)
+        for (after, beside, lacks), grouped in alike.items():
+            yield Array(step, tuple(grouped), after, beside, lacks)
