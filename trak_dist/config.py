@@ -86,9 +86,20 @@ class Spec:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointsConfig:
-    """How many checkpoints `stage=train` makes, where the problem brings none."""
+    """How many checkpoints `stage=train` makes, where the problem brings none, and the ensemble.
+
+    `use` names its checkpoints, none of them: all; `allow_missing` leaves out of it those that are
+    not featurized.
+    """
 
     train: int = field(default=5, metadata={"min": 1})
+    use: tuple[int, ...] = field(default=(), metadata={"may_be_empty": True})
+    allow_missing: bool = False
+
+    @property
+    def ensemble(self) -> tuple[int, ...]:
+        """`use` in one order, since sums over the ensemble follow it."""
+        return tuple(sorted(self.use))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +201,8 @@ class Config:
         if not bad:
             bad.extend(_cross_checks(spec, config.cluster))
             bad.extend(_ground_truth_checks(config.ground_truth))
+            if config.checkpoints.allow_missing and config.stage != "reduce":
+                bad.append("  checkpoints.allow_missing: only stage=reduce takes it")
         if bad:
             raise ConfigError(
                 "\n".join(["the configuration is not valid:", *bad]),
@@ -298,12 +311,13 @@ def _section(hint: Any, raw: Any) -> type[Any] | None:
 
 
 def _value(raw: Any, hint: Any, limits: Mapping[str, Any], path: str, bad: list[str]) -> Any:
-    if hint == tuple[str, ...]:
-        raw = (raw,) if isinstance(raw, str) else raw
-        named = isinstance(raw, list | tuple) and all(isinstance(v, str) for v in raw)
-        if named and (raw or limits.get("may_be_empty")):
-            return tuple(raw)
-        bad.append(f"  {path}: {raw!r} is not a name or a list of names")
+    if hint in (tuple[str, ...], tuple[int, ...]):
+        kind, what = (str, "name") if hint == tuple[str, ...] else (int, "number")
+        several = raw if isinstance(raw, list | tuple) else (raw,)
+        fits = all(type(v) is kind for v in several)
+        if fits and (several or limits.get("may_be_empty")):
+            return tuple(several)
+        bad.append(f"  {path}: {raw!r} is not a {what} or a list of {what}s")
         return None
     if get_args(hint):  # Mapping[str, Any]
         if isinstance(raw, Mapping):

@@ -94,24 +94,24 @@ def shares_needs(cell: Cell) -> object:
             return cell.model_id
         case ScoreCell() | EvaluateCell() | ReportCell():
             return cell.targets
-        case TrainCell() | MarginsCell():
+        case MarginsCell(subset, seed):
+            return subset, seed
+        case TrainCell():
             return None
 
 
 def needs(plan: Plan, cell: Cell, done: Collection[Cell]) -> Iterator[Cell]:
-    """The cells of earlier steps that the task of `cell` needs, done or not.
+    """The cells of other tasks that the task whose first cell is `cell` needs, done or not.
 
     Those that a cell named here needs itself are left out as long as that one is not done.
     """
+    yield from _before(cell)
     match cell:
-        case TrainCell() | MarginsCell():
-            return
         case FeaturizeCell(model_id=model_id):
             if plan.checkpoint(model_id).trained:
                 yield TrainCell(FULL, model_id)
         case GramCell(model_id) | KernelCell(model_id) | PreconditionCell(model_id):
-            for split in (plan.train, *plan.targets):
-                yield from plan.featurize_cells(model_id, split.name)
+            yield from _grads(plan, model_id, *(s.name for s in plan.targets))
         case ScoreCell(targets=targets):
             for model_id in plan.model_ids:
                 solved = PreconditionCell(model_id, targets)
@@ -132,8 +132,19 @@ def needs(plan: Plan, cell: Cell, done: Collection[Cell]) -> Iterator[Cell]:
                 yield from plan.score_cells(targets)
 
 
-def _grads(plan: Plan, model_id: int, targets: str) -> Iterator[Cell]:
-    for split_name in (TRAIN, targets):
+def _before(cell: Cell) -> Iterator[Cell]:
+    """The cell before it in the chain, which another task makes where this one is first of its."""
+    match cell:
+        case MarginsCell(subset, seed):
+            yield TrainCell(subset, seed)
+        case KernelCell(model_id):
+            yield GramCell(model_id)
+        case PreconditionCell(model_id):
+            yield KernelCell(model_id)
+
+
+def _grads(plan: Plan, model_id: int, *targets: str) -> Iterator[Cell]:
+    for split_name in (TRAIN, *targets):
         yield from plan.featurize_cells(model_id, split_name)
 
 
@@ -141,12 +152,15 @@ def _grads(plan: Plan, model_id: int, targets: str) -> Iterator[Cell]:
 class Array:
     """Tasks of one step that wait for the same tasks of earlier ones.
 
-    `after` are the names of those tasks; `lacks` are cells that the array needs and nobody makes.
+    `after` are the names of those tasks; `beside` are those of tasks of this step, of another run
+    of the same sweep, that make a Gram or a kernel first, and may fail at what comes next; `lacks`
+    are cells that the array needs and nobody makes.
     """
 
     step: str
     tasks: tuple[Task, ...]
     after: frozenset[str]
+    beside: frozenset[str]
     lacks: tuple[Cell, ...]
 
 
@@ -172,11 +186,13 @@ def arrays(
         groups: dict[object, list[Task]] = {}
         for task in waiting:
             groups.setdefault(shares_needs(task[0]), []).append(task)
-        alike: dict[tuple[frozenset[str], tuple[Cell, ...]], list[Task]] = {}
+        alike: dict[tuple[frozenset[str], frozenset[str], tuple[Cell, ...]], list[Task]] = {}
         for group in groups.values():
             missing = [c for c in needs(plan, group[0][0], done) if c not in done]
-            after = frozenset(owners[c] for c in missing if c in owners)
+            owned = [c for c in missing if c in owners]
+            beside = frozenset(owners[c] for c in owned if type(c) in STEPS[step])
+            after = frozenset(owners[c] for c in owned) - beside
             lacks = tuple(c for c in missing if c not in owners)
-            alike.setdefault((after, lacks), []).extend(group)
-        for (after, lacks), grouped in alike.items():
-            yield Array(step, tuple(grouped), after, lacks)
+            alike.setdefault((after, beside, lacks), []).extend(group)
+        for (after, beside, lacks), grouped in alike.items():
+            yield Array(step, tuple(grouped), after, beside, lacks)

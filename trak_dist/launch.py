@@ -1,8 +1,9 @@
 """The command line: Hydra → config → plan → executor. Wiring only; nothing a job runs lives here.
 
-    python -m trak_dist.launch [stage=…] [problem=…] [cluster=…] [run_dir=…] [key=value …]
+    python -m trak_dist.launch [-m] [stage=…] [problem=…] [cluster=…] [run_dir=…] [key=value …]
 
-Exit codes: 0 done, 1 cells failed or are damaged (named), 2 a mistake that the user can mend.
+Exit codes: 0 done, 1 cells failed or are damaged (named), 2 a mistake that the user can mend; of a
+sweep (`-m`) the worst one.
 """
 
 from __future__ import annotations
@@ -20,18 +21,19 @@ import hydra
 from omegaconf import DictConfig
 from rich.console import Console
 
-from trak_dist import graph, machine, needs, settings, telling
+from trak_dist import graph, machine, needs, settings, sweep, telling
 from trak_dist.cells import STAGE_CELLS, STAGE_STEPS, STEPS, Cell
 from trak_dist.config import ClusterConfig, Config, SlurmConfig
-from trak_dist.errors import ConfigError, MissingInputs, StoreError, TrakDistError
+from trak_dist.errors import MissingInputs, StoreError, TrakDistError
+from trak_dist.plan import REDUCE_KEYS, SWEEP_KEYS, Plan
 from trak_dist.progress import Progress
 from trak_dist.store import atomic
 from trak_dist.store.jobs import Jobs
 from trak_dist.store.run import Run
+from trak_dist.sweep import Task
 
 if TYPE_CHECKING:
     from trak_dist.executors.protocol import Executor
-    from trak_dist.plan import Plan
 
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 out = Console(soft_wrap=True, highlight=False, markup=False)
@@ -44,25 +46,42 @@ def main() -> None:
     try:
         arguments = settings.complete_overrides(sys.argv[1:], Path.cwd())
         overrides = settings.overrides_among(arguments)
-        if overrides == arguments:
-            settings.check_overrides(overrides)
         given = settings.given_keys(overrides)
+        tasks = sweep.parse(arguments)
+        if all(a in overrides or a in settings.MULTIRUN for a in arguments):
+            for sample in tasks.samples() if tasks else [overrides]:
+                settings.check_overrides(sample)
+            if tasks:
+                tasks.make_directory()
     except TrakDistError as error:
         _tell(error)
         sys.exit(MISTAKE)
     sys.argv[1:] = arguments
 
     def launched(config: DictConfig) -> None:
-        code = _guarded(config, given)
-        if code:
-            sys.exit(code)
+        if tasks is None:
+            code = _guarded(config, given)
+            if code:
+                sys.exit(code)
+        elif tasks.run(lambda task: _guarded(config, given, task), out) == INTERRUPTED:
+            raise KeyboardInterrupt
 
-    hydra.main(version_base="1.3", config_path=str(settings.CONF), config_name="config")(launched)()
-
-
-def _guarded(composed: DictConfig, given: frozenset[str]) -> int:
+    start = hydra.main(version_base="1.3", config_path=str(settings.CONF), config_name="config")
+    if tasks is None:
+        start(launched)()
+        return
     try:
-        return _launch(composed, given)
+        start(launched)()
+    except KeyboardInterrupt:
+        tasks.code = INTERRUPTED
+    print("\n".join(["", *tasks.lines()]))
+    if tasks.code:
+        sys.exit(tasks.code)
+
+
+def _guarded(composed: DictConfig, given: frozenset[str], task: Task | None = None) -> int:
+    try:
+        return _launch(composed, given, task)
     except TrakDistError as error:
         _tell(error)
         return MISTAKE
@@ -75,26 +94,38 @@ def _tell(error: TrakDistError) -> None:
     print(f"error: {error}", file=sys.stderr)
 
 
-def _launch(composed: DictConfig, given: frozenset[str]) -> int:
+def _launch(composed: DictConfig, given: frozenset[str], task: Task | None) -> int:
     mapping = settings.to_mapping(composed)
-    run_dir = _run_dir(mapping["run_dir"])
+    run_dir = settings.run_dir(mapping["run_dir"])
     with atomic.told(run_dir):
         run = Run.open(run_dir) if Run.exists(run_dir) else None
+    if run is None or task:
+        sweep.refuse_nested(run_dir)
+    kept: list[str] = []
     if run:
-        mapping, kept = settings.merge_with_plan(mapping, asdict(run.plan.spec), given)
-        if kept and mapping["stage"] not in ("status", "cancel"):
-            out.print(f"from the plan: {', '.join(kept)}")
+        mapping, kept = settings.merge_with_plan(mapping, run.plan.settings, given)
+    if task and "store_dim" not in given:
+        kept = [text for text in kept if not text.startswith("store_dim=")]
+        mapping["store_dim"], why = task.sweep.store_dim(mapping, run.plan if run else None)
+        if why:
+            out.print(why)
+    if kept and mapping["stage"] not in ("status", "cancel"):
+        out.print(f"from the plan: {', '.join(kept)}")
     settings.refuse_missing(mapping)
     config = Config.from_mapping({**mapping, "run_dir": str(run_dir)})
     if config.stage in ("status", "verify", "cancel"):
         run = run or Run.open(run_dir)  # raises, and says how to begin
-        _refuse_other_spec(run, config, may_reduce=False)
+        run = Run.open(sweep.home(run, _wanted(config, run, SWEEP_KEYS if task else ())))
+        if task:
+            task.run_dir = run.layout.run_dir
         return _look(run, config)
-    run, workers = _planned(config, run, given)
+    run, workers = _planned(config, run, given, task)
     if config.stage == "plan":
         return DONE
     stages = [s for s in STAGE_CELLS if config.stage in ("all", s)]
     if isinstance(config.cluster, SlurmConfig):
+        if task:
+            task.state = "submitted"
         return _submit(run, config.cluster, stages, force=config.force)
     executor = _executor(run, config.cluster, workers)
     _refuse_missing_upstream(run, config.stage)
@@ -133,61 +164,80 @@ def _submit(run: Run, cluster: SlurmConfig, stages: Sequence[str], *, force: boo
     return DONE
 
 
-def _run_dir(given: object) -> Path:
-    if not isinstance(given, str) or not given or "%" in given:
-        raise ConfigError(
-            f"run_dir {given!r} is not usable: a path without '%', which submitit and Slurm take "
-            "for a job's number",
-            where="run_dir",
-            next="run_dir=runs/…",
-        )
-    return Path(given).expanduser().absolute()
-
-
-def _refuse_other_spec(run: Run, config: Config, *, may_reduce: bool) -> bool:
-    return settings.refuse_other_spec(
-        asdict(run.plan.spec),
-        asdict(config.spec),
-        where=str(run.layout.run_dir),
-        may_reduce=may_reduce,
-    )
-
-
 # Plan ---------------------------------------------------------------------------------------
 
 
-def _planned(config: Config, run: Run | None, given: frozenset[str]) -> tuple[Run, int]:
-    """The run, made or extended, and how many workers fit; refuses before it writes."""
+def _planned(
+    config: Config, base: Run | None, given: frozenset[str], task: Task | None
+) -> tuple[Run, int]:
+    """The run, made or extended, and how many workers fit; refuses before it writes.
+
+    The task of a sweep makes or extends a member of `base`, if it is not that run itself.
+    """
     from trak_dist.stages import planning, truth
     from trak_dist.store.prepare import prepare
 
-    plan = run.plan if run else None
-    if run and _refuse_other_spec(run, config, may_reduce=True):
-        plan = planning.with_reduce(run, config.spec)
+    run, run_dir, plan = base, Path(config.run_dir), None
+    if base:
+        may = SWEEP_KEYS if task else () if base.layout.member else REDUCE_KEYS
+        plan = _wanted(config, base, may)
+        if task:
+            run_dir = sweep.home(base, plan)
+            run = Run.open(run_dir) if Run.exists(run_dir) else None
+            plan = run.plan if run else plan
+        else:
+            planning.refuse_scored(base, plan)
     if plan is None or config.stage != "reduce":
-        plan = _plan_with_problem(config, plan, run, given)
+        plan = _plan_with_problem(config, plan, run or base, given)
+    planning.refuse_unknown_ids(plan)
     if any(key.startswith("ground_truth.") for key in given):
         plan = planning.with_ground_truth(plan, config.ground_truth, tell=out.print)
     planning.refuse_rank_deficient(plan)
     workers = _fit_workers(plan, config.cluster)
-    run_dir = Path(config.run_dir)
-    _refuse_full_disk(
-        run_dir, needs.store_bytes(plan) - (needs.store_bytes(run.plan) if run else 0)
-    )
+    there = needs.store_bytes(run.plan) if run else 0
+    if base and not run and base.plan.projection_id == plan.projection_id:
+        there = needs.grads_bytes(plan)
+    _refuse_full_disk(run_dir, needs.store_bytes(plan) - there)
     if run is None:
         run = Run.create(run_dir, plan)
     elif plan != run.plan:
         run = run.extend(plan)
+    if task:
+        task.run_dir = run_dir
     prepare(run)
     truth.publish_masks(run)
     cells = sum(1 for stage in STAGE_CELLS for _ in plan.cells(stage))
     out.print(
-        f"plan: {plan.train.rows} train rows, {len(plan.checkpoints)} checkpoints, "
+        f"plan: {plan.train.rows} train rows, {len(plan.model_ids)} checkpoints, "
         f"{', '.join(f'{s.name} {s.rows}' for s in plan.targets)} targets, p {plan.parameters:,}, "
         f"{plan.spec.projection.kind} to {plan.proj_dim}, {cells} cells, "
         f"{needs.store_bytes(plan) / 2**20:,.0f} MiB, in {run.layout.run_dir}"
     )
     return run, workers
+
+
+def _wanted(config: Config, run: Run, may: tuple[str, ...]) -> Plan:
+    """The plan of `run` with the settings that are asked for, if they differ only where they may.
+
+    Parameters
+    ----------
+    may : tuple of str
+        How the keys begin that may differ.
+    """
+    wanted = {**asdict(config.spec), "checkpoints": {"use": config.checkpoints.ensemble}}
+    where = str(run.layout.run_dir)
+    settings.refuse_other_settings(run.plan.settings, wanted, where=where, may=may)
+    plan = run.plan.with_settings(config.spec, config.checkpoints.ensemble)
+    if config.checkpoints.allow_missing:
+        from trak_dist.stages import planning
+
+        plan, asked = planning.without_missing(run, plan), plan
+        if plan.model_ids != asked.model_ids:
+            left_out = [i for i in asked.model_ids if i not in plan.model_ids]
+            out.print(
+                f"not featurized, left out of the ensemble: {left_out}; it is {list(plan.use)}"
+            )
+    return plan
 
 
 def _plan_with_problem(

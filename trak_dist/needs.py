@@ -27,10 +27,19 @@ def memory(plan: Plan) -> dict[str, int]:
 
 def store_bytes(plan: Plan) -> int:
     """Bytes that the whole run's arrays take, uncompressed."""
+    return grads_bytes(plan) + reduced_bytes(plan)
+
+
+def grads_bytes(plan: Plan) -> int:
+    """Bytes of the stored grads."""
     item = 2 if plan.spec.featurize.dtype == "float16" else 4
     rows = plan.train.rows + sum(s.rows for s in plan.targets)
-    grads = rows * (plan.store_dim * item + 8)
+    return len(plan.model_ids) * rows * (plan.store_dim * item + 8)
+
+
+def reduced_bytes(plan: Plan) -> int:
+    """Bytes of what is made of the grads."""
     k = plan.proj_dim
     reduce = 2 * k * k * 8 + sum(s.rows for s in plan.targets) * k * 8
     scores = plan.train.rows * sum(s.rows for s in plan.targets) * 4
-    return len(plan.checkpoints) * (grads + reduce) + scores
+    return len(plan.model_ids) * reduce + scores

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -43,7 +43,11 @@ from trak_dist.errors import PlanMismatch
 SCHEMA = 1
 CHUNK_BYTES = 64 * 2**20
 MIN_CELLS = 8  # a small split is still cut into about so many cells, to lose little at a kill
-REDUCE_KEYS = ("proj_dim", "reduce.")
+REDUCE_KEYS = ("proj_dim", "reduce.", "checkpoints.use")
+SWEEP_KEYS = (
+    *("proj_dim", "store_dim", "projection.", "checkpoints.use"),
+    *("reduce.lambda_", "reduce.kernel_"),  # not its threads: they set the bits of the shared Gram
+)
 
 
 @dataclass(frozen=True)
@@ -97,9 +101,11 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A run. `parameters` is p, the number of parameters whose gradients are used.
+    """A run.
 
-    `truth_files` digests the ground truth's files, if the user brought them.
+    `parameters` is p, the number of parameters whose gradients are used; `use` names the
+    checkpoints of the ensemble, none of them: all; `truth_files` digests the ground truth's files,
+    if the user brought them.
     """
 
     spec: Spec
@@ -110,6 +116,7 @@ class Plan:
     targets: tuple[Split, ...]
     ground_truth: GroundTruth = field(default_factory=GroundTruth)
     truth_files: str = ""
+    use: tuple[int, ...] = ()
 
     @property
     def store_dim(self) -> int:
@@ -134,7 +141,23 @@ class Plan:
     @property
     def model_ids(self) -> tuple[int, ...]:
         """The ensemble."""
-        return tuple(c.model_id for c in self.checkpoints)
+        return self.use or tuple(c.model_id for c in self.checkpoints)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the command line may say of the run, nested as there."""
+        return {**asdict(self.spec), "checkpoints": {"use": list(self.use)}}
+
+    def with_settings(self, spec: Spec, use: Sequence[int]) -> Plan:
+        """The plan with other settings; the cells of other grads are cut as those of a new run."""
+        changed = replace(self, spec=spec, use=tuple(use))
+        if changed.projection_id == self.projection_id:
+            return changed
+        train, *targets = (
+            replace(s, cell_rows=planned_cell_rows(s.rows, spec, changed.store_dim))
+            for s in (self.train, *self.targets)
+        )
+        return replace(changed, train=train, targets=tuple(targets))
 
     def split(self, name: str) -> Split:
         """The train split or the target set called `name`."""
@@ -171,6 +194,12 @@ class Plan:
     def kernel_id(self) -> str:
         """Names one choice of `proj_dim` and `reduce`; checkpoints may join without changing it."""
         return f"{self.proj_dim}-{digest([self.proj_dim, self._settings('reduce')])[:8]}"
+
+    @cached_property
+    def reduce_id(self) -> str:
+        """Names a member of a sweep: its projection, `proj_dim`, `reduce` and `use`."""
+        content = [self.projection_id, self.kernel_id, self.use]
+        return f"{self.spec.projection.kind}-{self.proj_dim}-{digest(content)[:8]}"
 
     @cached_property
     def _bases(self) -> dict[str, str]:
@@ -229,7 +258,8 @@ class Plan:
     def cells_of(self, kind: type[Cell]) -> Iterator[Cell]:
         """The cells of one kind, in order."""
         if kind is TrainCell:
-            yield from (TrainCell(FULL, c.model_id) for c in self.checkpoints if c.trained)
+            used = (self.checkpoint(model_id) for model_id in self.model_ids)
+            yield from (TrainCell(FULL, c.model_id) for c in used if c.trained)
             yield from (TrainCell(subset, seed) for subset, seed in self.retrained())
         elif kind is MarginsCell:
             yield from (MarginsCell(*m, s.name) for m in self.retrained() for s in self.targets)
@@ -321,6 +351,7 @@ class Plan:
             targets=tuple(Split(**s) for s in raw["targets"]),
             ground_truth=ground_truth_from_mapping(raw["ground_truth"]),
             truth_files=raw["truth_files"],
+            use=tuple(raw.get("use", ())),
         )
         if plan.fingerprint != raw["fingerprint"]:
             raise PlanMismatch(
@@ -343,6 +374,14 @@ def cell_rows(rows: int, *, row_bytes: int, batch_rows: int) -> int:
     cap = max(1, CHUNK_BYTES // row_bytes // batch_rows)
     wanted = -(-rows // (MIN_CELLS * batch_rows))
     return max(1, min(cap, wanted)) * batch_rows
+
+
+def planned_cell_rows(rows: int, spec: Spec, dim: int) -> int:
+    """Rows of a cell of grads with `dim` columns: what the settings say, or what fits."""
+    row_bytes = dim * (2 if spec.featurize.dtype == "float16" else 4)
+    return spec.featurize.cell_rows or cell_rows(
+        rows, row_bytes=row_bytes, batch_rows=spec.featurize.batch_rows
+    )
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

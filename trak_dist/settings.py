@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -17,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from trak_dist.config import Spec, flatten, nearest
 from trak_dist.errors import ConfigError, PlanMismatch
-from trak_dist.plan import REDUCE_KEYS, differences
+from trak_dist.plan import SWEEP_KEYS, differences
 
 PACKAGE = Path(__file__).parent
 CONF = next(p for p in (PACKAGE / "conf", PACKAGE.parent / "conf") if p.is_dir())
@@ -26,6 +28,7 @@ CONF = next(p for p in (PACKAGE / "conf", PACKAGE.parent / "conf") if p.is_dir()
 _GROUP_IDENTITY = {"problem": "problem._target_", "projection": "projection.kind"}
 _SPEC_KEYS = frozenset(Spec.__dataclass_fields__)
 _MISSING = "???"
+MULTIRUN = ("-m", "--multirun", "hydra.mode=MULTIRUN")
 
 
 def complete_overrides(arguments: Sequence[str], cwd: Path) -> list[str]:
@@ -42,11 +45,13 @@ def complete_overrides(arguments: Sequence[str], cwd: Path) -> list[str]:
     if own.is_dir() and own.resolve() != CONF.resolve() and "hydra.searchpath" not in keys:
         quoted = str(own).replace("\\", "\\\\").replace("'", "\\'")
         completed.append(f"hydra.searchpath=['file://{quoted}']")
-    return completed
+    # Between overrides Hydra would not understand -m.
+    return sorted(completed, key=lambda argument: argument not in MULTIRUN)
 
 
 def overrides_among(arguments: Sequence[str]) -> list[str]:
     """The arguments that are overrides; beside Hydra's flags stand those flags' values too."""
+    arguments = [a for a in arguments if a not in MULTIRUN]
     flags = any(a.startswith("-") for a in arguments)
     return [a for a in arguments if not a.startswith("-") and not (flags and "=" not in a)]
 
@@ -61,18 +66,81 @@ def check_overrides(overrides: Sequence[str]) -> None:
     """
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            groups = [o for o in overrides if "." not in _key(o) and (CONF / _key(o)).is_dir()]
+            groups = [o for o in overrides if is_group(_key(o))]
             groups += [o for o in overrides if _key(o) == "hydra.searchpath"]
             known = compose(config_name="config", overrides=groups)
             _refuse_unknown(overrides, known)
             compose(config_name="config", overrides=list(overrides))
     except (HydraException, OmegaConfBaseException) as error:
-        text = str(error).splitlines()
+        raise _not_composed(error) from None
+
+
+def _not_composed(error: Exception) -> ConfigError:
+    return ConfigError(
+        "the configuration can't be composed: " + " ".join(str(error).split()),
+        where="the command line",
+        next="python -m trak_dist.launch --help shows groups, options and defaults",
+    )
+
+
+def is_group(key: str) -> bool:
+    """Whether `key` chooses an option of one of our groups."""
+    return "." not in key and (CONF / key).is_dir()
+
+
+def swept_values(overrides: Sequence[str]) -> dict[str, list[str]]:
+    """The overrides of a sweep by key, one for each value; of several with one key the last.
+
+    Raises
+    ------
+    ConfigError
+        If one has no values that could be run one by one.
+    """
+    values: dict[str, list[str]] = {}
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+            parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+            for text, override in zip(overrides, parser.parse_overrides([*overrides]), strict=True):
+                key = override.get_key_element()
+                values[key] = [text]
+                if override.is_sweep_override():
+                    found = override.sweep_string_iterator() if override.is_discrete_sweep() else ()
+                    values[key] = [f"{key}={value}" for value in found]
+                if not values[key]:
+                    raise ConfigError(
+                        f"{text!r} has no values to run one by one",
+                        where="the command line",
+                        next=f"{key}=…,… or choice(…), range(…), or for a group glob(*)",
+                    )
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _not_composed(error) from None
+    return values
+
+
+def run_dir(given: object) -> Path:
+    """The run directory as an absolute path.
+
+    Raises
+    ------
+    ConfigError
+        If it can't be one.
+    """
+    if not isinstance(given, str) or not given or "%" in given:
         raise ConfigError(
-            "the configuration can't be composed: " + " ".join(line.strip() for line in text),
-            where="the command line",
-            next="python -m trak_dist.launch --help shows groups, options and defaults",
-        ) from None
+            f"run_dir {given!r} is not usable: a path without '%', which submitit and Slurm take "
+            "for a job's number",
+            where="run_dir",
+            next="run_dir=runs/…",
+        )
+    return Path(given).expanduser().absolute()
+
+
+def composed_run_dir(overrides: Sequence[str]) -> Path:
+    """The run directory that Hydra composes."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        config = compose("config", overrides=list(overrides), return_hydra_config=True)
+    HydraConfig.instance().set_config(config)
+    return run_dir(OmegaConf.select(config, "run_dir"))
 
 
 def given_keys(overrides: Sequence[str]) -> frozenset[str]:
@@ -91,23 +159,25 @@ def to_mapping(config: DictConfig) -> dict[str, Any]:
 def merge_with_plan(
     mapping: Mapping[str, Any], planned: Mapping[str, Any], given: frozenset[str]
 ) -> tuple[dict[str, Any], list[str]]:
-    """`mapping` with the plan's spec wherever the command line does not give a key.
+    """`mapping` with the plan's settings wherever the command line does not give a key.
 
     Also, as `key=value`, what the plan says otherwise than the defaults do.
     """
-    composed = _leaves({k: mapping[k] for k in _SPEC_KEYS})
+    composed = _leaves({k: mapping[k] for k in planned})
+    frozen = _leaves(planned)
     ours = {
         path: value
         for path, value in composed.items()
-        if value != _MISSING and _is_given(".".join(path), given)
+        if value != _MISSING
+        and (_is_given(".".join(path), given) or (path not in frozen and path[0] not in _SPEC_KEYS))
     }
     kept = [
         f"{key}={old}"
         for key, (old, new) in differences(planned, mapping).items()
-        if old is not None and key.split(".")[0] in _SPEC_KEYS and not _is_given(key, given)
+        if old is not None and not _is_given(key, given)
     ]
     merged: dict[str, Any] = {}
-    for path, value in {**_leaves(planned), **ours}.items():
+    for path, value in {**frozen, **ours}.items():
         section = merged
         for part in path[:-1]:
             section = section.setdefault(part, {})
@@ -141,28 +211,29 @@ def refuse_missing(mapping: Mapping[str, Any]) -> None:
         )
 
 
-def refuse_other_spec(
-    planned: Mapping[str, Any], wanted: Mapping[str, Any], *, where: str, may_reduce: bool
-) -> bool:
-    """Whether `wanted` differs from `planned` in how it reduces, where it may.
+def refuse_other_settings(
+    planned: Mapping[str, Any], wanted: Mapping[str, Any], *, where: str, may: tuple[str, ...]
+) -> None:
+    """Raise `PlanMismatch` if `wanted` differs from `planned` in what it may not.
 
-    Raises
-    ------
-    PlanMismatch
-        Naming each differing field with both values, if it differs in what it may not.
+    Parameters
+    ----------
+    may : tuple of str
+        How the keys begin that may differ.
     """
     found = differences(planned, wanted)
-    if may_reduce and all(key.startswith(REDUCE_KEYS) for key in found):
-        return bool(found)
-    if not found:
-        return False
+    if all(key.startswith(may) for key in found):
+        return
+    beside = all(key.startswith(SWEEP_KEYS) for key in found)
     listed = "\n".join(
         f"  {k}: {old!r} in the plan, {new!r} now" for k, (old, new) in found.items()
     )
     raise PlanMismatch(
         f"the run directory belongs to another spec:\n{listed}",
         where=where,
-        next="leave these settings out to go on with this run, or use another run_dir",
+        next="leave these settings out to go on with this run, "
+        + ("add -m to compute with these too, " if beside else "")
+        + "or use another run_dir",
     )
 
 

@@ -195,7 +195,7 @@ def test_other_lambda_never_overwrites_scores(launch, tiny_run) -> None:
     says(
         launch(*tiny_run, "reduce.lambda_reg=0.5"),
         2,
-        "error: the run has scores made with another proj_dim or reduce",
+        "error: the run has scores made with another proj_dim, reduce or ensemble",
     )
 
 

@@ -131,6 +131,7 @@ def sender(jobs: Jobs, order: Order, rows: int) -> Send:
             tasks=tuple(tuple(cell.id for cell in task) for task in tasks),
             cluster=asdict(replace(order.cluster, rows_per_task=rows)),
             stages=order.stages,
+            member=jobs.run.layout.member,
         )
         number = jobs.publish(job)
         try:
@@ -166,7 +167,7 @@ def send_as_fits(
     sizes: dict[str, int] = {}
     for array, tasks_wanted in _parts(arrays, limits.array):
         part = tasks_wanted[: max(0, room)]
-        after = _dependency(array.after, sizes)
+        after = _dependency(array, sizes)
         try:
             job_id = send(array.step, part, after) if part else ""
         except QueueFull:  # by a limit that accounting does not tell
@@ -219,10 +220,20 @@ def batch_of(
     )
 
 
-def _dependency(after: Collection[str], sizes: Mapping[str, int]) -> str:
-    """`afterok` of tasks `12_3`, an array named as a whole where all of its tasks are meant."""
+def _dependency(array: graph.Array, sizes: Mapping[str, int]) -> str:
+    """`afterok` of tasks `12_3`, an array named as a whole where all of its tasks are meant.
+
+    `afterany` of those beside it: what fails there need not be what is needed here.
+    """
+    kinds = {"afterok": array.after, "afterany": array.beside}
+    return ",".join(
+        f"{kind}:{':'.join(_named(names, sizes))}" for kind, names in kinds.items() if names
+    )
+
+
+def _named(tasks: Collection[str], sizes: Mapping[str, int]) -> Iterator[str]:
     by_job: dict[str, list[str]] = {}
-    for name in sorted(after):
+    for name in sorted(tasks):
         by_job.setdefault(name.split("_")[0], []).append(name)
-    named = [[j] if sizes.get(j) == len(names) else names for j, names in by_job.items()]
-    return "afterok:" + ":".join(n for names in named for n in names) if named else ""
+    for job, names in by_job.items():
+        yield from [job] if sizes.get(job) == len(names) else names

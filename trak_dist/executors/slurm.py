@@ -82,18 +82,18 @@ def _can_succeed(run: Run, queue: Queue) -> tuple[dict[Cell, str], list[str]]:
     plan, owners = run.plan, dict[Cell, str]()
     doomed = [task.job_id for task, job in queue.tasks if task.doomed and job.step == GO_ON]
     done = run.receipts.done([c for step in STEPS for c in graph.cells(plan, step)])
-    for step in STEPS:
+    for step, kinds in STEPS.items():
         lacking: dict[object, bool] = {}
-        for task, job in queue.tasks:
-            if job.step != step or task.ended:
-                continue
-            cells = cells_of(task, job)
-            alike = graph.shares_needs(cells[0])
+        made = [(t, j, cells_of(t, j)) for t, j in queue.tasks if j.step == step and not t.ended]
+        # A task that begins with a kernel waits for the one that makes the Gram.
+        for task, job, cells in sorted(made, key=lambda one: kinds.index(type(one[2][0]))):
+            alike = type(cells[0]), graph.shares_needs(cells[0])
             if alike not in lacking:
                 needed = graph.needs(plan, cells[0], done)
                 lacking[alike] = any(c not in done and c not in owners for c in needed)
             if task.doomed or (lacking[alike] and not task.runs):
-                doomed.append(task.job_id)
+                # Another member's are not ours to cancel, and not to be waited for.
+                doomed += [task.job_id] if job.member == run.layout.member else []
             else:
                 owners.update(dict.fromkeys(cells, task.job_id))
     return owners, doomed

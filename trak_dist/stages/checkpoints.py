@@ -141,7 +141,7 @@ def refuse_other_weights(run: Run, model_id: int, digest: str, *, publish: bool)
             next="restore the checkpoint, or start a new run with another run_dir",
         )
     # Published before compared, so that of two workers at once at least one sees the other.
-    for other in run.plan.model_ids:
+    for other in (c.model_id for c in run.plan.checkpoints):
         if other != model_id and _published(run, other) == digest:
             raise CheckpointError(
                 f"model_ids {min(other, model_id)} and {max(other, model_id)} have the same "

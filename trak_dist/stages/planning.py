@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import zip_longest
@@ -17,12 +18,13 @@ from trak_dist.errors import (
     CheckpointError,
     ConfigError,
     DatasetError,
+    MissingInputs,
     PlanMismatch,
     ProblemError,
 )
 from trak_dist.ops import kernel
 from trak_dist.ops.gradients import VmapGradients, select_params
-from trak_dist.plan import Checkpoint, Plan, Source, Split, cell_rows
+from trak_dist.plan import Checkpoint, Plan, Source, Split, planned_cell_rows
 from trak_dist.problem import MapDataset, Problem, Rendered
 from trak_dist.stages import truth
 from trak_dist.stages.checkpoints import (
@@ -33,6 +35,7 @@ from trak_dist.stages.checkpoints import (
 )
 from trak_dist.stages.session import as_batch, check_split, limited, probe, projector
 from trak_dist.store.layout import Layout
+from trak_dist.store.receipts import Receipts
 from trak_dist.store.run import Run
 
 
@@ -58,6 +61,7 @@ def make_plan(config: Config, problem: Problem, source: Source) -> Plan:
         targets=tuple(
             _split(n, problem, spec, dim) for n in _target_names(problem, config.targets)
         ),
+        use=config.checkpoints.ensemble,
     )
 
 
@@ -146,25 +150,65 @@ def refuse_rank_deficient(plan: Plan) -> None:
         raise kernel.rank_deficient(plan.proj_dim, plan.train.rows)
 
 
-def with_reduce(run: Run, spec: Spec) -> Plan:
-    """The plan of `run` with another `proj_dim` or `reduce`, if nothing was scored with its own.
+def refuse_unknown_ids(plan: Plan) -> None:
+    """Raise `ConfigError` if the ensemble names a checkpoint twice, or one that is not there."""
+    there = range(len(plan.checkpoints))
+    bad = [f"{i} is unknown" for i in dict.fromkeys(plan.use) if i not in there]
+    bad += [f"{i} is there {n} times" for i, n in Counter(plan.use).items() if n > 1]
+    if bad:
+        raise ConfigError(
+            f"checkpoints.use={list(plan.use)} is no ensemble: {', '.join(bad)}",
+            where="checkpoints.use",
+            next=f"name each checkpoint once; there are 0 to {there[-1]}",
+        )
+
+
+def without_missing(run: Run, plan: Plan) -> Plan:
+    """`plan` whose ensemble are those of its checkpoints that are featurized.
 
     Raises
     ------
-    PlanMismatch
-        If scores are there that it would replace.
+    MissingInputs
+        If there are none.
     """
-    if run.receipts.done(run.plan.cells_of(ScoreCell)):
-        raise PlanMismatch(
-            "the run has scores made with another proj_dim or reduce",
+    refuse_unknown_ids(plan)
+    receipts, left = Receipts(run.layout, plan), []
+    for model_id in plan.model_ids:
+        splits = (plan.train, *plan.targets)
+        cells = [c for s in splits for c in plan.featurize_cells(model_id, s.name)]
+        if len(receipts.done(cells)) == len(cells):
+            left.append(model_id)
+    if not left:
+        raise MissingInputs(
+            f"checkpoints.allow_missing leaves no ensemble: none of the {len(plan.model_ids)} "
+            "checkpoints is featurized",
             where=str(run.layout.run_dir),
-            next="use another run_dir: the scores that are there are kept",
+            next=f"python -m trak_dist.launch stage=featurize run_dir={run.layout.run_dir}",
         )
-    return replace(run.plan, spec=spec)
+    return plan if len(left) == len(plan.model_ids) else replace(plan, use=tuple(left))
+
+
+def refuse_scored(run: Run, plan: Plan) -> None:
+    """Raise `PlanMismatch` if `run` has scores that `plan`, of another reduce, would replace.
+
+    A member of a sweep keeps them both.
+    """
+    if plan.model_ids == run.plan.model_ids and plan.kernel_id == run.plan.kernel_id:
+        return
+    if run.receipts.done(run.plan.cells_of(ScoreCell)):
+        member = run.layout.sweeps / plan.reduce_id
+        there = plan.reduce_id in run.layout.members()
+        raise PlanMismatch(
+            "the run has scores made with another proj_dim, reduce or ensemble",
+            where=str(run.layout.run_dir),
+            next=f"run_dir={member} is the run with these settings"
+            if there
+            else f"the same command with -m, which keeps both: these go to {member}",
+        )
 
 
 def check_checkpoints(plan: Plan, problem: Problem, run: Run | None) -> None:
-    """Read every checkpoint that is not ours to train, before anything is queued.
+    """Read every checkpoint of the ensemble that is not ours to train, before anything is queued.
 
     Raises
     ------
@@ -173,7 +217,7 @@ def check_checkpoints(plan: Plan, problem: Problem, run: Run | None) -> None:
     """
     seen: dict[str, int] = {}
     for checkpoint in plan.checkpoints:
-        if checkpoint.trained:
+        if checkpoint.trained or checkpoint.model_id not in plan.model_ids:
             continue
         state = read_state_dict(Path(checkpoint.path))
         check_fit(state, problem.model, where=checkpoint.path)
@@ -204,12 +248,7 @@ def _split(name: str, problem: Problem, spec: Spec, dim: int) -> Split:
             next="switch random augmentation off: an example must be the same every time",
         )
     dry_run(problem, name, dataset, spec.featurize.params)
-    featurize = spec.featurize
-    row_bytes = dim * (2 if featurize.dtype == "float16" else 4)
-    rows = featurize.cell_rows or cell_rows(
-        len(dataset), row_bytes=row_bytes, batch_rows=featurize.batch_rows
-    )
-    return Split(name, len(dataset), rows, first)
+    return Split(name, len(dataset), planned_cell_rows(len(dataset), spec, dim), first)
 
 
 def dry_run(problem: Problem, name: str, dataset: MapDataset, params: Sequence[str]) -> None:

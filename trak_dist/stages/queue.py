@@ -13,7 +13,10 @@ from trak_dist.store.jobs import GO_ON, Job, Jobs
 
 @dataclass(frozen=True)
 class Queue:
-    """Tasks in the queue, each with its job; a damaged job's tasks are not among them."""
+    """Tasks in the queue, each with its job; a damaged job's tasks are not among them.
+
+    Those of other members of a sweep are, as far as they make cells that are this run's too.
+    """
 
     tasks: tuple[tuple[slurm.QueuedTask, Job], ...] = ()
 
@@ -53,8 +56,9 @@ def read_queue(jobs: Jobs) -> Queue:
     """
     queued = slurm.queue(jobs.pattern)
     known = dict(jobs.readable({jobs.number(task.name) for task in queued}))
-    numbered = ((task, jobs.number(task.name)) for task in queued)
-    return Queue(tuple((task, known[n]) for task, n in numbered if n in known))
+    numbered = ((task, known.get(jobs.number(task.name))) for task in queued)
+    # A job without tasks goes on; a task without cells makes nothing of ours.
+    return Queue(tuple((t, j) for t, j in numbered if j and (not j.tasks or cells_of(t, j))))
 
 
 def cells_of(task: slurm.QueuedTask, job: Job) -> tuple[Cell, ...]:
@@ -63,13 +67,19 @@ def cells_of(task: slurm.QueuedTask, job: Job) -> tuple[Cell, ...]:
 
 
 def cancel(jobs: Jobs) -> list[str]:
-    """Cancel this run's jobs and nobody else's; return their ids.
+    """Cancel this run's jobs, and those of its members, and nobody else's; return their ids.
 
     Raises
     ------
     SlurmError
         If squeue or scancel is missing or fails.
     """
-    ids = sorted({t.job_id.partition("_")[0] for t in slurm.queue(jobs.pattern)}, key=int)
+    queued = slurm.queue(jobs.pattern)
+    member = jobs.run.layout.member
+    if member:  # its own only
+        known = dict(jobs.readable({jobs.number(task.name) for task in queued}))
+        mine = {number for number, job in known.items() if job.member == member}
+        queued = [task for task in queued if jobs.number(task.name) in mine]
+    ids = sorted({t.job_id.partition("_")[0] for t in queued}, key=int)
     slurm.cancel(ids)
     return ids

@@ -76,7 +76,7 @@ def _title(session: Session, cell: ReportCell) -> str:
     plan = session.run.plan
     return (
         f"{plan.spec.problem['_target_']}: {cell.targets}, {plan.train.rows} train examples, "
-        f"{len(plan.checkpoints)} checkpoints, {plan.spec.projection.kind} to {plan.proj_dim}"
+        f"{len(plan.model_ids)} checkpoints, {plan.spec.projection.kind} to {plan.proj_dim}"
     )
 
 

@@ -155,6 +155,14 @@ def lines(status: Status) -> list[str]:
     """The report for people: stages, the checkpoint × shard grid, what went wrong."""
     run = status.run
     out = [f"run    {run.layout.run_dir}", f"plan   {run.plan.fingerprint}"]
+    layout = run.layout
+    members = layout.members()
+    if layout.member:
+        out += [f"sweep  a member of the run {layout.base}"]
+    elif members:
+        more = ", …" if len(members) > SHOWN else ""
+        named = ", ".join(members[:SHOWN]) + more
+        out += [f"sweep  {len(members)} members in {layout.sweeps}: {named}"]
     out += [f"note   {status.note}"] if status.note else []
     heads = ("done", "total", "running", "queued", "failed", "missing", "rows/s", "left")
     out += ["", f"{'stage':<10}" + "".join(f"{head:>9}" for head in heads)]

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from trak_dist.cells import Cell, parse_cell
-from trak_dist.errors import StoreError
+from trak_dist.cells import STAGE_CELLS, Cell, parse_cell
+from trak_dist.errors import PlanMismatch, StoreError
 from trak_dist.plan import digest
 from trak_dist.store import atomic
 from trak_dist.store.layout import Layout
@@ -30,7 +30,8 @@ class Job:
     """An array of tasks, or a job of step `submit`, which has none.
 
     `launch` names the command that it came from: of one command each cell is submitted once.
-    `cluster` and `stages` are what the command was given, `device` is what follows for this step.
+    `cluster` and `stages` are what the command was given, `device` is what follows for this step;
+    `member` names the member of a sweep that it is for.
     """
 
     launch: str
@@ -40,6 +41,7 @@ class Job:
     tasks: tuple[tuple[str, ...], ...]
     cluster: Mapping[str, Any]
     stages: tuple[str, ...]
+    member: str = ""
 
     def cells(self, index: int) -> tuple[Cell, ...]:
         """The cells of one task."""
@@ -62,7 +64,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Jobs:
-    """The jobs of one run."""
+    """The jobs of one run; those of the members of its sweeps are numbered along with its own."""
 
     run: Run
 
@@ -72,8 +74,10 @@ class Jobs:
 
     @cached_property
     def run_id(self) -> str:
-        """Names the run in the queue; two run directories never share one."""
-        return digest([self.run.plan.fingerprint, str(self._layout.run_dir.resolve())])[:12]
+        """Names the run in the queue, the same for all members; two runs never share one."""
+        base = self._layout.base
+        run = Run.open(base) if self._layout.member else self.run
+        return digest([run.plan.fingerprint, str(base.resolve())])[:12]
 
     def name(self, number: int, step: str) -> str:
         """The name that a job has in the queue."""
@@ -81,7 +85,7 @@ class Jobs:
 
     @property
     def pattern(self) -> str:
-        """A regular expression that the names of this run's jobs match, and no others."""
+        """A regular expression that the names of this run's and its members' jobs match only."""
         return f"trak-[a-z]+-[0-9]+-{self.run_id}"
 
     @staticmethod
@@ -128,12 +132,46 @@ class Jobs:
         return self._layout.jobs()
 
     def readable(self, numbers: Collection[int]) -> Iterator[tuple[int, Job]]:
-        """The jobs of these numbers, newest first, without those whose record is damaged."""
+        """The jobs of these numbers, newest first, without those whose record is damaged.
+
+        Of other members' jobs only the cells that are this run's too: those of the same bytes.
+        """
         for number in sorted(numbers, reverse=True):
             try:
-                yield number, self.read(number)
-            except StoreError as error:
+                job = self.read(number)
+                ours = job if job.member == self._layout.member else self._shared(job)
+            except (StoreError, PlanMismatch) as error:
                 log.warning("%s: %s", error.where, error.what)
+            else:
+                if ours:
+                    yield number, ours
+
+    def _shared(self, job: Job) -> Job | None:
+        other = self._others.get(job.member)
+        if other is None:
+            sweeps, base = self._layout.sweeps, self._layout.base
+            other = self._others[job.member] = Run.open(sweeps / job.member if job.member else base)
+        tasks = tuple(
+            tuple(c for c in task if self._is_same(parse_cell(c), other)) for task in job.tasks
+        )
+        return replace(job, tasks=tasks) if any(tasks) else None
+
+    def _is_same(self, cell: Cell, other: Run) -> bool:
+        """Whether `cell`, one of `other`'s, is one of ours, and one receipt makes both done."""
+        ours = self.run
+        return (
+            cell in self._cells
+            and ours.plan.key(cell) == other.plan.key(cell)
+            and ours.layout.receipt(ours.plan, cell) == other.layout.receipt(other.plan, cell)
+        )
+
+    @cached_property
+    def _cells(self) -> frozenset[Cell]:
+        return frozenset(c for stage in STAGE_CELLS for c in self.run.plan.cells(stage))
+
+    @cached_property
+    def _others(self) -> dict[str, Run]:
+        return {}
 
     def attempt(self, job: str, index: int) -> Attempt | None:
         """How the last attempt at a task began, if there was one."""

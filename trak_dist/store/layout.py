@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from trak_dist.cells import (
@@ -20,12 +21,40 @@ from trak_dist.cells import (
 )
 from trak_dist.plan import Plan
 
+SWEEPS = "sweeps"
+OF_MEMBER = (ScoreCell, EvaluateCell, ReportCell)  # what no other member of a sweep can use
+
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the run at `run_dir` keeps its things."""
+    """Where the run at `run_dir` keeps its things.
+
+    The member of a sweep, at `sweeps/<reduce_id>` of its base run, borrows from that run all that
+    does not depend on how it reduces; its own are plans, scores, reports and their receipts.
+    """
 
     run_dir: Path
+
+    @cached_property
+    def base(self) -> Path:
+        """The run whose sweep this one is a member of; `run_dir` itself if there is none."""
+        base = self.run_dir.parent.parent
+        swept = self.run_dir.parent.name == SWEEPS and Layout(base).plan(0).exists()
+        return base if swept else self.run_dir
+
+    @property
+    def member(self) -> str:
+        """Its name if this is the member of a sweep, else nothing."""
+        return "" if self.base == self.run_dir else self.run_dir.name
+
+    @property
+    def sweeps(self) -> Path:
+        """The members of the run's sweeps."""
+        return self.base / SWEEPS
+
+    def members(self) -> list[str]:
+        """The names of the members of the run's sweeps, in order."""
+        return sorted(path.parent.name for path in self.sweeps.glob("*/plan.json"))
 
     def plan(self, generation: int) -> Path:
         """The plan as first made, or as extended so many times."""
@@ -41,25 +70,25 @@ class Layout:
     @property
     def store(self) -> Path:
         """The root group of all arrays."""
-        return self.run_dir / "store.zarr"
+        return self.base / "store.zarr"
 
     @property
     def logs(self) -> Path:
-        """What workers print."""
+        """What local workers print."""
         return self.run_dir / "logs"
 
     def job(self, number: int) -> Path:
         """What an array of tasks was submitted to do."""
-        return self.run_dir / "jobs" / f"{number}.json"
+        return self.base / "jobs" / f"{number}.json"
 
     def jobs(self) -> list[int]:
         """The numbers of the arrays that were submitted, in order."""
-        found = (path.stem for path in (self.run_dir / "jobs").glob("*.json"))
+        found = (path.stem for path in (self.base / "jobs").glob("*.json"))
         return sorted(int(n) for n in found if n.isdecimal())
 
     def job_logs(self, number: int) -> Path:
         """The batch script of an array, and what its tasks print."""
-        return self.logs / "slurm" / str(number)
+        return self.base / "logs" / "slurm" / str(number)
 
     def task_logs(self, number: int) -> dict[int, Path]:
         """What the tasks of an array that ever began printed, by index."""
@@ -68,11 +97,11 @@ class Layout:
 
     def attempt(self, job: str, index: int) -> Path:
         """What the last attempt at one task of a job began with."""
-        return self.run_dir / "jobs" / job / f"{index}.json"
+        return self.base / "jobs" / job / f"{index}.json"
 
     def checkpoint(self, path: str) -> Path:
         """A checkpoint as the plan names it."""
-        return self.run_dir / path  # an absolute path stays what it is
+        return self.base / path  # an absolute path stays what it is
 
     @staticmethod
     def trained_checkpoint(subset: str, seed: int) -> str:
@@ -81,11 +110,12 @@ class Layout:
 
     def checkpoint_digest(self, model_id: int) -> Path:
         """The content digest that the first worker to load a checkpoint publishes."""
-        return self.run_dir / "receipts" / "checkpoints" / f"{model_id}.json"
+        return self.base / "receipts" / "checkpoints" / f"{model_id}.json"
 
     def receipts(self, plan: Plan, cell: Cell) -> Path:
         """The directory of the cell's receipt, shared with others that are read along with it."""
-        root = self.run_dir / "receipts" / cell.stage
+        owner = self.run_dir if isinstance(cell, OF_MEMBER) else self.base
+        root = owner / "receipts" / cell.stage
         match cell:
             case FeaturizeCell():
                 return root / plan.projection_id / str(cell.model_id)
@@ -124,12 +154,13 @@ class Layout:
 
     def scores(self, targets: str) -> Path:
         """The array of the ensemble's scores."""
-        return self.store / "scores" / targets
+        group = self.store / SWEEPS / self.member if self.member else self.store
+        return group / "scores" / targets
 
     @property
     def masks(self) -> Path:
         """Which train rows each subset of the ground truth has."""
-        return self.run_dir / "ground_truth" / "masks.npy"
+        return self.base / "ground_truth" / "masks.npy"
 
     def margins(self, targets: str, seed: int) -> Path:
         """The array of one seed's model outputs, a row per subset."""
