@@ -19,7 +19,7 @@ TEMPLATE = Path(__file__).parent.parent.parent / "launch" / "array.sbatch"
 def submitted(out: str) -> list[tuple[str, str, str]]:
     """Step, job and dependency of each line of the table."""
     rows = [line.split() for line in out.splitlines() if ":" not in line.split()[:1]]
-    steps = ("train", "featurize", "kernel", "score", "report", "submit")
+    steps = ("train", "featurize", "kernel", "score", "evaluate", "report", "submit")
     return [(r[0], r[1], r[4] if len(r) > 4 else "") for r in rows if r and r[0] in steps]
 
 
@@ -46,6 +46,24 @@ def test_the_graph_runs_and_its_scores_are_those_of_the_other_executors(
     assert receipt.job["job_id"] == f"{features}_4"
     assert Path(receipt.job["log"]).read_text().count("done in") == 4
     assert launch(*overrides(path, "run"), *SLURM).out.count("nothing to submit") == 1
+
+
+def test_the_ground_truth_is_trained_and_held_against_the_scores(launch, path: Path) -> None:
+    truth = ("+problem.trains=true", "checkpoints.train=2", "ground_truth.subsets=4")
+    ended = launch(*overrides(path, "run"), *truth, *SLURM)
+    assert ended.code == 0, ended.err
+    table = submitted(ended.out)
+    trains = [job for step, job, _ in table if step == "train"]
+    (evaluate, after), (_, report_after) = (
+        (job, dependency) for step, job, dependency in table if step in ("evaluate", "report")
+    )
+    assert len(trains) == 1
+    assert {f"{trains[0]}_{index}" for index in range(2, 6)} <= set(after.split(":"))
+    assert report_after == f"afterok:{evaluate}"
+    assert finish(path / "run").complete
+    assert launch(*overrides(path, "debug"), *truth, "cluster=debug").code == 0
+    found = [(path / name / "report" / "val.json").read_text() for name in ("run", "debug")]
+    assert found[0] == found[1]
 
 
 def test_the_same_command_submits_nothing_twice_and_cancel_ends_the_runs_own_jobs(
