@@ -10,7 +10,8 @@ DEV_STAMP := .venv/.installed-dev
 .PHONY: demo test test-fast check bench clean
 
 demo: $(USER_STAMP)
-	$(BIN)/python -m trak_dist.launch problem=mnist cluster=$(CLUSTER) run_dir=$(RUN_DIR)
+	$(BIN)/python -m trak_dist.launch problem=mnist cluster=$(CLUSTER) run_dir=$(RUN_DIR) \
+	  ground_truth.subsets=100 ground_truth.seeds=3
 
 # SLURM=0 leaves out the tests on a real Slurm, whose packages are else installed where that can be done.
 test: check-code slurm-packages

@@ -190,9 +190,12 @@ def _planned(
     if plan is None or config.stage != "reduce":
         plan = _plan_with_problem(config, plan, run or base, given)
     planning.refuse_unknown_ids(plan)
-    if any(key.startswith("ground_truth.") for key in given):
-        plan = planning.with_ground_truth(plan, config.ground_truth, tell=out.print)
+    asked = [key.partition(".")[2] for key in given if key.startswith("ground_truth.")]
+    if asked:
+        plan = planning.with_ground_truth(plan, config.ground_truth, asked, tell=out.print)
     planning.refuse_rank_deficient(plan)
+    if config.stage == "evaluate":
+        planning.refuse_without_truth(plan)
     workers = _fit_workers(plan, config.cluster)
     there = needs.store_bytes(run.plan) if run else 0
     if base and not run and base.plan.projection_id == plan.projection_id:
@@ -348,7 +351,7 @@ def _run_stage(run: Run, stage: str, cluster: ClusterConfig, executor: Executor)
         worker.run_cells, str(run.layout.run_dir), run.plan.fingerprint, cluster.device
     )
     phases = [graph.tasks(run.plan, step) for step in STAGE_STEPS[stage]]
-    if not any(phases):
+    if stage == "train" and not any(phases):
         out.print(f"{stage}: nothing to do, the problem brings its checkpoints")
     for number, phase in enumerate(phases, 1):
         done = run.receipts.done([c for task in phase for c in task])

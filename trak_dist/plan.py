@@ -349,8 +349,8 @@ class Plan:
             train=Split(**raw["train"]),
             checkpoints=tuple(Checkpoint(**c) for c in raw["checkpoints"]),
             targets=tuple(Split(**s) for s in raw["targets"]),
-            ground_truth=ground_truth_from_mapping(raw["ground_truth"]),
-            truth_files=raw["truth_files"],
+            ground_truth=ground_truth_from_mapping(raw.get("ground_truth", {})),
+            truth_files=raw.get("truth_files", ""),
             use=tuple(raw.get("use", ())),
         )
         if plan.fingerprint != raw["fingerprint"]:

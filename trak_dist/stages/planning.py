@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -112,8 +112,15 @@ def extend_plan(
     return replace(plan, checkpoints=checkpoints, targets=(*plan.targets, *splits))
 
 
-def with_ground_truth(plan: Plan, asked: GroundTruth, *, tell: Callable[[str], None]) -> Plan:
+def with_ground_truth(
+    plan: Plan, asked: GroundTruth, given: Collection[str], *, tell: Callable[[str], None]
+) -> Plan:
     """`plan` with the ground truth asked for; one that is there may get more subsets and seeds.
+
+    Parameters
+    ----------
+    given : collection of str
+        The fields of `asked` that count; the others stay as they are.
 
     Raises
     ------
@@ -123,25 +130,35 @@ def with_ground_truth(plan: Plan, asked: GroundTruth, *, tell: Callable[[str], N
         If the files that were brought do not fit.
     """
     there = plan.ground_truth
-    if asked.masks:
-        asked = replace(
-            asked,
-            masks=str(Path(asked.masks).absolute()),
-            margins=str(Path(asked.margins).absolute()),
-        )
-    fewer = asked.subsets < there.subsets or asked.seeds < there.seeds
-    if there.subsets and (asked.masks or asked.alpha != there.alpha or fewer):
+    wanted = replace(there, **{name: getattr(asked, name) for name in given})
+    if wanted.masks:
+        masks, margins = (str(Path(p).absolute()) for p in (wanted.masks, wanted.margins))
+        wanted = replace(wanted, masks=masks, margins=margins)
+    more = wanted.subsets >= there.subsets and wanted.seeds >= there.seeds
+    alike = (wanted.alpha, wanted.masks) == (there.alpha, there.masks)
+    if (wanted.masks and wanted.subsets) or (there.subsets and not (more and alike)):
         raise PlanMismatch(
-            f"the run has a ground truth of {there.subsets} subsets, {there.seeds} seeds, alpha "
-            f"{there.alpha}",
+            f"the run has another ground truth: {there.subsets} subsets, {there.seeds} seeds, "
+            f"alpha {there.alpha}, masks {there.masks!r}",
             where="ground_truth",
             next="leave the settings out, ask for more subsets or seeds, or use another run_dir",
         )
-    if not asked.masks:
-        return replace(plan, ground_truth=asked, truth_files="")
+    plan = replace(plan, ground_truth=wanted, truth_files="")
+    if not wanted.masks:
+        return plan
     rows = {split.name: split.rows for split in plan.targets}
-    found = truth.read_files(asked, plan.train.rows, rows, tell=tell)
-    return replace(plan, ground_truth=asked, truth_files=found.digest)
+    found = truth.read_files(wanted, plan.train.rows, rows, tell=tell)
+    return replace(plan, truth_files=found.digest)
+
+
+def refuse_without_truth(plan: Plan) -> None:
+    """Raise `ConfigError` if there is nothing to hold scores against."""
+    if not plan.has_truth:
+        raise ConfigError(
+            "there is no ground truth to hold the scores against",
+            where="ground_truth",
+            next="stage=all ground_truth.subsets=100 ground_truth.seeds=3 trains models for it",
+        )
 
 
 def refuse_rank_deficient(plan: Plan) -> None:
