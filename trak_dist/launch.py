@@ -198,8 +198,9 @@ def _planned(
         planning.refuse_without_truth(plan)
     workers = _fit_workers(plan, config.cluster)
     there = needs.store_bytes(run.plan) if run else 0
-    if base and not run and base.plan.projection_id == plan.projection_id:
-        there = needs.grads_bytes(plan)
+    if base and not run:
+        same_grads = base.plan.projection_id == plan.projection_id
+        there = needs.truth_bytes(base.plan) + (needs.grads_bytes(plan) if same_grads else 0)
     _refuse_full_disk(run_dir, needs.store_bytes(plan) - there)
     if run is None:
         run = Run.create(run_dir, plan)

@@ -5,12 +5,15 @@ from __future__ import annotations
 from trak_dist.config import CACHE_BYTES
 from trak_dist.plan import CHUNK_BYTES, Plan
 
+PREDICTIONS = 20 * 16  # values of λ, and ensembles and dimensions, of an evaluation
+
 
 def memory(plan: Plan) -> dict[str, int]:
     """Bytes that the largest cell of each kind holds at once, apart from the interpreter."""
     spec, k, p = plan.spec, plan.proj_dim, plan.parameters
     rows = max(min(s.cell_rows, s.rows) for s in (plan.train, *plan.targets)) * plan.store_dim
     targets = max((s.rows for s in plan.targets), default=0)
+    subsets, n = plan.ground_truth.subsets, plan.train.rows
     drawn = {"sjlt": 12 * p, "identity": 0}.get(spec.projection.kind, 4 * p * plan.store_dim)
     return {
         # per-sample gradients twice, the cell's rows in two types, what is drawn (cached)
@@ -22,12 +25,14 @@ def memory(plan: Plan) -> dict[str, int]:
         # the factor; the targets' grads and their solutions
         "precondition": 8 * k * k + 24 * k * targets,
         "score": 8 * k * targets + 6 * CHUNK_BYTES,
+        # XᵀX, its vectors, temporaries; masks; predictions by λ and ensemble
+        "evaluate": (6 * 8 * k * k + subsets * (n + PREDICTIONS * 8 * targets)) if subsets else 0,
     }
 
 
 def store_bytes(plan: Plan) -> int:
     """Bytes that the whole run's arrays take, uncompressed."""
-    return grads_bytes(plan) + reduced_bytes(plan)
+    return grads_bytes(plan) + reduced_bytes(plan) + truth_bytes(plan)
 
 
 def grads_bytes(plan: Plan) -> int:
@@ -35,6 +40,12 @@ def grads_bytes(plan: Plan) -> int:
     item = 2 if plan.spec.featurize.dtype == "float16" else 4
     rows = plan.train.rows + sum(s.rows for s in plan.targets)
     return len(plan.model_ids) * rows * (plan.store_dim * item + 8)
+
+
+def truth_bytes(plan: Plan) -> int:
+    """Bytes of the retrained models and their outputs."""
+    per_model = 4 * plan.parameters + 4 * sum(s.rows for s in plan.targets)
+    return plan.ground_truth.subsets * plan.ground_truth.seeds * per_model
 
 
 def reduced_bytes(plan: Plan) -> int:
