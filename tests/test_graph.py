@@ -120,3 +120,15 @@ def test_what_lacks_an_input_that_nobody_makes_says_so() -> None:
     made = [t for a in arrays if not a.lacks for t in a.tasks]
     assert all(c != lost for t in made for c in t)
     assert all(isinstance(c, FeaturizeCell) or c.model_id == 0 for t in made for c in t)
+
+
+def test_a_task_that_begins_with_a_kernel_waits_beside_the_one_that_makes_its_gram() -> None:
+    """As it is where the members of a sweep differ in λ: another run's job makes the Gram."""
+    done = {c for c in everything(PLAN) if c.stage in ("train", "featurize")}
+    owners = {parse_cell("gram/0"): "7_0", parse_cell("gram/1"): "7_1"}
+    steps = ("kernel",)
+    arrays = list(graph.arrays(PLAN, steps, done=done, owners=owners, skip=(), rows_per_task=1))
+    assert [(a.after, a.beside, a.lacks) for a in arrays] == [
+        (frozenset(), frozenset({name}), ()) for name in ("7_0", "7_1")
+    ]
+    assert all(array.tasks[0][0].stage == "kernel" for array in arrays)

@@ -241,3 +241,32 @@ def test_a_kernel_of_a_large_dimension_needs_memory_for_its_square() -> None:
     large = replace(PLAN, spec=replace(PLAN.spec, proj_dim=2**14, store_dim=2**14))
     assert memory(large)["kernel"] >= 4 * 8 * 2**28
     assert Rows(0, 4) < Rows(4, 8)
+
+
+def test_other_settings_cut_cells_only_where_grads_are_others() -> None:
+    plan = replace(PLAN, spec=replace(PLAN.spec, store_dim=64), train=Split("train", 10**6, 64, ""))
+    folded = plan.with_settings(replace(plan.spec, proj_dim=2), (1,))
+    assert (folded.train, folded.targets) == (plan.train, plan.targets)
+    assert folded.fingerprint == plan.fingerprint
+    assert folded.reduce_id != plan.reduce_id
+    wide = plan.with_settings(replace(plan.spec, store_dim=2**20), ())
+    rows = cell_rows(10**6, row_bytes=2 * 2**20, batch_rows=wide.spec.featurize.batch_rows)
+    assert wide.train.cell_rows == rows
+    assert wide.targets[0].cell_rows == 64
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"spec": replace(PLAN.spec, proj_dim=2)},
+        {"spec": replace(PLAN.spec, store_dim=16)},
+        {"spec": replace(PLAN.spec, reduce=replace(PLAN.spec.reduce, lambda_reg=2.0))},
+        {"spec": replace(PLAN.spec, reduce=replace(PLAN.spec.reduce, kernel_scale="none"))},
+        {"spec": replace(PLAN.spec, projection=replace(PLAN.spec.projection, seed=1))},
+        {"use": (0, 1)},
+    ],
+)
+def test_what_names_a_member_of_a_sweep(other: dict[str, Any]) -> None:
+    assert replace(PLAN, **other).reduce_id != PLAN.reduce_id
+    grown = replace(PLAN, checkpoints=PLAN.checkpoints[:1], targets=PLAN.targets[:1])
+    assert grown.reduce_id == PLAN.reduce_id

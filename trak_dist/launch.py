@@ -115,8 +115,9 @@ def _launch(composed: DictConfig, given: frozenset[str], task: Task | None) -> i
     config = Config.from_mapping({**mapping, "run_dir": str(run_dir)})
     if config.stage in ("status", "verify", "cancel"):
         run = run or Run.open(run_dir)  # raises, and says how to begin
-        run = Run.open(sweep.home(run, _wanted(config, run, SWEEP_KEYS if task else ())))
+        plan = _wanted(config, run, SWEEP_KEYS if task else ())
         if task:
+            run = sweep.member(run, plan)
             task.run_dir = run.layout.run_dir
         return _look(run, config)
     run, workers = _planned(config, run, given, task)

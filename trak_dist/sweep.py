@@ -150,6 +150,24 @@ def home(base: Run, plan: Plan) -> Path:
     return base.layout.sweeps / plan.reduce_id
 
 
+def member(base: Run, plan: Plan) -> Run:
+    """The run of `plan`, `base` or a member that was made before.
+
+    Raises
+    ------
+    ConfigError
+        If there is none.
+    """
+    run_dir = home(base, plan)
+    if not Run.exists(run_dir):
+        raise ConfigError(
+            "the sweep has no member with these settings",
+            where=str(run_dir),
+            next="the same command without stage=… makes it",
+        )
+    return Run.open(run_dir)
+
+
 def refuse_nested(run_dir: Path) -> None:
     """Raise `ConfigError` if `run_dir` is a place for a member, which only its base run makes."""
     layout = Layout(run_dir)

@@ -449,6 +449,35 @@ def test_a_missing_checkpoint_is_left_out_by_every_member(run, tmp_path: Path, m
     assert all(Run.open(p).receipts.done(open_run(p).plan.cells_of(ScoreCell)) for p in found)
 
 
+def test_stages_that_look_find_each_member(run, tmp_path: Path) -> None:
+    assert run("run", "-m", "proj_dim=8,4").code == 0
+    ended = run("run", "-m", "proj_dim=8,2,4", "stage=verify")
+    there = members(tmp_path / "run")
+    assert ended.out.count("verify: 23 cells done, 0 of them damaged, 0 cells not done yet") == 2
+    assert [row[2] for row in summary(ended)][::2] == [str(there[8]), str(there[4])]
+    assert ended.code == 2
+    assert "error: the sweep has no member with these settings\n  where: " in ended.err
+    assert "  next:  the same command without stage=… makes it\n" in ended.err
+
+
+def test_run_directories_with_odd_names(run, odd_path: Path) -> None:
+    quoted = str(odd_path / "run").replace("'", "\\'").replace("\n", "_")
+    ended = run("run", "-m", "proj_dim=8,4", f"run_dir='{quoted}'")
+    assert ended.code == 0, ended.err
+    assert set(members(Path(quoted.replace("\\'", "'")))) == {4, 8}
+
+
+@pytest.mark.slow
+def test_local_workers_make_the_same(run, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    for name in ("debug", "local"):
+        ended = run(name, "-m", "proj_dim=8,4", f"cluster={name}")
+        assert ended.code == 0, ended.err
+    ours, theirs = (members(tmp_path / name) for name in ("debug", "local"))
+    for k in (4, 8):
+        np.testing.assert_array_equal(scores(ours[k]), scores(theirs[k]))
+
+
 # The dimension to store -------------------------------------------------------------------------
 
 
