@@ -26,6 +26,7 @@ SET_BY_US = {
     *("gpus-per-node", "job-name", "kill-on-invalid-dep", "mem", "nodes", "open-mode", "output"),
     *("parsable", "partition", "qos", "requeue", "signal", "time"),
 }
+MIN_SUBSETS = 3  # rankings of two agree or disagree by chance alone
 PROJECTIONS = ("sjlt", "rademacher", "gaussian", "identity")
 
 
@@ -341,6 +342,8 @@ def _value(raw: Any, hint: Any, limits: Mapping[str, Any], path: str, bad: list[
 
 
 def _ground_truth_checks(truth: GroundTruth) -> Iterable[str]:
+    if 0 < truth.subsets < MIN_SUBSETS:
+        yield f"  ground_truth.subsets: {truth.subsets} are too few for a correlation"
     if truth.subsets and not 0 < truth.alpha < 1:
         yield f"  ground_truth.alpha: {truth.alpha} is not between 0 and 1"
     if bool(truth.masks) != bool(truth.margins):

@@ -18,7 +18,6 @@ from trak_dist.errors import EvaluationError
 Matrix = NDArray[np.float64]
 CONFIDENCE = 0.95
 RESAMPLES = 9999
-MIN_SUBSETS = 3  # two always correlate by ±1
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,6 @@ LAMBDAS = tuple(float(x) for x in np.logspace(-3, 2, 20))  # of the mean diagona
 SIZES = (1, 2, 3, 5, 10, 20, 50, 100)  # of ensembles
 MIN_DIM = 64
 SHOWN_TARGETS = 4
-STABLE = (10, 100)  # how many of the strongest train rows are compared
 
 
 @dataclass(frozen=True)

@@ -12,14 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trak_dist.cells import MarginsCell
-from trak_dist.config import GroundTruth
+from trak_dist.config import MIN_SUBSETS, GroundTruth
 from trak_dist.errors import EvaluationError
 from trak_dist.ops import draws
 from trak_dist.plan import Plan
 from trak_dist.store import arrays, atomic, contents
 from trak_dist.store.run import Run
-
-MIN_SUBSETS = 3  # rankings of two subsets agree or disagree by chance alone
 
 
 @dataclass(frozen=True)
