@@ -126,7 +126,7 @@ def needs(plan: Plan, cell: Cell, done: Collection[Cell]) -> Iterator[Cell]:
                 yield GramCell(model_id)
                 yield from _grads(plan, model_id, targets)
         case ReportCell(targets=targets):
-            evaluated = [EvaluateCell(targets)] if plan.has_truth else []
+            evaluated = [EvaluateCell(targets)] if plan.has_truth(targets) else []
             yield from evaluated
             if all(cell in done for cell in evaluated):
                 yield from plan.score_cells(targets)

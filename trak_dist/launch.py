@@ -188,12 +188,9 @@ def _planned(
             plan = run.plan if run else plan
         else:
             planning.refuse_scored(base, plan)
-    if plan is None or config.stage != "reduce":
+    if plan is None or config.stage != "reduce" or settings.given_in("ground_truth", given):
         plan = _plan_with_problem(config, plan, run or base, given)
     planning.refuse_unknown_ids(plan)
-    asked = [key.partition(".")[2] for key in given if key.startswith("ground_truth.")]
-    if asked:
-        plan = planning.with_ground_truth(plan, config.ground_truth, asked, tell=out.print)
     planning.refuse_rank_deficient(plan)
     if config.stage == "evaluate":
         planning.refuse_without_truth(plan)
@@ -267,6 +264,9 @@ def _plan_with_problem(
         )
     if config.stage != "report":
         planning.check_checkpoints(plan, problem, run)
+    asked = settings.given_in("ground_truth", given)
+    if asked:
+        plan = planning.with_ground_truth(plan, problem, config.ground_truth, asked, tell=out.print)
     return plan
 
 

@@ -105,7 +105,7 @@ class Plan:
 
     `parameters` is p, the number of parameters whose gradients are used; `use` names the
     checkpoints of the ensemble, none of them: all; `truth_files` digests the ground truth's files,
-    if the user brought them.
+    if the user brought them, `truth_of` is the target set that they are of.
     """
 
     spec: Spec
@@ -116,6 +116,7 @@ class Plan:
     targets: tuple[Split, ...]
     ground_truth: GroundTruth = field(default_factory=GroundTruth)
     truth_files: str = ""
+    truth_of: str = ""
     use: tuple[int, ...] = ()
 
     @property
@@ -218,7 +219,7 @@ class Plan:
             bases[f"score/{split.name}"] = digest([score, content])
             bases[f"margins/{split.name}"] = digest([subset, split.content])
             bases[f"evaluate/{split.name}"] = digest(["evaluate", score, content, truth])
-            told = [truth] if self.has_truth else []
+            told = [truth] if self.has_truth(split.name) else []
             bases[f"report/{split.name}"] = digest(["report", score, content, *told])
         return bases
 
@@ -276,15 +277,14 @@ class Plan:
             for targets in self.targets:
                 yield from self.score_cells(targets.name)
         elif kind is EvaluateCell:
-            yield from (EvaluateCell(s.name) for s in self.targets if self.has_truth)
+            yield from (EvaluateCell(s.name) for s in self.targets if self.has_truth(s.name))
         else:
             assert kind is ReportCell
             yield from (ReportCell(s.name) for s in self.targets)
 
-    @property
-    def has_truth(self) -> bool:
-        """Whether there are retrained models to hold scores against."""
-        return bool(self.ground_truth.subsets or self.ground_truth.masks)
+    def has_truth(self, targets: str) -> bool:
+        """Whether there are retrained models to hold the scores of a target set against."""
+        return bool(self.ground_truth.subsets) or self.truth_of == targets
 
     def retrained(self) -> Iterator[tuple[str, int]]:
         """Subset and seed of each model of the ground truth, subset by subset."""
@@ -351,6 +351,7 @@ class Plan:
             targets=tuple(Split(**s) for s in raw["targets"]),
             ground_truth=ground_truth_from_mapping(raw.get("ground_truth", {})),
             truth_files=raw.get("truth_files", ""),
+            truth_of=raw.get("truth_of", ""),
             use=tuple(raw.get("use", ())),
         )
         if plan.fingerprint != raw["fingerprint"]:

@@ -5,7 +5,7 @@ The only module but `launch` that imports hydra.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +147,11 @@ def given_keys(overrides: Sequence[str]) -> frozenset[str]:
     """The dotted spec keys that the command line gives."""
     keys = (_key(o) for o in overrides)
     return frozenset(_GROUP_IDENTITY.get(k, k) for k in keys)
+
+
+def given_in(section: str, given: Collection[str]) -> list[str]:
+    """The names in a section of settings that the command line gives."""
+    return [key.partition(".")[2] for key in given if key.startswith(f"{section}.")]
 
 
 def to_mapping(config: DictConfig) -> dict[str, Any]:

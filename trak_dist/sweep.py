@@ -17,7 +17,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
 
-from trak_dist import settings
+from trak_dist import settings, telling
 from trak_dist.errors import ConfigError
 from trak_dist.plan import Plan
 from trak_dist.store import atomic
@@ -104,6 +104,10 @@ class Sweep:
         yield f"sweep: {len(self.tasks)} of {self.size} tasks"
         for task in self.tasks:
             yield f"{task.what:<{width}}  {task.state:<9}  {task.run_dir or 'no run'}"
+            if task.run_dir and Run.exists(task.run_dir):
+                yield from (
+                    f"{'':<{width}}  {line}" for line in telling.lds(Run.open(task.run_dir))
+                )
 
     def store_dim(self, spec: Mapping[str, Any], planned: Plan | None) -> tuple[int, str]:
         """The dimension to store for a task that gives none, and why it shares no other's grads.

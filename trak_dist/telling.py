@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -129,15 +129,20 @@ def tell_what_next(run: Run) -> None:
             ]
             print("\n".join(f"report: {path}" for path in shown))
     print(f"next:   {_command(run, 'stage=status')}")
+    for line in lds(run):
+        print(line)
+
+
+def lds(run: Run) -> Iterator[str]:
+    """The LDS of each target set that was evaluated: its mean over targets, and interval."""
     for cell, receipt in run.receipts.done(run.plan.cells_of(EvaluateCell)).items():
         if "lds" in receipt.facts:
-            name, chosen = cell.id.partition("/")[2], receipt.facts["chosen"]["lds"]
-            print(f"LDS:    {name} {_interval(receipt.facts['lds'])}, mean over targets, 95 %")
-            print(f"        {name} {_interval(chosen)} with λ chosen on other targets")
-
-
-def _interval(found: Mapping[str, float]) -> str:
-    return f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+            own, chosen = (
+                f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+                for found in (receipt.facts["lds"], receipt.facts["chosen"]["lds"])
+            )
+            name = cell.id.partition("/")[2]
+            yield f"LDS:    {name} {own} (95 %), with λ chosen on other targets {chosen}"
 
 
 def _command(run: Run, arguments: str) -> str:

@@ -17,7 +17,7 @@ from trak_dist.errors import EvaluationError
 
 Matrix = NDArray[np.float64]
 CONFIDENCE = 0.95
-RESAMPLES = 9999
+RESAMPLES = 1999
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def interval(per_target: Matrix) -> Interval:
     """The mean over targets with its percentile bootstrap interval over targets."""
     mean = float(per_target.mean())
     if len(per_target) < 2:
-        return Interval(mean, float("-inf"), float("inf"))
+        return Interval(mean, -1.0, 1.0)  # one target says nothing of others
     found = stats.bootstrap(
         (per_target,),
         np.mean,
@@ -68,7 +68,8 @@ def interval(per_target: Matrix) -> Interval:
         method="percentile",
         rng=np.random.default_rng(0),
     ).confidence_interval
-    return Interval(mean, float(found.low), float(found.high))
+    # Rounding may put an end of no width beyond the mean.
+    return Interval(mean, min(mean, float(found.low)), max(mean, float(found.high)))
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ class Reliability:
     """What the ground truth can tell.
 
     `halves` is the correlation, per target, between the means over either half of the seeds;
-    `of_mean` what follows from it for the mean over all seeds (Spearman–Brown), averaged over
-    targets; `bound` its square root: about what the LDS of perfect scores would be.
+    `of_mean` what follows from its mean for the mean over all seeds (Spearman–Brown); `bound` its
+    square root: about what the LDS of perfect scores would be.
     """
 
     halves: Interval

@@ -63,15 +63,13 @@ def evaluate(session: Session, cell: EvaluateCell) -> Outcome:
     scores = plan.score_cells(cell.targets)
     margins = [MarginsCell(*model, cell.targets) for model in plan.retrained()]
     require(run, [*scores, *margins], needed_by=cell)
-    found: dict[str, Any] = {"targets": cell.targets, "model_ids": list(plan.model_ids)}
-    truth = read_truth(run, cell.targets)
-    if truth:
-        found |= _against(session, cell, truth)
-    atomic.write(run.layout.evaluation(cell.targets), json.dumps(found, indent=1).encode())
-    return Outcome({}, {name: found[name] for name in ("lds", "chosen") if name in found})
+    found = _found(session, cell, read_truth(run, cell.targets))
+    text = json.dumps(found, indent=1, allow_nan=False)
+    atomic.write(run.layout.evaluation(cell.targets), text.encode())
+    return Outcome({}, {name: found[name] for name in ("lds", "chosen")})
 
 
-def _against(session: Session, cell: EvaluateCell, truth: Truth) -> dict[str, Any]:
+def _found(session: Session, cell: EvaluateCell, truth: Truth) -> dict[str, Any]:
     margins = truth.margins.mean(axis=1)
     own = _predictions(session, cell, truth.masks)
     per_target = lds.spearman(own, margins)
@@ -80,6 +78,8 @@ def _against(session: Session, cell: EvaluateCell, truth: Truth) -> dict[str, An
     reliable = lds.reliability(truth.margins)
     shown = np.unique(np.linspace(0, len(per_target) - 1, SHOWN_TARGETS).round().astype(int))
     return {
+        "targets": cell.targets,
+        "model_ids": list(session.run.plan.model_ids),
         "subsets": len(truth.masks),
         "seeds": truth.margins.shape[1],
         "share": float(truth.masks.mean()),

@@ -113,7 +113,12 @@ def extend_plan(
 
 
 def with_ground_truth(
-    plan: Plan, asked: GroundTruth, given: Collection[str], *, tell: Callable[[str], None]
+    plan: Plan,
+    problem: Problem,
+    asked: GroundTruth,
+    given: Collection[str],
+    *,
+    tell: Callable[[str], None],
 ) -> Plan:
     """`plan` with the ground truth asked for; one that is there may get more subsets and seeds.
 
@@ -126,6 +131,8 @@ def with_ground_truth(
     ------
     PlanMismatch
         If it has another one.
+    ConfigError
+        If models can't be retrained, or a subset would be empty or all.
     EvaluationError
         If the files that were brought do not fit.
     """
@@ -143,17 +150,28 @@ def with_ground_truth(
             where="ground_truth",
             next="leave the settings out, ask for more subsets or seeds, or use another run_dir",
         )
-    plan = replace(plan, ground_truth=wanted, truth_files="")
+    if wanted.subsets and problem.train_checkpoint is None:
+        raise ConfigError(
+            "the problem has no train_checkpoint to retrain models with",
+            where="ground_truth.subsets",
+            next="give it one, or bring ground_truth.masks and ground_truth.margins",
+        )
+    if wanted.subsets and not 0 < round(wanted.alpha * plan.train.rows) < plan.train.rows:
+        raise ConfigError(
+            f"a share of {wanted.alpha} of {plan.train.rows} train rows is none or all of them",
+            where="ground_truth.alpha",
+            next="ground_truth.alpha=0.5",
+        )
     if not wanted.masks:
-        return plan
+        return replace(plan, ground_truth=wanted)
     rows = {split.name: split.rows for split in plan.targets}
     found = truth.read_files(wanted, plan.train.rows, rows, tell=tell)
-    return replace(plan, truth_files=found.digest)
+    return replace(plan, ground_truth=wanted, truth_files=found.digest, truth_of=found.targets)
 
 
 def refuse_without_truth(plan: Plan) -> None:
     """Raise `ConfigError` if there is nothing to hold scores against."""
-    if not plan.has_truth:
+    if not any(plan.has_truth(split.name) for split in plan.targets):
         raise ConfigError(
             "there is no ground truth to hold the scores against",
             where="ground_truth",

@@ -61,10 +61,9 @@ def report(session: Session, cell: ReportCell) -> Outcome:
         picture = _picture(lines, title=_title(session, cell))
         atomic.write(path.with_suffix(".png"), picture)
     evaluation, curves = {}, b""
-    if run.plan.has_truth:
+    if run.plan.has_truth(cell.targets):
         require(run, [EvaluateCell(cell.targets)], needed_by=cell)
         evaluation = json.loads(run.layout.evaluation(cell.targets).read_bytes())
-    if "lds" in evaluation:
         curves = lds_picture(evaluation, title=_title(session, cell))
         atomic.write(path.with_suffix(".lds.png"), curves)
     page = _page(lines, picture, curves, evaluation, title=_title(session, cell))

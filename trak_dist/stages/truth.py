@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,8 +45,8 @@ def publish_masks(run: Run) -> None:
         atomic.write(run.layout.masks, buffer.getvalue())
 
 
-def read_truth(run: Run, targets: str) -> Truth | None:
-    """The ground truth for one target set; None if the run has none.
+def read_truth(run: Run, targets: str) -> Truth:
+    """The ground truth for one target set.
 
     Raises
     ------
@@ -64,9 +65,8 @@ def read_truth(run: Run, targets: str) -> Truth | None:
             ]
         )
         return Truth(trained_masks(plan), margins.astype(np.float64))
-    if not plan.ground_truth.masks:
-        return None
-    found = read_files(plan.ground_truth, plan.train.rows, _rows(plan), tell=lambda _: None)
+    rows = {targets: plan.split(targets).rows}
+    found = read_files(plan.ground_truth, plan.train.rows, rows, tell=lambda _: None)
     if found.digest != plan.truth_files:
         raise EvaluationError(
             f"the ground truth changed since planning: digest {plan.truth_files} then, "
@@ -74,7 +74,7 @@ def read_truth(run: Run, targets: str) -> Truth | None:
             where=plan.ground_truth.margins,
             next="restore the files, or use another run_dir",
         )
-    return found.truth if found.targets == targets else None
+    return found.truth
 
 
 @dataclass(frozen=True)
@@ -146,14 +146,11 @@ def read_files(
     return Brought(Truth(masks, margins[:, None]), name, content)
 
 
-def _rows(plan: Plan) -> dict[str, int]:
-    return {split.name: split.rows for split in plan.targets}
-
-
 def _load(path: Path) -> NDArray[Any]:
     try:
-        loaded = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        with path.open("rb") as file:  # else a cut zip leaves it open
+            loaded = np.load(file, allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise EvaluationError(
             f"not a readable array: {error}", where=str(path), next="numpy.save a plain array"
         ) from None
