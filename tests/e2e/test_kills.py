@@ -19,7 +19,7 @@ from trak_dist import open_run
 from trak_dist.cells import STAGE_CELLS
 from trak_dist.store.run import Run
 
-KILLS = 20
+KILLS = 10
 TESTS = Path(__file__).parent.parent
 
 
@@ -28,7 +28,7 @@ def start(path: Path, name: str, cluster: str) -> subprocess.Popen[bytes]:
         *(sys.executable, "-m", "trak_dist.launch", "problem._target_=tiny.problem"),
         *(
             f"+problem.directory={path / 'checkpoints'}",
-            "+problem.rows=1200",
+            "+problem.rows=800",
             "+problem.targets=40",
         ),
         *(f"run_dir={path / name}", f"cluster={cluster}", "proj_dim=64"),

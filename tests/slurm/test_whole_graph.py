@@ -49,7 +49,7 @@ def test_the_graph_runs_and_its_scores_are_those_of_the_other_executors(
 
 
 def test_the_ground_truth_is_trained_and_held_against_the_scores(launch, path: Path) -> None:
-    truth = ("+problem.trains=true", "checkpoints.train=2", "ground_truth.subsets=4")
+    truth = ("+problem.trains=true", "checkpoints.train=2", "ground_truth.subsets=3")
     ended = launch(*overrides(path, "run"), *truth, *SLURM)
     assert ended.code == 0, ended.err
     table = submitted(ended.out)
@@ -58,7 +58,7 @@ def test_the_ground_truth_is_trained_and_held_against_the_scores(launch, path: P
         (job, dependency) for step, job, dependency in table if step in ("evaluate", "report")
     )
     assert len(trains) == 1
-    assert {f"{trains[0]}_{index}" for index in range(2, 6)} <= set(after.split(":"))
+    assert {f"{trains[0]}_{index}" for index in range(2, 5)} <= set(after.split(":"))
     assert report_after == f"afterok:{evaluate}"
     assert finish(path / "run").complete
     assert launch(*overrides(path, "debug"), *truth, "cluster=debug").code == 0
