@@ -73,4 +73,5 @@ _LESS = {
     "kernel": "a smaller proj_dim (memory goes with its square), or cluster.memory_gb=…",
     "precondition": "a smaller proj_dim, or fewer targets in a set, or cluster.memory_gb=…",
     "score": "a smaller proj_dim, or fewer targets in a set, or cluster.memory_gb=…",
+    "evaluate": "fewer ground_truth.subsets, a smaller proj_dim, or cluster.memory_gb=…",
 }

@@ -537,3 +537,12 @@ def test_the_figures_of_a_single_target_are_json(command, bring, tmp_path: Path)
 
     text = (tmp_path / "run/report/val.json").read_text()
     assert json.loads(text, parse_constant=refuse)["lds"]["mean"] <= 1
+
+
+def test_a_brought_ground_truth_may_be_taken_away(command, bring, tmp_path: Path) -> None:
+    small = ("proj_dim=16", "checkpoints.train=1")
+    assert command(*MODULE, *small, *bring(MASKS, MARGINS)).code == 0
+    ended = command("cluster=debug", "ground_truth.masks=''", "ground_truth.margins=''")
+    assert ended.code == 0, ended.err
+    assert "LDS" not in ended.out
+    assert "LDS" not in (tmp_path / "run/report/val.html").read_text()

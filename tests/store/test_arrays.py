@@ -240,3 +240,18 @@ def test_a_writer_that_finds_no_array_does_not_keep_it_from_being_made(tmp_path:
         arrays.write_rows(tmp_path / "grads", 0, rows(0, 8))
     arrays.ensure(tmp_path / "grads", SPEC)
     arrays.write_rows(tmp_path / "grads", 0, rows(0, 8))
+
+
+def test_growing_keeps_what_is_there_and_rows_that_another_plan_has_more(tmp_path: Path) -> None:
+    def spec(rows: int) -> ArraySpec:
+        return ArraySpec(shape=(rows, 3), chunks=(1, 3), dtype="float32")
+
+    path = tmp_path / "a"
+    arrays.grow(path, spec(2))
+    first = np.arange(3, dtype=np.float32)[None]
+    arrays.write_rows(path, 1, first)
+    for rows in (4, 3):
+        arrays.grow(path, spec(rows))
+        np.testing.assert_array_equal(arrays.read_rows(path, 1, 2), first)
+        assert np.isnan(arrays.read_rows(path, 2, 4)).all()
+        assert arrays.read_rows(path, 0, 9).shape == (4, 3)

@@ -62,9 +62,11 @@ def evaluate(session: Session, cell: EvaluateCell) -> Outcome:
     run, plan = session.run, session.run.plan
     scores = plan.score_cells(cell.targets)
     margins = [MarginsCell(*model, cell.targets) for model in plan.retrained()]
-    require(run, [*scores, *margins], needed_by=cell)
+    kernels = [KernelCell(model_id) for model_id in plan.model_ids]
+    require(run, [*scores, *margins, *kernels], needed_by=cell)
     found = _found(session, cell, read_truth(run, cell.targets))
     text = json.dumps(found, indent=1, allow_nan=False)
+    run.refuse_if_superseded(cell)
     atomic.write(run.layout.evaluation(cell.targets), text.encode())
     return Outcome({}, {name: found[name] for name in ("lds", "chosen")})
 

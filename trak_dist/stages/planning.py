@@ -163,7 +163,7 @@ def with_ground_truth(
             next="ground_truth.alpha=0.5",
         )
     if not wanted.masks:
-        return replace(plan, ground_truth=wanted)
+        return replace(plan, ground_truth=wanted, truth_files="", truth_of="")
     rows = {split.name: split.rows for split in plan.targets}
     found = truth.read_files(wanted, plan.train.rows, rows, tell=tell)
     return replace(plan, ground_truth=wanted, truth_files=found.digest, truth_of=found.targets)

@@ -6,6 +6,7 @@ reads as NaN; a writer owns whole chunks and never touches metadata.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import shutil
 import tempfile
@@ -68,12 +69,17 @@ def ensure(path: Path, spec: ArraySpec) -> None:
 
 
 def grow(path: Path, spec: ArraySpec) -> None:
-    """Make the array at `path`, or give the one that is there more rows; its chunks stay."""
+    """Make the array at `path`, or give the one that is there more rows; its chunks stay.
+
+    One that has more rows already, for another plan, keeps them.
+    """
     if _there(path):
         there = _described(_open(path, mode="r"), spec.compression)
         if there.shape[0] < spec.shape[0]:
             with atomic.told(path):
                 _open(path, mode="r+").resize((spec.shape[0], *there.shape[1:]))
+        rows = max(there.shape[0], spec.shape[0])
+        spec = dataclasses.replace(spec, shape=(rows, *spec.shape[1:]))
     ensure(path, spec)
 
 
