@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import tiny
 import torch
 from launching import Ended, Launch
 
+from trak_dist import worker
 from trak_dist.launch import main
 
 
@@ -44,6 +46,22 @@ def launch(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
         return Ended(code, out, err)
 
     return run
+
+
+@pytest.fixture
+def attempts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The ids of the cells that stages were called for."""
+    called: list[str] = []
+    for module_name, name in set(worker._STAGES.values()):
+        module = importlib.import_module(f"trak_dist.stages.{module_name}")
+        stage = getattr(module, name)
+
+        def noted(session, cell, stage=stage) -> object:
+            called.append(cell.id)
+            return stage(session, cell)
+
+        monkeypatch.setattr(module, name, noted)
+    return called
 
 
 @pytest.fixture

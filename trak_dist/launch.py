@@ -193,7 +193,7 @@ def _planned(
     planning.refuse_unknown_ids(plan)
     planning.refuse_rank_deficient(plan)
     if config.stage == "evaluate":
-        planning.refuse_without_truth(plan)
+        truth.refuse_without_truth(plan)
     workers = _fit_workers(plan, config.cluster)
     there = needs.store_bytes(run.plan) if run else 0
     if base and not run:
@@ -246,7 +246,7 @@ def _plan_with_problem(
     config: Config, plan: Plan | None, run: Run | None, given: frozenset[str]
 ) -> Plan:
     from trak_dist import problem as problems
-    from trak_dist.stages import planning
+    from trak_dist.stages import planning, truth
 
     import_root = plan.source.import_root if plan else str(Path.cwd())
     problem, source = problems.build(config.spec.problem, import_root=import_root)
@@ -266,7 +266,7 @@ def _plan_with_problem(
         planning.check_checkpoints(plan, problem, run)
     asked = settings.given_in("ground_truth", given)
     if asked:
-        plan = planning.with_ground_truth(plan, problem, config.ground_truth, asked, tell=out.print)
+        plan = truth.with_ground_truth(plan, problem, config.ground_truth, asked, tell=out.print)
     return plan
 
 

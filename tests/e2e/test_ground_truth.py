@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import itertools
 import json
 import shutil
@@ -78,22 +77,6 @@ def command(launch: Callable[..., Ended], tmp_path: Path) -> Callable[..., Ended
         return launch(*overrides, f"run_dir={tmp_path / 'run'}", "cluster=debug")
 
     return run
-
-
-@pytest.fixture
-def attempts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The ids of the cells that stages were called for."""
-    called: list[str] = []
-    for module_name, name in set(worker._STAGES.values()):
-        module = importlib.import_module(f"trak_dist.stages.{module_name}")
-        stage = getattr(module, name)
-
-        def noted(session, cell, stage=stage) -> object:
-            called.append(cell.id)
-            return stage(session, cell)
-
-        monkeypatch.setattr(module, name, noted)
-    return called
 
 
 def fork(template: Path, tmp_path: Path) -> Run:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import os
 import shutil
@@ -67,22 +66,6 @@ def command(launch: Callable, monkeypatch: pytest.MonkeyPatch) -> Callable:
         return launch(*overrides, *where)
 
     return run
-
-
-@pytest.fixture
-def attempts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The ids of the cells that stages were called for."""
-    called: list[str] = []
-    for module_name, name in set(worker._STAGES.values()):
-        module = importlib.import_module(f"trak_dist.stages.{module_name}")
-        stage = getattr(module, name)
-
-        def noted(session, cell, stage=stage) -> object:
-            called.append(cell.id)
-            return stage(session, cell)
-
-        monkeypatch.setattr(module, name, noted)
-    return called
 
 
 def fork(template: Path, run_dir: Path) -> Run:

@@ -1,11 +1,11 @@
-"""The ground truth of an evaluation: which rows each retrained model had, and what it says."""
+"""The ground truth of an evaluation: planned, or brought by the user, and read."""
 
 from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from trak_dist.cells import MarginsCell
 from trak_dist.config import MIN_SUBSETS, GroundTruth
-from trak_dist.errors import EvaluationError
+from trak_dist.errors import ConfigError, EvaluationError, PlanMismatch
 from trak_dist.ops import draws
 from trak_dist.plan import Plan
+from trak_dist.problem import Problem
 from trak_dist.store import arrays, atomic, contents
 from trak_dist.store.run import Run
 
@@ -27,6 +28,73 @@ class Truth:
 
     masks: NDArray[np.bool_]
     margins: NDArray[np.float64]
+
+
+def with_ground_truth(
+    plan: Plan,
+    problem: Problem,
+    asked: GroundTruth,
+    given: Collection[str],
+    *,
+    tell: Callable[[str], None],
+) -> Plan:
+    """`plan` with the ground truth asked for; one that is there may get more subsets and seeds.
+
+    Parameters
+    ----------
+    given : collection of str
+        The fields of `asked` that count; the others stay as they are.
+
+    Raises
+    ------
+    PlanMismatch
+        If it has another one.
+    ConfigError
+        If models can't be retrained, or a subset would be empty or all.
+    EvaluationError
+        If the files that were brought do not fit.
+    """
+    there = plan.ground_truth
+    wanted = replace(there, **{name: getattr(asked, name) for name in given})
+    if wanted.masks:
+        masks, margins = (str(Path(p).absolute()) for p in (wanted.masks, wanted.margins))
+        wanted = replace(wanted, masks=masks, margins=margins)
+    more = wanted.subsets >= there.subsets and wanted.seeds >= there.seeds
+    alike = (wanted.alpha, wanted.masks) == (there.alpha, there.masks)
+    if (wanted.masks and wanted.subsets) or (there.subsets and not (more and alike)):
+        raise PlanMismatch(
+            f"the run has another ground truth: {there.subsets} subsets, {there.seeds} seeds, "
+            f"alpha {there.alpha}, masks {there.masks!r}",
+            where="ground_truth",
+            next="leave the settings out, ask for more subsets or seeds, or use another run_dir",
+        )
+    if wanted.subsets and problem.train_checkpoint is None:
+        raise ConfigError(
+            "the problem has no train_checkpoint to retrain models with",
+            where="ground_truth.subsets",
+            next="give it one, or bring ground_truth.masks and ground_truth.margins",
+        )
+    if wanted.subsets and not 0 < round(wanted.alpha * plan.train.rows) < plan.train.rows:
+        raise ConfigError(
+            f"a share of {wanted.alpha} of {plan.train.rows} train rows is none or all of them",
+            where="ground_truth.alpha",
+            next="ground_truth.alpha=0.5",
+        )
+    if not wanted.masks:
+        return replace(plan, ground_truth=wanted, truth_files="", truth_of="")
+    rows = {split.name: split.rows for split in plan.targets}
+    found = read_files(wanted, plan.train.rows, rows, tell=tell)
+    return replace(plan, ground_truth=wanted, truth_files=found.digest, truth_of=found.targets)
+
+
+def refuse_without_truth(plan: Plan) -> None:
+    """Raise `ConfigError` if there is nothing to hold scores against."""
+    if not any(plan.has_truth(split.name) for split in plan.targets):
+        raise ConfigError(
+            "there is no ground truth to hold the scores against",
+            where="ground_truth",
+            next="stage=all ground_truth.subsets=100 ground_truth.seeds=3 trains models for it",
+        )
 
 
 def trained_masks(plan: Plan) -> NDArray[np.bool_]:
