@@ -12,8 +12,9 @@ from trak_dist.config import STAGES, Config, flatten, nearest, spec_from_mapping
 from trak_dist.errors import ConfigError
 
 SETTINGS = (
-    "accept_source, checkpoints, cluster, featurize, force, ground_truth, limit, problem, "
-    "proj_dim, projection, reduce, repair, run_dir, stage, store, store_dim, targets, watch"
+    "accept_source, checkpoints, cluster, counterfactuals, featurize, force, ground_truth, limit, "
+    "problem, proj_dim, projection, reduce, repair, run_dir, self_influence, stage, store, "
+    "store_dim, targets, watch"
 )
 GOOD: dict[str, Any] = {"problem": {"_target_": "a.b", "rows": 3}, "run_dir": "runs/a"}
 

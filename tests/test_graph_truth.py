@@ -9,7 +9,15 @@ from test_graph import everything, submit
 from test_plan import PLAN, cells
 
 from trak_dist import graph
-from trak_dist.cells import EvaluateCell, MarginsCell, ReportCell, TrainCell, parse_cell
+from trak_dist.cells import (
+    Cell,
+    EvaluateCell,
+    KernelCell,
+    MarginsCell,
+    ReportCell,
+    TrainCell,
+    parse_cell,
+)
 from trak_dist.config import GroundTruth
 from trak_dist.plan import Checkpoint, Plan, Split
 
@@ -87,10 +95,13 @@ def test_an_evaluation_needs_scores_margins_and_what_its_curves_are_made_of() ->
     cell = EvaluateCell("val")
     assert ids(graph.needs(TRAINED, cell, ())) == scores + margins
     assert ids(graph.needs(BROUGHT, cell, ())) == scores
-    found = ids(graph.needs(TRAINED, cell, set(TRAINED.score_cells("val"))))
+    done: set[Cell] = set(TRAINED.score_cells("val"))
+    found = ids(graph.needs(TRAINED, cell, done))
+    assert set(found) == {*scores, *margins, "kernel/0", "kernel/1"}
+    found = ids(graph.needs(TRAINED, cell, done | {KernelCell(0), KernelCell(1)}))
     blocks = {"train": ("0-4", "4-8", "8-10"), "val": ("0-3",)}
     grads = {f"featurize/{m}/{s}/{b}" for m in (0, 1) for s in blocks for b in blocks[s]}
-    assert set(found) == {*scores, *margins, *grads, "gram/0", "gram/1"}
+    assert set(found) == {*scores, *margins, *grads, "gram/0", "gram/1", "kernel/0", "kernel/1"}
     assert len(found) == len(set(found))
 
 

@@ -86,7 +86,7 @@ ENSEMBLE = {"score", "report"}
 
 @given(plans())
 def test_the_blocks_of_a_split_partition_its_rows_exactly(plan: Plan) -> None:
-    scored = [plan.score_split(targets) for targets in plan.targets]
+    scored = [plan.score_split(targets) for targets in plan.scored()]
     for split in (plan.train, *plan.targets, *scored):
         blocks = list(split.blocks())
         assert [row for b in blocks for row in range(b.start, b.stop)] == list(range(split.rows))

@@ -15,6 +15,7 @@ from trak_dist.errors import ConfigError
 
 TRAIN = "train"
 FULL = "full"
+RANDOM = "random"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 
@@ -114,7 +115,10 @@ class PreconditionCell(_Id):
 
 @dataclass(frozen=True)
 class ScoreCell(_Id):
-    """Writes one chunk of scores: some train rows against one target set, over the ensemble."""
+    """Writes one chunk of scores: some train rows against one target set, over the ensemble.
+
+    Of `train` it is their self-influence, the score of each against itself.
+    """
 
     stage: ClassVar[str] = "score"
     targets: str
@@ -122,8 +126,22 @@ class ScoreCell(_Id):
 
 
 @dataclass(frozen=True)
+class CounterfactualCell(_Id):
+    """The model outputs on some targets after training without `removed` rows of the train set.
+
+    `whose` most helpful rows they are: a target's row number, or `random` ones.
+    """
+
+    stage: ClassVar[str] = "counterfactual"
+    targets: str
+    whose: str
+    removed: int
+    seed: int
+
+
+@dataclass(frozen=True)
 class EvaluateCell(_Id):
-    """Holds the scores of one target set against what retrained models say."""
+    """Holds the scores of one target set, or self-influence, against what is known better."""
 
     stage: ClassVar[str] = "evaluate"
     targets: str
@@ -145,6 +163,7 @@ Cell = (
     | KernelCell
     | PreconditionCell
     | ScoreCell
+    | CounterfactualCell
     | EvaluateCell
     | ReportCell
 )
@@ -155,6 +174,7 @@ STEPS: dict[str, tuple[type[Cell], ...]] = {
     "featurize": (FeaturizeCell,),
     "kernel": (GramCell, KernelCell, PreconditionCell),
     "score": (ScoreCell,),
+    "counterfactual": (CounterfactualCell,),
     "evaluate": (EvaluateCell,),
     "report": (ReportCell,),
 }
@@ -163,7 +183,7 @@ STAGE_STEPS: dict[str, tuple[str, ...]] = {
     "train": ("train",),
     "featurize": ("featurize",),
     "reduce": ("kernel", "score"),
-    "evaluate": ("evaluate",),
+    "evaluate": ("counterfactual", "evaluate"),
     "report": ("report",),
 }
 STAGE_CELLS: dict[str, tuple[type[Cell], ...]] = {
@@ -198,6 +218,7 @@ _FORMS: dict[str, tuple[type[Cell], tuple[Callable[[str], object], ...]]] = {
     "kernel": (KernelCell, (_number,)),
     "precondition": (PreconditionCell, (_number, _name)),
     "score": (ScoreCell, (_name, _rows)),
+    "counterfactual": (CounterfactualCell, (_name, _name, _number, _number)),
     "evaluate": (EvaluateCell, (_name,)),
     "report": (ReportCell, (_name,)),
 }

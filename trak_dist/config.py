@@ -119,6 +119,19 @@ class GroundTruth:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Counterfactuals:
+    """Models retrained without the most helpful rows of some targets; none if `targets` is 0.
+
+    `remove` are the numbers of rows taken away, each with `seeds` models for each of `targets`
+    targets of each target set, and as many with random rows taken away.
+    """
+
+    targets: int = field(default=0, metadata={"min": 0})
+    remove: tuple[int, ...] = (20, 100)
+    seeds: int = field(default=3, metadata={"min": 1})
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
     """Cells run on this machine. `workers` and `memory_gb` of 0 mean: what it has."""
 
@@ -180,6 +193,8 @@ class Config:
     force: bool = False
     checkpoints: CheckpointsConfig = CheckpointsConfig()
     ground_truth: GroundTruth = GroundTruth()
+    counterfactuals: Counterfactuals = Counterfactuals()
+    self_influence: bool = False
     cluster: ClusterConfig | SlurmConfig = ClusterConfig()
 
     @classmethod
@@ -202,6 +217,11 @@ class Config:
         if not bad:
             bad.extend(_cross_checks(spec, config.cluster))
             bad.extend(_ground_truth_checks(config.ground_truth))
+            bad.extend(
+                f"  counterfactuals.remove: {count} is not a number of rows of at least 1"
+                for count in config.counterfactuals.remove
+                if count < 1
+            )
             if config.checkpoints.allow_missing and config.stage != "reduce":
                 bad.append("  checkpoints.allow_missing: only stage=reduce takes it")
         if bad:
@@ -220,6 +240,11 @@ def spec_from_mapping(mapping: Mapping[str, Any]) -> Spec:
 def ground_truth_from_mapping(mapping: Mapping[str, Any]) -> GroundTruth:
     """Rebuild a `GroundTruth` from a plan's JSON."""
     return _rebuilt(GroundTruth, mapping, "the plan's ground truth is not valid:")
+
+
+def counterfactuals_from_mapping(mapping: Mapping[str, Any]) -> Counterfactuals:
+    """Rebuild `Counterfactuals` from a plan's JSON."""
+    return _rebuilt(Counterfactuals, mapping, "the plan's counterfactuals are not valid:")
 
 
 def cluster_from_mapping(mapping: Mapping[str, Any]) -> SlurmConfig:
@@ -299,6 +324,7 @@ _SECTIONS = (
     StoreConfig,
     CheckpointsConfig,
     GroundTruth,
+    Counterfactuals,
     CpuJobsConfig,
 )
 

@@ -13,6 +13,7 @@ from trak_dist.cells import (
     STEPS,
     TRAIN,
     Cell,
+    CounterfactualCell,
     EvaluateCell,
     FeaturizeCell,
     GramCell,
@@ -41,7 +42,7 @@ def tasks(
 
     A featurize task is one data shard of one checkpoint: neighbouring cells with at most
     `rows_per_task` rows, or one cell. A kernel task is the chain of one checkpoint; a train task is
-    one checkpoint, or those of one subset and their margins.
+    one checkpoint, or those of one subset and their margins; a counterfactual task is one target.
     """
     todo = [cell for cell in cells(plan, step) if cell not in skip]
     if step == "featurize":
@@ -58,6 +59,8 @@ def _chain(cell: Cell) -> object:
             return subset
         case GramCell(model_id) | KernelCell(model_id) | PreconditionCell(model_id):
             return model_id
+        case CounterfactualCell(targets, whose):
+            return targets, whose
     return cell
 
 
@@ -92,7 +95,7 @@ def shares_needs(cell: Cell) -> object:
     match cell:
         case FeaturizeCell() | GramCell() | KernelCell() | PreconditionCell():
             return cell.model_id
-        case ScoreCell() | EvaluateCell() | ReportCell():
+        case ScoreCell() | CounterfactualCell() | EvaluateCell() | ReportCell():
             return cell.targets
         case MarginsCell(subset, seed):
             return subset, seed
@@ -113,23 +116,40 @@ def needs(plan: Plan, cell: Cell, done: Collection[Cell]) -> Iterator[Cell]:
         case GramCell(model_id) | KernelCell(model_id) | PreconditionCell(model_id):
             yield from _grads(plan, model_id, *(s.name for s in plan.targets))
         case ScoreCell(targets=targets):
-            for model_id in plan.model_ids:
-                solved = PreconditionCell(model_id, targets)
-                yield solved
-                if solved in done:
-                    yield from _grads(plan, model_id, targets)
+            yield from _for_scores(plan, targets, done)
+        case CounterfactualCell(targets=targets):
+            yield from plan.score_cells(targets)
         case EvaluateCell(targets=targets):
-            scores = list(plan.score_cells(targets))
-            yield from scores
-            yield from (MarginsCell(*model, targets) for model in plan.retrained())
-            for model_id in plan.model_ids if scores[0] in done else ():
-                yield GramCell(model_id)
-                yield from _grads(plan, model_id, targets)
+            yield from _for_evaluation(plan, targets, done)
         case ReportCell(targets=targets):
-            evaluated = [EvaluateCell(targets)] if plan.has_truth(targets) else []
+            evaluated = [EvaluateCell(targets)] if plan.evaluated(targets) else []
             yield from evaluated
             if all(cell in done for cell in evaluated):
                 yield from plan.score_cells(targets)
+
+
+def _for_scores(plan: Plan, targets: str, done: Collection[Cell]) -> Iterator[Cell]:
+    itself = targets == TRAIN
+    for model_id in plan.model_ids:
+        solved = KernelCell(model_id) if itself else PreconditionCell(model_id, targets)
+        yield solved
+        if solved in done:
+            yield from _grads(plan, model_id, *(() if itself else (targets,)))
+
+
+def _for_evaluation(plan: Plan, targets: str, done: Collection[Cell]) -> Iterator[Cell]:
+    scores = list(plan.score_cells(targets))
+    yield from scores
+    if targets == TRAIN:
+        return
+    yield from plan.counterfactual_cells(targets)
+    yield from (MarginsCell(*model, targets) for model in plan.retrained())
+    for model_id in plan.model_ids if plan.has_truth(targets) and scores[0] in done else ():
+        kernel = KernelCell(model_id)
+        yield kernel
+        if kernel in done:
+            yield GramCell(model_id)
+            yield from _grads(plan, model_id, targets)
 
 
 def _before(cell: Cell) -> Iterator[Cell]:
@@ -183,12 +203,14 @@ def arrays(
     """
     for step in steps:
         waiting = tasks(plan, step, skip={*done, *owners, *skip}, rows_per_task=rows_per_task)
-        groups: dict[object, list[Task]] = {}
+        groups: dict[frozenset[object], list[Task]] = {}
         for task in waiting:
-            groups.setdefault(shares_needs(task[0]), []).append(task)
+            groups.setdefault(frozenset(map(shares_needs, task)), []).append(task)
         alike: dict[tuple[frozenset[str], frozenset[str], tuple[Cell, ...]], list[Task]] = {}
         for group in groups.values():
-            missing = [c for c in needs(plan, group[0][0], done) if c not in done]
+            unlike = {shares_needs(cell): cell for cell in reversed(group[0])}.values()
+            needed = dict.fromkeys(c for cell in unlike for c in needs(plan, cell, done))
+            missing = [c for c in needed if c not in done and c not in group[0]]
             owned = [c for c in missing if c in owners]
             beside = frozenset(owners[c] for c in owned if type(c) in STEPS[step])
             after = frozenset(owners[c] for c in owned) - beside

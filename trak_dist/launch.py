@@ -13,9 +13,9 @@ import logging
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import hydra
 from omegaconf import DictConfig
@@ -27,6 +27,7 @@ from trak_dist.config import ClusterConfig, Config, SlurmConfig
 from trak_dist.errors import MissingInputs, StoreError, TrakDistError
 from trak_dist.plan import REDUCE_KEYS, SWEEP_KEYS, Plan
 from trak_dist.progress import Progress
+from trak_dist.stages import choice
 from trak_dist.store import atomic
 from trak_dist.store.jobs import Jobs
 from trak_dist.store.run import Run
@@ -112,6 +113,7 @@ def _launch(composed: DictConfig, given: frozenset[str], task: Task | None) -> i
     if kept and mapping["stage"] not in ("status", "cancel"):
         out.print(f"from the plan: {', '.join(kept)}")
     settings.refuse_missing(mapping)
+    chosen = _choose_lambda(mapping, run)
     config = Config.from_mapping({**mapping, "run_dir": str(run_dir)})
     if config.stage in ("status", "verify", "cancel"):
         run = run or Run.open(run_dir)  # raises, and says how to begin
@@ -120,7 +122,7 @@ def _launch(composed: DictConfig, given: frozenset[str], task: Task | None) -> i
             run = sweep.member(run, plan)
             task.run_dir = run.layout.run_dir
         return _look(run, config)
-    run, workers = _planned(config, run, given, task)
+    run, workers = _planned(config, run, given, task, chosen)
     if config.stage == "plan":
         return DONE
     stages = [s for s in STAGE_CELLS if config.stage in ("all", s)]
@@ -135,6 +137,16 @@ def _launch(composed: DictConfig, given: frozenset[str], task: Task | None) -> i
             return FAILED
     telling.tell_what_next(run)
     return DONE
+
+
+def _choose_lambda(mapping: dict[str, Any], run: Run | None) -> str:
+    """Put the λ that `auto` stands for into `mapping`; why it is that one, if it is asked for."""
+    if mapping["reduce"]["lambda_reg"] != choice.AUTO:
+        return ""
+    found = choice.best_lambda(run, mapping)
+    mapping["reduce"]["lambda_reg"] = found.lambda_reg
+    out.print(f"auto: {found.why}")
+    return found.why
 
 
 def _look(run: Run, config: Config) -> int:
@@ -169,7 +181,7 @@ def _submit(run: Run, cluster: SlurmConfig, stages: Sequence[str], *, force: boo
 
 
 def _planned(
-    config: Config, base: Run | None, given: frozenset[str], task: Task | None
+    config: Config, base: Run | None, given: frozenset[str], task: Task | None, lambda_from: str
 ) -> tuple[Run, int]:
     """The run, made or extended, and how many workers fit; refuses before it writes.
 
@@ -185,10 +197,15 @@ def _planned(
         if task:
             run_dir = sweep.home(base, plan)
             run = Run.open(run_dir) if Run.exists(run_dir) else None
-            plan = run.plan if run else plan
+            plan = run.plan if run else replace(plan, lambda_from=lambda_from)
         else:
             planning.refuse_scored(base, plan)
-    if plan is None or config.stage != "reduce" or settings.given_in("ground_truth", given):
+    if "self_influence" in given and plan:
+        plan = replace(plan, self_influence=config.self_influence)
+    retrains = settings.given_in("ground_truth", given) or settings.given_in(
+        "counterfactuals", given
+    )
+    if plan is None or config.stage != "reduce" or retrains:
         plan = _plan_with_problem(config, plan, run or base, given)
     planning.refuse_unknown_ids(plan)
     planning.refuse_rank_deficient(plan)
@@ -247,6 +264,7 @@ def _plan_with_problem(
 ) -> Plan:
     from trak_dist import problem as problems
     from trak_dist.stages import planning, truth
+    from trak_dist.stages.counterfactual import with_counterfactuals
 
     import_root = plan.source.import_root if plan else str(Path.cwd())
     problem, source = problems.build(config.spec.problem, import_root=import_root)
@@ -264,9 +282,17 @@ def _plan_with_problem(
         )
     if config.stage != "report":
         planning.check_checkpoints(plan, problem, run)
-    asked = settings.given_in("ground_truth", given)
-    if asked:
-        plan = truth.with_ground_truth(plan, problem, config.ground_truth, asked, tell=out.print)
+    if asked := settings.given_in("ground_truth", given):
+        layout = run.layout if run else None
+        homes = (
+            [layout.base, *(layout.sweeps / name for name in layout.members())] if layout else []
+        )
+        others = [Run.open(home).plan.ground_truth for home in homes]
+        plan = truth.with_ground_truth(
+            plan, problem, config.ground_truth, asked, others=others, tell=out.print
+        )
+    if asked := settings.given_in("counterfactuals", given):
+        plan = with_counterfactuals(plan, problem, config.counterfactuals, asked)
     return plan
 
 

@@ -15,8 +15,11 @@ from typing import Any
 
 from trak_dist.cells import (
     FULL,
+    RANDOM,
     STAGE_CELLS,
+    TRAIN,
     Cell,
+    CounterfactualCell,
     EvaluateCell,
     FeaturizeCell,
     GramCell,
@@ -31,8 +34,10 @@ from trak_dist.cells import (
 )
 from trak_dist.config import (
     DRAW_VERSION,
+    Counterfactuals,
     GroundTruth,
     Spec,
+    counterfactuals_from_mapping,
     distinct,
     flatten,
     ground_truth_from_mapping,
@@ -42,6 +47,7 @@ from trak_dist.errors import PlanMismatch
 
 SCHEMA = 1
 CHUNK_BYTES = 64 * 2**20
+HALVES_TARGETS = 64  # of each target set, for which scores of halves of the ensemble are kept
 MIN_CELLS = 8  # a small split is still cut into about so many cells, to lose little at a kill
 REDUCE_KEYS = ("proj_dim", "reduce.", "checkpoints.use")
 SWEEP_KEYS = (
@@ -61,6 +67,11 @@ class Split:
 
     def __post_init__(self) -> None:
         check_name(self.name, what="the split")  # it names directories
+
+    def spread(self, count: int) -> list[int]:
+        """`count` of its rows, evenly spread from the first to the last; all if it has no more."""
+        count = min(count, self.rows)
+        return sorted({round(i * (self.rows - 1) / max(1, count - 1)) for i in range(count)})
 
     @property
     def content(self) -> tuple[str, int, str]:
@@ -105,7 +116,9 @@ class Plan:
 
     `parameters` is p, the number of parameters whose gradients are used; `use` names the
     checkpoints of the ensemble, none of them: all; `truth_files` digests the ground truth's files,
-    if the user brought them, `truth_of` is the target set that they are of.
+    if the user brought them, `truth_of` is the target set that they are of; `self_influence` tells
+    whether the train rows are scored against themselves; `lambda_from` says how λ was chosen, if
+    not by the user.
     """
 
     spec: Spec
@@ -117,6 +130,9 @@ class Plan:
     ground_truth: GroundTruth = field(default_factory=GroundTruth)
     truth_files: str = ""
     truth_of: str = ""
+    counterfactuals: Counterfactuals = field(default_factory=Counterfactuals)
+    self_influence: bool = False
+    lambda_from: str = ""
     use: tuple[int, ...] = ()
 
     @property
@@ -151,7 +167,9 @@ class Plan:
 
     def with_settings(self, spec: Spec, use: Sequence[int]) -> Plan:
         """The plan with other settings; the cells of other grads are cut as those of a new run."""
-        changed = replace(self, spec=spec, use=tuple(use))
+        same = spec.reduce == self.spec.reduce
+        said = self.lambda_from if same else ""
+        changed = replace(self, spec=spec, use=tuple(use), lambda_from=said)
         if changed.projection_id == self.projection_id:
             return changed
         train, *targets = (
@@ -207,20 +225,26 @@ class Plan:
         threads = self._settings("featurize.threads")
         gram = digest([self.fingerprint, self.proj_dim, self._settings("reduce.threads")])
         kernel = digest([gram, self.kernel_id])
-        score = digest([kernel, self.model_ids])
+        score = digest([kernel, self.model_ids, HALVES_TARGETS])
         train = digest([self._trained_from, threads])
         subset = digest([train, self.ground_truth.alpha])
         truth = [subset, self.truth_files, self.ground_truth.subsets, self.ground_truth.seeds]
+        without = asdict(self.counterfactuals)
         bases = {"train": train, "subset": subset, "gram": gram, "kernel": kernel}
         for split in (self.train, *self.targets):
-            content = [split.content, split.cell_rows]
-            bases[f"featurize/{split.name}"] = digest([self.fingerprint, content])
-            bases[f"precondition/{split.name}"] = digest([kernel, content])
-            bases[f"score/{split.name}"] = digest([score, content])
-            bases[f"margins/{split.name}"] = digest([subset, split.content])
-            bases[f"evaluate/{split.name}"] = digest(["evaluate", score, content, truth])
-            told = [truth] if self.has_truth(split.name) else []
-            bases[f"report/{split.name}"] = digest(["report", score, content, *told])
+            name, content = split.name, [split.content, split.cell_rows]
+            bases[f"featurize/{name}"] = digest([self.fingerprint, content])
+            bases[f"precondition/{name}"] = digest([kernel, content])
+            bases[f"score/{name}"] = digest([score, content])
+            bases[f"margins/{name}"] = digest([subset, split.content])
+            # Which targets are looked at depends on how many are.
+            outputs = [train, score, content, self.counterfactuals.targets]
+            bases[f"counterfactual/{name}"] = digest(["counterfactual", *outputs])
+            evaluated: list[object] = ["evaluate", score, content]
+            evaluated += [truth] if self.has_truth(name) else []
+            evaluated += [without] if self.counterfactuals.targets and name != TRAIN else []
+            bases[f"evaluate/{name}"] = digest(evaluated)
+            bases[f"report/{name}"] = digest(["report", *evaluated])
         return bases
 
     def _settings(self, *sections: str) -> dict[str, Any]:
@@ -241,6 +265,7 @@ class Plan:
                 MarginsCell(targets=name)
                 | PreconditionCell(targets=name)
                 | ScoreCell(targets=name)
+                | CounterfactualCell(targets=name)
                 | EvaluateCell(targets=name)
                 | ReportCell(targets=name)
             ):
@@ -274,17 +299,30 @@ class Plan:
         elif kind is PreconditionCell:
             yield from (PreconditionCell(m, s.name) for m in self.model_ids for s in self.targets)
         elif kind is ScoreCell:
+            for name in self.scored():
+                yield from self.score_cells(name)
+        elif kind is CounterfactualCell:
             for targets in self.targets:
-                yield from self.score_cells(targets.name)
+                yield from self.counterfactual_cells(targets.name)
         elif kind is EvaluateCell:
-            yield from (EvaluateCell(s.name) for s in self.targets if self.has_truth(s.name))
+            yield from (EvaluateCell(name) for name in self.scored() if self.evaluated(name))
         else:
             assert kind is ReportCell
-            yield from (ReportCell(s.name) for s in self.targets)
+            yield from (ReportCell(name) for name in self.scored())
+
+    def scored(self) -> Iterator[str]:
+        """The target sets, and the train split if its self-influence is asked for."""
+        yield from (split.name for split in self.targets)
+        if self.self_influence:
+            yield TRAIN
+
+    def evaluated(self, name: str) -> bool:
+        """Whether a target set's scores, or self-influence, are held against anything."""
+        return name == TRAIN or self.has_truth(name) or bool(self.counterfactuals.targets)
 
     def has_truth(self, targets: str) -> bool:
         """Whether there are retrained models to hold the scores of a target set against."""
-        return bool(self.ground_truth.subsets) or self.truth_of == targets
+        return targets != TRAIN and (bool(self.ground_truth.subsets) or self.truth_of == targets)
 
     def retrained(self) -> Iterator[tuple[str, int]]:
         """Subset and seed of each model of the ground truth, subset by subset."""
@@ -297,13 +335,30 @@ class Plan:
 
     def score_cells(self, targets: str) -> Iterator[ScoreCell]:
         """The score cells of one target set, in order of rows."""
-        blocks = self.score_split(self.split(targets)).blocks()
-        return (ScoreCell(targets, rows) for rows in blocks)
+        return (ScoreCell(targets, rows) for rows in self.score_split(targets).blocks())
 
-    def score_split(self, targets: Split) -> Split:
+    def counterfactual_cells(self, targets: str) -> Iterator[CounterfactualCell]:
+        """The models retrained without some rows, random ones last."""
+        asked = self.counterfactuals
+        chosen = [str(row) for row in self.split(targets).spread(asked.targets)]
+        for whose in (*chosen, RANDOM) if chosen else ():
+            for removed in asked.remove:
+                for seed in range(asked.seeds):
+                    yield CounterfactualCell(targets, whose, removed, seed)
+
+    def score_split(self, targets: str) -> Split:
         """The train split, cut so that a cell's scores, and its grads, stay below `CHUNK_BYTES`."""
-        rows = max(1, CHUNK_BYTES // (4 * max(targets.rows, self.store_dim)))
+        rows = max(1, CHUNK_BYTES // (4 * max(self.score_columns(targets), self.store_dim)))
         return replace(self.train, cell_rows=min(rows, self.train.rows))
+
+    def score_columns(self, targets: str) -> int:
+        """Scores of a train row: one for each target, or its self-influence."""
+        return 1 if targets == TRAIN else self.split(targets).rows
+
+    def halves(self, targets: str) -> list[int]:
+        """The targets for which scores of either half of the ensemble are kept."""
+        several = targets != TRAIN and len(self.model_ids) > 1
+        return self.split(targets).spread(HALVES_TARGETS) if several else []
 
     # JSON -----------------------------------------------------------------------------------
 
@@ -352,6 +407,9 @@ class Plan:
             ground_truth=ground_truth_from_mapping(raw.get("ground_truth", {})),
             truth_files=raw.get("truth_files", ""),
             truth_of=raw.get("truth_of", ""),
+            counterfactuals=counterfactuals_from_mapping(raw.get("counterfactuals", {})),
+            self_influence=raw.get("self_influence", False),
+            lambda_from=raw.get("lambda_from", ""),
             use=tuple(raw.get("use", ())),
         )
         if plan.fingerprint != raw["fingerprint"]:

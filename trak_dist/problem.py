@@ -72,6 +72,8 @@ class Problem:
         One example to `Rendered`, for the report.
     train_checkpoint : callable, optional
         `(train, seed, device)` to a state dict.
+    mislabelled : (n_train,) bool, optional
+        Which train labels are known to be wrong, so that finding them can be checked.
     """
 
     model: torch.nn.Module
@@ -82,6 +84,7 @@ class Problem:
     collate: Callable[[list[Any]], Any] | None = None
     render: Callable[[Any], Rendered] | None = None
     train_checkpoint: TrainCheckpoint | None = None
+    mislabelled: NDArray[np.bool_] | None = None
 
     def __post_init__(self) -> None:
         listed = isinstance(self.checkpoints, Sequence) and not isinstance(self.checkpoints, str)

@@ -27,12 +27,13 @@ from trak_dist.store.run import Run
 
 @dataclass
 class Task:
-    """One task: what of the sweep it is, the run it turned out to be, how it ended."""
+    """One task: what of the sweep it is, the run it turned out to be, how it ended, its LDS."""
 
     sweep: Sweep
     what: str
     run_dir: Path | None = None
     state: str = "done"
+    lds: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -95,6 +96,8 @@ class Sweep:
             code = 1
         if code:
             task.state = "failed"
+        if task.run_dir and Run.exists(task.run_dir):  # now: the next task may change the run
+            task.lds = list(telling.lds(Run.open(task.run_dir)))
         self.code = max(self.code, code)
         return code
 
@@ -104,10 +107,7 @@ class Sweep:
         yield f"sweep: {len(self.tasks)} of {self.size} tasks"
         for task in self.tasks:
             yield f"{task.what:<{width}}  {task.state:<9}  {task.run_dir or 'no run'}"
-            if task.run_dir and Run.exists(task.run_dir):
-                yield from (
-                    f"{'':<{width}}  {line}" for line in telling.lds(Run.open(task.run_dir))
-                )
+            yield from (f"{'':<{width}}  {line}" for line in task.lds)
 
     def store_dim(self, spec: Mapping[str, Any], planned: Plan | None) -> tuple[int, str]:
         """The dimension to store for a task that gives none, and why it shares no other's grads.

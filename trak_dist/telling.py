@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from trak_dist.cells import Cell, EvaluateCell
+from trak_dist.cells import Cell, EvaluateCell, ReportCell
 from trak_dist.stages.status import Status, by_error, lines, read_status
 from trak_dist.store.run import Run
 
@@ -119,30 +119,56 @@ def verify(run: Run, *, repair: bool) -> bool:
 
 def tell_what_next(run: Run) -> None:
     """Print where scores, report and pictures are, what to type next, and the LDS."""
-    pages = [run.layout.report(split.name) for split in run.plan.targets]
-    for split, page in zip(run.plan.targets, pages, strict=True):
-        if page.exists():
-            print(f"scores: {run.layout.scores(split.name)}")
-            shown = [
-                page,
-                *(p for s in (".png", ".lds.png") if (p := page.with_suffix(s)).exists()),
-            ]
-            print("\n".join(f"report: {path}" for path in shown))
+    for cell, receipt in run.receipts.done(run.plan.cells_of(ReportCell)).items():
+        name = cell.id.partition("/")[2]
+        page = run.layout.report(name)
+        print(f"scores: {run.layout.scores(name)}")
+        shown = [page, *(page.with_suffix(f"{p}.png") for p in receipt.facts["pictures"])]
+        print("\n".join(f"report: {path}" for path in shown))
     print(f"next:   {_command(run, 'stage=status')}")
-    for line in lds(run):
+    for line in proofs(run):
         print(line)
 
 
-def lds(run: Run) -> Iterator[str]:
-    """The LDS of each target set that was evaluated: its mean over targets, and interval."""
-    for cell, receipt in run.receipts.done(run.plan.cells_of(EvaluateCell)).items():
-        if "lds" in receipt.facts:
-            own, chosen = (
-                f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
-                for found in (receipt.facts["lds"], receipt.facts["chosen"]["lds"])
+def proofs(run: Run) -> Iterator[str]:
+    """What was found of the scores' worth: overlaps, counterfactuals, AUC, LDS last."""
+    done = run.receipts.done([*run.plan.cells_of(ReportCell), *run.plan.cells_of(EvaluateCell)])
+    facts = [(cell.id.partition("/")[2], receipt.facts) for cell, receipt in done.items()]
+    for name, found in facts:
+        for count, share in found.get("stability", {}).items():
+            yield f"halves: {name} share {_interval(share)} of the {count} most helpful rows"
+    for name, found in facts:
+        for one in found.get("counterfactuals", []):
+            yield (
+                f"remove: {name} {one['removed']} most helpful rows: output drops by "
+                f"{_interval(one['drop'])}, against random rows"
             )
+        if wrong := found.get("mislabelled"):
+            yield (
+                f"labels: AUC {_interval(wrong['auc'])} of self-influence, "
+                f"{_interval(wrong['auc_of_out_to_loss'])} of out-to-loss alone, "
+                f"for {wrong['rows']} wrong ones"
+            )
+    yield from lds(run)
+
+
+def lds(run: Run) -> Iterator[str]:
+    """The LDS of each target set that was held against retrained models."""
+    flattered = ", λ chosen on these targets" if run.plan.lambda_from else ""
+    for cell, receipt in run.receipts.done(run.plan.cells_of(EvaluateCell)).items():
+        found = receipt.facts
+        if "lds" in found:
+            own, fair = _interval(found["lds"]), _interval(found["chosen"]["lds"])
+            few = f"; {found['left_out']} constant targets left out" if found["left_out"] else ""
             name = cell.id.partition("/")[2]
-            yield f"LDS:    {name} {own} (95 %), with λ chosen on other targets {chosen}"
+            yield (
+                f"LDS:    {name} {own} (95 %{flattered}), with λ chosen on other targets "
+                f"{fair}{few}"
+            )
+
+
+def _interval(found: Mapping[str, float]) -> str:
+    return f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
 
 
 def _command(run: Run, arguments: str) -> str:

@@ -54,6 +54,7 @@ _STAGES = {
     "kernel": ("reduce", "factorise"),
     "precondition": ("reduce", "precondition"),
     "score": ("score", "score"),
+    "counterfactual": ("counterfactual", "counterfactual"),
     "evaluate": ("evaluate", "evaluate"),
     "report": ("report", "report"),
 }
@@ -152,7 +153,7 @@ def _run_cell(session: Session, cell: Cell) -> None:
 def _fix_numerics(session: Session, cell: Cell) -> None:
     """Set all that could change bits from one executor to another."""
     spec = session.run.plan.spec
-    featurizes = cell.stage in ("train", "margins", "featurize")
+    featurizes = cell.stage in ("train", "margins", "featurize", "counterfactual")
     # For a train_checkpoint or a model output that draws numbers and does not seed them itself.
     seed = int(session.run.plan.key(cell)[:8], 16)
     random.seed(seed)

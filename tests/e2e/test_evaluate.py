@@ -29,7 +29,7 @@ from trak_dist import open_run, worker
 from trak_dist.launch import main
 from trak_dist.ops import lds
 from trak_dist.stages import report
-from trak_dist.stages.evaluate import LAMBDAS
+from trak_dist.stages.datamodeling import LAMBDAS
 
 OWN = 11  # this run's λ is the one at this place of the curves
 SUBSETS, SEEDS, TARGETS, ROWS, DIM = 8, 2, 6, 24, 128
@@ -421,15 +421,18 @@ def test_a_target_set_without_margins_has_a_report_without_an_lds(
     assert not (tmp_path / "run/report/test.lds.png").exists()
 
 
-def test_constant_margins_of_one_target_are_told(command, bring) -> None:
+def test_a_target_with_constant_margins_is_left_out_and_that_is_said(
+    command, bring, tmp_path: Path
+) -> None:
     margins = MARGINS.copy()
     margins[:, 4] = 1.5
     ended = command(*MODULE, "proj_dim=16", "checkpoints.train=1", *bring(MASKS, margins))
-    assert ended.code == 1
-    assert (
-        "evaluate/val:\nno correlation over 8 subsets for 1 targets, 4 first: predictions or "
-        "margins are the same for every subset\n"
-    ) in ended.err
+    assert ended.code == 0, ended.err
+    assert ended.out.splitlines()[-1].endswith("; 1 constant targets left out")
+    (page,) = tmp_path.rglob("report/val.json")
+    found = json.loads(page.read_bytes())
+    assert found["lds_targets"] == [0, 1, 2, 3, 5] and len(found["lds_per_target"]) == 5
+    assert found["left_out"] == 1
 
 
 # Report, and what is said ---------------------------------------------------------------------

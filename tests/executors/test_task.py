@@ -216,7 +216,8 @@ def test_an_array_with_gaps_is_refused_or_has_all_cells(
 def test_an_unknown_step(main: Main, log) -> None:
     assert main("featurise") == 1
     assert (
-        "'featurise' is no step\n  next:  one of train, featurize, kernel, score, evaluate, report"
+        "'featurise' is no step\n"
+        "  next:  one of train, featurize, kernel, score, counterfactual, evaluate, report"
     ) in log[-1]
 
 

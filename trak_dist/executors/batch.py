@@ -28,7 +28,7 @@ from trak_dist.store.jobs import GO_ON
 from trak_dist.store.run import Run
 
 BASE_GB = 8  # interpreter, libraries, CUDA's own, the user's data
-GPU_STEPS = ("train", "featurize")
+GPU_STEPS = ("train", "featurize", "counterfactual")
 TRIES, PAUSE_SECONDS = 4, 5.0
 # What sbatch says where a limit on submitted jobs is reached, and where trying again may help.
 FULL = ("MaxSubmitJob", "GrpSubmitJob", "job queue full", "temporarily unable to accept")

@@ -60,8 +60,17 @@ def bucket_and_sign(
 
 def subset(index: int, rows: int, share: float) -> Int64[Tensor, " chosen"]:
     """Subset number `index`: a share of `rows` rows, without replacement, in ascending order."""
-    bits = draw(stream_key("subset", index), torch.arange(rows))
-    return bits.argsort(stable=True)[: round(share * rows)].sort().values
+    return _first_shuffled(stream_key("subset", index), rows, round(share * rows))
+
+
+def some_rows(seed: int, rows: int, count: int) -> Int64[Tensor, " count"]:
+    """`count` of `rows` rows, without replacement, in ascending order."""
+    return _first_shuffled(stream_key("some", seed), rows, count)
+
+
+def _first_shuffled(key: int, rows: int, count: int) -> Int64[Tensor, " count"]:
+    bits = draw(key, torch.arange(rows))
+    return bits.argsort(stable=True)[:count].sort().values
 
 
 def _lanes(

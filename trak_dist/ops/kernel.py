@@ -159,3 +159,11 @@ def precondition(
 ) -> Float64[Tensor, "k targets"]:
     """B = scale · (XᵀX + λI)⁻¹ Gᵀ: t·k² work, so that new targets cost only themselves."""
     return torch.cholesky_solve(target_grads.double().T, factor).mul_(scale)
+
+
+def self_influence(
+    factor: Float64[Tensor, "k k"], scale: float, grads: Float[Tensor, "rows k"]
+) -> Float64[Tensor, "rows 1"]:
+    """Each row x against itself: scale · xᵀ(XᵀX + λI)⁻¹x."""
+    solved: Tensor = torch.linalg.solve_triangular(factor, grads.double().T, upper=False)
+    return solved.square_().sum(0)[:, None].mul_(scale)

@@ -35,21 +35,24 @@ class Interval:
 def spearman(a: Matrix, b: Matrix) -> Matrix:
     """Spearman's ρ between the columns of `a` and `b` (subsets, targets), one for each target.
 
+    A constant prediction, of a target whose scores are all zero, tells nothing: 0.
+
     Raises
     ------
     EvaluationError
-        If a column is constant, where a correlation means nothing.
+        If a column of `b` is constant, where there is nothing to be told.
     """
     ranks = [stats.rankdata(values, axis=0) for values in (a, b)]
     centred = [r - r.mean(axis=0) for r in ranks]
     norms = [np.linalg.norm(c, axis=0) for c in centred]
-    constant = np.flatnonzero((norms[0] == 0) | (norms[1] == 0))
+    constant = np.flatnonzero(norms[1] == 0)
     if len(constant):
         raise EvaluationError(
             f"no correlation over {len(a)} subsets for {len(constant)} targets, {constant[0]} "
-            "first: predictions or margins are the same for every subset",
-            next="more subsets, or look at that target's scores",
+            "first: margins are the same for every subset",
+            next="more subsets",
         )
+    norms[0][norms[0] == 0] = 1
     correlation: Matrix = (centred[0] * centred[1]).sum(axis=0) / (norms[0] * norms[1])
     return correlation
 

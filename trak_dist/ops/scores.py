@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
 
-def ensemble_scores(
-    members: Iterable[
-        tuple[Float[Tensor, "rows k"], Float[Tensor, "k targets"], Float[Tensor, " rows"]]
-    ],
-) -> Float64[Tensor, "rows targets"]:
-    """Mean over m of [X_m B_m] ⊙ mean over m of [Q_m].
+class Ensemble:
+    """Mean over m of [X_m B_m] ⊙ mean over m of [Q_m], of the checkpoints added so far.
 
-    Park et al. 2023, section 3 and Algorithm 1, with B_m = (X_mᵀX_m + λI)⁻¹ G_mᵀ. One member is in
-    memory at a time; products are formed in the type of B_m, their mean over members in float64.
-
-    Parameters
-    ----------
-    members : iterable of (X_m, B_m, Q_m)
-        Train grads (rows, k), preconditioned targets (k, targets) and out-to-loss (rows,).
+    Park et al. 2023, section 3 and Algorithm 1, with B_m = (X_mᵀX_m + λI)⁻¹ G_mᵀ. Products are
+    formed in the type of B_m, their mean over checkpoints in float64.
     """
-    count, products, out_to_loss = 0, torch.zeros(()), torch.zeros(())
-    for grads, preconditioned, q in members:
-        products = products + (grads.to(preconditioned.dtype) @ preconditioned).double()
-        out_to_loss = out_to_loss + q.double()
-        count += 1
-    assert count > 0
-    return products.div_(count).mul_((out_to_loss / count)[:, None])
+
+    def __init__(self) -> None:
+        self._count, self._products, self._q = 0, torch.zeros(()), torch.zeros(())
+
+    def add(
+        self, products: Float[Tensor, "rows targets"], out_to_loss: Float[Tensor, " rows"]
+    ) -> None:
+        """Add one checkpoint's X_m B_m (rows, targets) and Q_m (rows,)."""
+        self._products = self._products + products.double()
+        self._q = self._q + out_to_loss.double()
+        self._count += 1
+
+    def scores(self) -> Float64[Tensor, "rows targets"]:
+        """The scores; the products' memory is theirs from now on."""
+        assert self._count > 0
+        return self._products.div_(self._count).mul_((self._q / self._count)[:, None])

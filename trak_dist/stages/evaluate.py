@@ -1,52 +1,20 @@
-"""evaluate: the scores of one target set against what models retrained on subsets say.
-
-The masks are multiplied into the grads first, Z = (masks ⊙ Q) X, so that a λ costs no scores:
-predictions are Z (XᵀX + λI)⁻¹ Gᵀ, from one decomposition of XᵀX per checkpoint and dimension. The
-run's own LDS is taken from its scores as stored.
-"""
+"""evaluate: what is known better than the scores, and how they stand up to it."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from jaxtyping import Float, Float64
-from numpy.typing import NDArray
-from torch import Tensor
-
-from trak_dist.cells import TRAIN, EvaluateCell, GramCell, KernelCell, MarginsCell
-from trak_dist.ops import lds, projection
-from trak_dist.ops.kernel import Spectrum
-from trak_dist.ops.lds import Interval
+from trak_dist.cells import TRAIN, EvaluateCell
+from trak_dist.stages import counterfactual, self_influence
+from trak_dist.stages.datamodeling import against_retrained
 from trak_dist.stages.outcome import Outcome
-from trak_dist.stages.reduce import read_grads, require
+from trak_dist.stages.reduce import require
 from trak_dist.stages.session import Session
-from trak_dist.stages.truth import Truth, read_truth
-from trak_dist.store import atomic, contents
+from trak_dist.store import atomic
 
-LAMBDAS = tuple(float(x) for x in np.logspace(-3, 2, 20))  # of the mean diagonal
-SIZES = (1, 2, 3, 5, 10, 20, 50, 100)  # of ensembles
-MIN_DIM = 64
-SHOWN_TARGETS = 4
-
-
-@dataclass(frozen=True)
-class Curve:
-    """The LDS of one ensemble at one dimension, for each of `LAMBDAS`.
-
-    `chosen` is the LDS with λ chosen on other targets than those it is taken on, at
-    `chosen_lambdas`: one for each half of the targets.
-    """
-
-    checkpoints: int
-    proj_dim: int
-    by_lambda: list[Interval]
-    chosen: Interval
-    chosen_lambdas: tuple[float, float]
+TOLD = ("lds", "left_out", "chosen", "counterfactuals", "mislabelled")  # in the receipt too
 
 
 def evaluate(session: Session, cell: EvaluateCell) -> Outcome:
@@ -55,151 +23,22 @@ def evaluate(session: Session, cell: EvaluateCell) -> Outcome:
     Raises
     ------
     MissingInputs
-        If scores, grads or margins are missing.
+        If scores, grads, margins or retrained models are missing.
     EvaluationError
         If the ground truth can't be used.
     """
     run, plan = session.run, session.run.plan
-    scores = plan.score_cells(cell.targets)
-    margins = [MarginsCell(*model, cell.targets) for model in plan.retrained()]
-    kernels = [KernelCell(model_id) for model_id in plan.model_ids]
-    require(run, [*scores, *margins, *kernels], needed_by=cell)
-    found = _found(session, cell, read_truth(run, cell.targets))
-    text = json.dumps(found, indent=1, allow_nan=False)
+    require(run, list(plan.score_cells(cell.targets)), needed_by=cell)
+    found: dict[str, Any] = {"targets": cell.targets, "model_ids": list(plan.model_ids)}
+    if cell.targets == TRAIN:
+        found |= self_influence.summary(session)
+    if plan.has_truth(cell.targets):
+        found |= against_retrained(session, cell)
+    if cell.targets != TRAIN and plan.counterfactuals.targets:
+        require(run, list(plan.counterfactual_cells(cell.targets)), needed_by=cell)
+        found["counterfactuals"] = counterfactual.summary(run, cell.targets)
+    text = json.dumps(found, indent=1, allow_nan=False).encode()
     run.refuse_if_superseded(cell)
-    atomic.write(run.layout.evaluation(cell.targets), text.encode())
-    return Outcome({}, {name: found[name] for name in ("lds", "chosen")})
-
-
-def _found(session: Session, cell: EvaluateCell, truth: Truth) -> dict[str, Any]:
-    margins = truth.margins.mean(axis=1)
-    own = _predictions(session, cell, truth.masks)
-    per_target = lds.spearman(own, margins)
-    curves = list(_curves(session, cell, truth))
-    whole = next(c for c in curves if c.checkpoints == len(session.run.plan.model_ids))
-    reliable = lds.reliability(truth.margins)
-    shown = np.unique(np.linspace(0, len(per_target) - 1, SHOWN_TARGETS).round().astype(int))
-    return {
-        "targets": cell.targets,
-        "model_ids": list(session.run.plan.model_ids),
-        "subsets": len(truth.masks),
-        "seeds": truth.margins.shape[1],
-        "share": float(truth.masks.mean()),
-        "lds": asdict(lds.interval(per_target)),
-        "lds_per_target": per_target.round(4).tolist(),
-        "chosen": {"lds": asdict(whole.chosen), "lambdas": whole.chosen_lambdas},
-        "reliability": asdict(reliable) if reliable else None,
-        "lambdas": LAMBDAS,
-        "own_lambda": _own_lambda(session),
-        "curves": [asdict(curve) for curve in curves],
-        "shown": [
-            {
-                "target": int(t),
-                "lds": float(per_target[t]),
-                "predicted": own[:, t].tolist(),
-                "margins": margins[:, t].tolist(),
-            }
-            for t in shown
-        ],
-    }
-
-
-def _predictions(
-    session: Session, cell: EvaluateCell, masks: NDArray[np.bool_]
-) -> NDArray[np.float64]:
-    """Sums of the stored scores over each subset (subsets, targets)."""
-    total = np.zeros((len(masks), session.run.plan.split(cell.targets).rows))
-    for block in session.run.plan.score_cells(cell.targets):
-        rows = masks[:, block.rows.start : block.rows.stop].astype(np.float64)
-        total += rows @ contents.read(session.run, block, "scores").astype(np.float64)
-    return total
-
-
-def _own_lambda(session: Session) -> list[float]:
-    """The run's λ of each checkpoint, as a multiple of its Gram's mean diagonal."""
-    run = session.run
-    cells = [KernelCell(m) for m in run.plan.model_ids]
-    receipts = run.receipts.done(cells)
-    grams = (contents.read(run, GramCell(m), "gram") for m in run.plan.model_ids)
-    return [
-        receipts[c].facts["lambda_absolute"] / float(np.diagonal(g).mean())
-        for c, g in zip(cells, grams, strict=True)
-    ]
-
-
-def _curves(session: Session, cell: EvaluateCell, truth: Truth) -> Iterator[Curve]:
-    """Of ensembles of the first 1, 2, … checkpoints, and of the whole one at smaller dimensions."""
-    plan = session.run.plan
-    members = len(plan.model_ids)
-    cases = [(size, plan.proj_dim) for size in (*(s for s in SIZES if s < members), members)]
-    cases += [(members, dim) for dim in _smaller_dims(plan.spec.projection.kind, plan.proj_dim)]
-    shape = (len(LAMBDAS), *truth.margins[:, 0].shape)
-    totals = {case: torch.zeros(shape, dtype=torch.float64) for case in cases}
-    out_to_loss = [_out_to_loss(session, m) for m in plan.model_ids]
-    for position, model_id in enumerate(plan.model_ids):
-        sizes = sorted({size for size, _ in cases if size > position})
-        means = {size: torch.stack(out_to_loss[:size]).mean(0) for size in sizes}
-        sums = _masked_sums(session, model_id, truth.masks, means)
-        targets = torch.cat(
-            [read_grads(session, c) for c in plan.featurize_cells(model_id, cell.targets)]
-        ).double()
-        gram = torch.from_numpy(contents.read(session.run, GramCell(model_id), "gram"))
-        for dim in sorted({dim for size, dim in cases if size > position}):
-            spectrum = Spectrum.of(_folded(gram, dim).to(session.device))
-            lambdas = [x * spectrum.mean_diagonal for x in LAMBDAS]
-            for size in [size for size, d in cases if d == dim and size > position]:
-                totals[size, dim] += spectrum.predictions(
-                    projection.fold(sums[size], dim),
-                    projection.fold(targets, dim),
-                    lambdas,
-                    plan.spec.reduce.kernel_scale,
-                ).cpu()
-    for (size, dim), predicted in totals.items():
-        yield _curve(size, dim, predicted.numpy(), truth.margins.mean(axis=1))
-
-
-def _curve(
-    size: int, dim: int, predicted: NDArray[np.float64], margins: NDArray[np.float64]
-) -> Curve:
-    by_lambda = np.stack([lds.spearman(p, margins) for p in predicted])
-    chosen, picks = lds.cross_fitted(by_lambda)
-    return Curve(
-        size,
-        dim,
-        [lds.interval(row) for row in by_lambda],
-        lds.interval(chosen),
-        (LAMBDAS[picks[0]], LAMBDAS[picks[1]]),
-    )
-
-
-def _smaller_dims(kind: str, dim: int) -> Iterator[int]:
-    while kind == "sjlt" and dim % 2 == 0 and dim // 2 >= MIN_DIM:
-        dim //= 2
-        yield dim
-
-
-def _folded(gram: Float64[Tensor, "k k"], dim: int) -> Float64[Tensor, "dim dim"]:
-    """The Gram of folded grads: folding is linear, so it may come after the sum over rows."""
-    return projection.fold(projection.fold(gram, dim).T.contiguous(), dim)
-
-
-def _out_to_loss(session: Session, model_id: int) -> Float[Tensor, " rows"]:
-    cells = session.run.plan.featurize_cells(model_id, TRAIN)
-    blocks = [contents.read(session.run, c, "out_to_loss") for c in cells]
-    return torch.from_numpy(np.concatenate(blocks))
-
-
-def _masked_sums(
-    session: Session, model_id: int, masks: NDArray[np.bool_], weights: dict[int, Tensor]
-) -> dict[int, Float64[Tensor, "subsets k"]]:
-    """(masks ⊙ Q) X of one checkpoint, for each of several Q (rows,)."""
-    plan = session.run.plan
-    shape = (len(masks), plan.proj_dim)
-    sums = {key: torch.zeros(shape, dtype=torch.float64, device=session.device) for key in weights}
-    for source in plan.featurize_cells(model_id, TRAIN):
-        block = slice(source.rows.start, source.rows.stop)
-        grads = read_grads(session, source).double()
-        chosen = torch.from_numpy(masks[:, block]).to(session.device)
-        for key, q in weights.items():
-            sums[key] += (chosen * q[block].to(session.device).double()) @ grads
-    return sums
+    atomic.write(run.layout.evaluation(cell.targets), text)
+    facts = {name: found[name] for name in TOLD if name in found}
+    return Outcome({"figures": hashlib.sha256(text).hexdigest()[:32]}, facts)

@@ -61,6 +61,7 @@ def make_plan(config: Config, problem: Problem, source: Source) -> Plan:
             _split(n, problem, spec, dim) for n in _target_names(problem, config.targets)
         ),
         use=config.checkpoints.ensemble,
+        self_influence=config.self_influence,
     )
 
 

@@ -42,6 +42,32 @@ def lds_picture(found: Evaluation, *, title: str) -> bytes:
         axes.tick_params(labelsize=7)
     scatters[0].set_ylabel("model output, retrained", fontsize=8)
     figure.suptitle(title, fontsize=10, parse_math=False)
+    return _png(figure)
+
+
+def counterfactual_picture(found: Evaluation, *, title: str) -> bytes:
+    """PNG: how far the model outputs of some targets drop, against the number of rows removed."""
+    drops = found["counterfactuals"]
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    x = [one["removed"] for one in drops]
+    each = np.array([one["without_random"] for one in drops]) - [
+        one["without_helpful"] for one in drops
+    ]
+    axes.plot(x, each, color="gray", linewidth=0.7, alpha=0.6)
+    means, lows, highs = _columns([one["drop"] for one in drops])
+    axes.errorbar(x, means, yerr=(means - lows, highs - means), marker="o", capsize=3)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_xticks(x, [str(value) for value in x])
+    axes.minorticks_off()
+    axes.set_xlabel("most helpful train rows removed (gray: each target)")
+    axes.set_ylabel("drop of the model output\nbelow that without random rows", fontsize=9)
+    figure.suptitle(title, fontsize=8, parse_math=False)
+    return _png(figure)
+
+
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return buffer.getvalue()

@@ -87,6 +87,7 @@ def factorise(session: Session, cell: KernelCell) -> Outcome:
         digests,
         {
             "lambda_absolute": result.lambda_absolute,
+            "lambda_from": plan.lambda_from or "settings",
             "scale": result.scale,
             "condition": result.condition,
             "effective_rank": result.effective_rank,

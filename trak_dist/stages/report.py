@@ -5,8 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import resources
 from typing import Any
 
@@ -16,9 +15,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from trak_dist.cells import TRAIN, EvaluateCell, ReportCell
+from trak_dist.ops import lds, ranking
 from trak_dist.problem import Rendered
 from trak_dist.stages.outcome import Outcome
-from trak_dist.stages.plots import lds_picture
+from trak_dist.stages.plots import counterfactual_picture, lds_picture
 from trak_dist.stages.reduce import require
 from trak_dist.stages.session import Session
 from trak_dist.store import atomic
@@ -26,6 +26,9 @@ from trak_dist.store.results import Results, Top
 
 SHOWN_TARGETS = 12
 SHOWN_EXAMPLES = 5
+SHOWN_SUSPECTS = 60
+SUSPECTS_PER_LINE = 10
+TOP_COUNTS = (10, 100)
 
 
 @dataclass(frozen=True)
@@ -43,32 +46,62 @@ class _Line:
 
 
 def report(session: Session, cell: ReportCell) -> Outcome:
-    """Write `report/<targets>.html` and, if the examples are pictures, `.png`.
+    """Write `report/<targets>.html` and its pictures.
 
     Raises
     ------
     MissingInputs
-        If scores are missing.
+        If scores, or the evaluation of them, are missing.
     """
     run = session.run
-    rows = run.plan.split(cell.targets).rows
-    columns = np.unique(np.linspace(0, rows - 1, min(SHOWN_TARGETS, rows)).round().astype(int))
-    tops = Results(run).top(cell.targets, columns.tolist(), SHOWN_EXAMPLES)
-    lines = [_line(session, cell, top) for top in tops]
-    path = run.layout.report(cell.targets)
-    picture = b""
-    if all(isinstance(line.target.rendered.content, np.ndarray) for line in lines):
-        picture = _picture(lines, title=_title(session, cell))
-        atomic.write(path.with_suffix(".png"), picture)
-    evaluation, curves = {}, b""
-    if run.plan.has_truth(cell.targets):
+    evaluation: dict[str, Any] = {}
+    if run.plan.evaluated(cell.targets):
         require(run, [EvaluateCell(cell.targets)], needed_by=cell)
         evaluation = json.loads(run.layout.evaluation(cell.targets).read_bytes())
-        curves = lds_picture(evaluation, title=_title(session, cell))
-        atomic.write(path.with_suffix(".lds.png"), curves)
-    page = _page(lines, picture, curves, evaluation, title=_title(session, cell))
+    title = _title(session, cell)
+    lines = [] if cell.targets == TRAIN else _lines(session, cell)
+    suspects = [
+        _Example(one["row"], _render(session, TRAIN, one["row"]), one["self_influence"])
+        for one in evaluation.get("largest", [])[:SHOWN_SUSPECTS]
+    ]
+    pictures = {"": _grid(lines, title=title) if lines else _suspects(suspects, title=title)}
+    if "lds" in evaluation:
+        pictures[".lds"] = lds_picture(evaluation, title=title)
+    if "counterfactuals" in evaluation:
+        pictures[".counterfactuals"] = counterfactual_picture(evaluation, title=title)
+    path = run.layout.report(cell.targets)
+    for name, picture in pictures.items():
+        if picture:
+            atomic.write(path.with_suffix(f"{name}.png"), picture)
+    stability = _stability(session, cell.targets)
+    page = _page(
+        title=title,
+        lines=lines,
+        suspects=suspects,
+        pictures={name: base64.b64encode(data).decode() for name, data in pictures.items()},
+        evaluation=evaluation,
+        stability=stability,
+        lambda_from=run.plan.lambda_from,
+    )
     atomic.write(path, page.encode())
-    return Outcome({}, {"picture": bool(picture)})
+    return Outcome({}, {"pictures": [n for n, p in pictures.items() if p], "stability": stability})
+
+
+def _stability(session: Session, targets: str) -> dict[str, Any]:
+    """The share of a target's top rows on which either half of the ensemble agrees, by count."""
+    run = session.run
+    if not run.plan.halves(targets):
+        return {}
+    halves = Results(run).halves(targets)
+    counts = [count for count in TOP_COUNTS if 2 * count <= len(halves)]
+    shared = {n: ranking.overlaps(halves[:, 0], halves[:, 1], n) for n in counts}
+    return {str(n): asdict(lds.interval(values)) for n, values in shared.items()}
+
+
+def _lines(session: Session, cell: ReportCell) -> list[_Line]:
+    columns = session.run.plan.split(cell.targets).spread(SHOWN_TARGETS)
+    tops = Results(session.run).top(cell.targets, columns, SHOWN_EXAMPLES)
+    return [_line(session, cell, top) for top in tops]
 
 
 def _title(session: Session, cell: ReportCell) -> str:
@@ -98,37 +131,47 @@ def _render(session: Session, split: str, row: int) -> Rendered:
     return render(session.dataset(split)[row])
 
 
-def _picture(lines: list[_Line], *, title: str) -> bytes:
+def _grid(lines: list[_Line], *, title: str) -> bytes:
+    """PNG: a line for each target; nothing if examples are no pictures."""
+    if not all(isinstance(line.target.rendered.content, np.ndarray) for line in lines):
+        return b""
     columns = 1 + 2 * SHOWN_EXAMPLES
-    height = 1.35 * len(lines) + 1.0
-    figure = Figure(figsize=(1.05 * columns, height))
-    axes = figure.subplots(
-        len(lines),
-        columns,
-        squeeze=False,
-        gridspec_kw={
-            "left": 0.01,
-            "right": 0.99,
-            "bottom": 0.01,
-            "top": 1 - 0.95 / height,
-            "hspace": 0.55,
-        },
+    title += (
+        "\nblack: target, green: most helpful, red: most harmful train examples (label, row, score)"
     )
-    for shown in axes.flat:
-        shown.set_axis_off()
+    figure, axes = _axes(len(lines), columns, title=title)
     for line, row in zip(lines, axes, strict=True):
         _draw(row[0], line.target, "black")
         for shown, example in zip(row[1:], line.helpful, strict=False):
             _draw(shown, example, "tab:green")
         for shown, example in zip(row[1 + SHOWN_EXAMPLES :], line.harmful, strict=False):
             _draw(shown, example, "tab:red")
-    figure.suptitle(
-        f"{title}\nblack: target, green: most helpful, red: most harmful train examples "
-        "(label, row, score)",
-        fontsize=9,
-        y=1 - 0.1 / height,
-        va="top",
-    )
+    return _png(figure)
+
+
+def _suspects(suspects: list[_Example], *, title: str) -> bytes:
+    """PNG: the train examples with the largest self-influence, the largest first."""
+    if not all(isinstance(example.rendered.content, np.ndarray) for example in suspects):
+        return b""
+    title += "\ntrain examples with the largest self-influence (label, row, self-influence)"
+    figure, axes = _axes(-(-len(suspects) // SUSPECTS_PER_LINE), SUSPECTS_PER_LINE, title=title)
+    for shown, example in zip(axes.flat, suspects, strict=False):
+        _draw(shown, example, "black")
+    return _png(figure)
+
+
+def _axes(lines: int, columns: int, *, title: str) -> tuple[Figure, Any]:
+    height = 1.35 * lines + 1.0
+    figure = Figure(figsize=(1.05 * columns, height))
+    room = {"left": 0.01, "right": 0.99, "bottom": 0.01, "top": 1 - 0.95 / height, "hspace": 0.55}
+    axes = figure.subplots(lines, columns, squeeze=False, gridspec_kw=room)
+    for shown in axes.flat:
+        shown.set_axis_off()
+    figure.suptitle(title, fontsize=9, y=1 - 0.1 / height, va="top", parse_math=False)
+    return figure, axes
+
+
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return buffer.getvalue()
@@ -148,22 +191,7 @@ def _draw(axes: Axes, example: _Example, colour: str) -> None:
     )
 
 
-def _page(
-    lines: list[_Line],
-    picture: bytes,
-    curves: bytes,
-    evaluation: Mapping[str, Any],
-    *,
-    title: str,
-) -> str:
+def _page(**content: Any) -> str:
     source = resources.files("trak_dist.stages").joinpath("report.html.j2").read_text()
-    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(
-        source
-    )
-    return template.render(
-        title=title,
-        lines=lines,
-        picture=base64.b64encode(picture).decode(),
-        curves=base64.b64encode(curves).decode(),
-        evaluation=evaluation,
-    )
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string(source).render(**content)

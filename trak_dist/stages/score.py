@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from trak_dist.cells import TRAIN, FeaturizeCell, PreconditionCell, Rows, ScoreCell
-from trak_dist.ops.scores import ensemble_scores
+from trak_dist.cells import TRAIN, FeaturizeCell, KernelCell, PreconditionCell, Rows, ScoreCell
+from trak_dist.ops import kernel
+from trak_dist.ops.scores import Ensemble
 from trak_dist.stages.outcome import Outcome
 from trak_dist.stages.reduce import read_grads, refuse_other_rows, require
 from trak_dist.stages.session import Session
@@ -16,7 +15,7 @@ from trak_dist.store import contents
 
 
 def score(session: Session, cell: ScoreCell) -> Outcome:
-    """Scores of `cell.rows`, over all checkpoints of the plan.
+    """Scores of `cell.rows`, over all checkpoints of the plan and, of some targets, its halves.
 
     Raises
     ------
@@ -24,35 +23,46 @@ def score(session: Session, cell: ScoreCell) -> Outcome:
         If an upstream cell is not done, or checkpoints were shown different examples.
     """
     run, plan = session.run, session.run.plan
-    preconditioned = [PreconditionCell(m, cell.targets) for m in plan.model_ids]
-    require(run, preconditioned, needed_by=cell)
+    itself = cell.targets == TRAIN
+    solved = [
+        KernelCell(m) if itself else PreconditionCell(m, cell.targets) for m in plan.model_ids
+    ]
+    receipts = require(run, solved, needed_by=cell)
     session.once(f"rows of {cell.targets}", lambda: _check_rows(session, cell))
-    scores = ensemble_scores(_members(session, cell)).float().cpu().numpy()
-    return Outcome(
-        contents.write(run, cell, {"scores": scores}), {"model_ids": list(plan.model_ids)}
-    )
+    whole, halves, kept = Ensemble(), (Ensemble(), Ensemble()), plan.halves(cell.targets)
+    for position, (model_id, source) in enumerate(zip(plan.model_ids, solved, strict=True)):
+        grads, out_to_loss = _read(session, model_id, cell.rows)
+        if itself:
+            factor = torch.from_numpy(contents.read(run, source, "kernel")).to(session.device)
+            products = kernel.self_influence(factor, receipts[source].facts["scale"], grads)
+        else:
+            b = torch.from_numpy(contents.read(run, source, "precond")).to(session.device)
+            products = grads.to(b.dtype) @ b
+        whole.add(products, out_to_loss)
+        if kept and position < len(plan.model_ids) // 2 * 2:  # halves of one size
+            halves[position % 2].add(products[:, kept], out_to_loss)
+    values = {"scores": whole.scores()}
+    if kept:
+        values["halves"] = torch.stack([half.scores() for half in halves], dim=1)
+    written = {name: value.float().cpu().numpy() for name, value in values.items()}
+    return Outcome(contents.write(run, cell, written), {"model_ids": list(plan.model_ids)})
 
 
 def _check_rows(session: Session, cell: ScoreCell) -> None:
-    run, splits = session.run, (TRAIN, cell.targets)
+    run, splits = session.run, dict.fromkeys((TRAIN, cell.targets))
     cells = [c for m in run.plan.model_ids for s in splits for c in run.plan.featurize_cells(m, s)]
     refuse_other_rows(require(run, cells, needed_by=cell))
 
 
-def _members(session: Session, cell: ScoreCell) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    for model_id in session.run.plan.model_ids:
-        sources = _overlapping(session, model_id, cell.rows)
-        grads = [_cut(read_grads(session, c), c, cell.rows) for c in sources]
-        out_to_loss = [
-            _cut(torch.from_numpy(contents.read(session.run, c, "out_to_loss")), c, cell.rows)
-            for c in sources
-        ]
-        solved = contents.read(session.run, PreconditionCell(model_id, cell.targets), "precond")
-        yield (
-            torch.cat(grads),
-            torch.from_numpy(solved).to(session.device),
-            torch.cat(out_to_loss).to(session.device),
-        )
+def _read(session: Session, model_id: int, rows: Rows) -> tuple[Tensor, Tensor]:
+    """The grads (rows, k) and out-to-loss (rows,) of one checkpoint."""
+    sources = _overlapping(session, model_id, rows)
+    grads = [_cut(read_grads(session, c), c, rows) for c in sources]
+    out_to_loss = [
+        _cut(torch.from_numpy(contents.read(session.run, c, "out_to_loss")), c, rows)
+        for c in sources
+    ]
+    return torch.cat(grads), torch.cat(out_to_loss).to(session.device)
 
 
 def _overlapping(session: Session, model_id: int, rows: Rows) -> list[FeaturizeCell]:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import numpy as np
 import safetensors.torch
 import torch
+from jaxtyping import Int64
+from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import Subset
 
 from trak_dist.cells import FULL, TRAIN, MarginsCell, Rows, TrainCell
 from trak_dist.errors import NonFiniteGradient, ProblemError
 from trak_dist.ops import draws
 from trak_dist.ops.gradients import outputs
-from trak_dist.problem import MapDataset
 from trak_dist.stages import checkpoints
 from trak_dist.stages.outcome import Outcome
 from trak_dist.stages.reduce import require
 from trak_dist.stages.session import Session
 from trak_dist.store import atomic, contents
+
+SEEDS = 0x7FFFFFFF  # a bit mask: what torch and numpy both take
 
 
 def train(session: Session, cell: TrainCell) -> Outcome:
@@ -31,35 +36,16 @@ def train(session: Session, cell: TrainCell) -> Outcome:
     CheckpointError
         If what it returned does not fit the problem's model.
     """
-    problem = session.problem
-    if problem.train_checkpoint is None:
-        raise ProblemError(
-            "checkpoints are to be trained, but the problem has no train_checkpoint",
-            where="problem",
-            next="pass train_checkpoint=…; or give paths, and no ground_truth.subsets",
-        )
-    dataset, seed = _data_and_seed(session, cell)
-    state = problem.train_checkpoint(dataset, seed, session.device)
-    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    checkpoints.check_fit(state, problem.model, where=cell.id)
-    path = session.run.layout.checkpoint(
-        session.run.layout.trained_checkpoint(cell.subset, cell.seed)
-    )
-    session.run.refuse_if_superseded(cell)
+    run, rows, seed = session.run, None, cell.seed
+    if cell.subset != FULL:
+        rows = draws.subset(int(cell.subset), run.plan.train.rows, run.plan.ground_truth.alpha)
+        # Unlike any other model's: what subsets share must be their rows alone.
+        seed = draws.stream_key("retrain", cell.subset, cell.seed) & SEEDS
+    state = fit(session, rows, seed, where=cell.id)
+    path = run.layout.checkpoint(run.layout.trained_checkpoint(cell.subset, cell.seed))
+    run.refuse_if_superseded(cell)
     atomic.write(path, safetensors.torch.save(state))
     return Outcome({"checkpoint": checkpoints.content_digest(state)})
-
-
-def _data_and_seed(session: Session, cell: TrainCell) -> tuple[MapDataset, int]:
-    """The whole train set and the seed as it is; or a subset's rows, and a seed of its own."""
-    dataset = session.dataset(TRAIN)
-    if cell.subset == FULL:
-        return dataset, cell.seed
-    plan = session.run.plan
-    rows = draws.subset(int(cell.subset), plan.train.rows, plan.ground_truth.alpha)
-    subset: Subset[object] = Subset(dataset, rows.tolist())  # type: ignore[arg-type]
-    # Unlike any other model's: what subsets share must be their rows alone.
-    return subset, draws.stream_key("retrain", cell.subset, cell.seed) & 0x7FFFFFFF
 
 
 def margins(session: Session, cell: MarginsCell) -> Outcome:
@@ -72,23 +58,64 @@ def margins(session: Session, cell: MarginsCell) -> Outcome:
     NonFiniteGradient
         If an output is NaN or infinite.
     """
-    run, problem = session.run, session.problem
+    run = session.run
     require(run, [TrainCell(cell.subset, cell.seed)], needed_by=cell)
     path = run.layout.checkpoint(run.layout.trained_checkpoint(cell.subset, cell.seed))
     state = checkpoints.read_state_dict(path)
+    checkpoints.check_fit(state, session.problem.model, where=str(path))
+    found = outputs_of(session, state, cell.targets, where=cell.id)
+    return Outcome(contents.write(run, cell, {"margins": found[None]}))
+
+
+def fit(
+    session: Session, rows: Int64[Tensor, " rows"] | None, seed: int, *, where: str
+) -> dict[str, Tensor]:
+    """The state dict of a model trained on some rows of the train set (`None`: on all).
+
+    Raises
+    ------
+    ProblemError, CheckpointError
+        As `train` does.
+    """
+    problem, dataset = session.problem, session.dataset(TRAIN)
+    if problem.train_checkpoint is None:
+        raise ProblemError(
+            "models are to be trained, but the problem has no train_checkpoint",
+            where="problem",
+            next="pass train_checkpoint=…; or give paths, and no ground_truth.subsets",
+        )
+    if rows is not None:
+        dataset = Subset(dataset, rows.tolist())  # type: ignore[arg-type]
+    state = problem.train_checkpoint(dataset, seed, session.device)
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    checkpoints.check_fit(state, problem.model, where=where)
+    return state
+
+
+def outputs_of(
+    session: Session, state: Mapping[str, Tensor], targets: str, *, where: str
+) -> NDArray[np.float32]:
+    """The model outputs f(z; θ) of one state dict on one target set (targets,).
+
+    Raises
+    ------
+    NonFiniteGradient
+        If an output is NaN or infinite.
+    """
+    problem = session.problem
     model = copy.deepcopy(problem.model)  # the session's own holds a checkpoint of the ensemble
-    checkpoints.check_fit(state, model, where=str(path))
     model.load_state_dict(state)
     model.to(session.device).eval()
-    batches = session.batches(cell.targets, Rows(0, run.plan.split(cell.targets).rows))
+    batches = session.batches(targets, Rows(0, session.run.plan.split(targets).rows))
     with torch.no_grad():
         values = [outputs(model, problem.model_output, session.to_device(b)).cpu() for b in batches]
-    found = torch.cat(values).float().numpy()
+    found: NDArray[np.float32] = torch.cat(values).float().numpy()
     if not np.isfinite(found).all():
         raise NonFiniteGradient(
             f"non-finite model output for {int((~np.isfinite(found)).sum())} of {len(found)} "
-            f"targets of {cell.targets!r}",
-            where=cell.id,
-            next="see that training on a share of the rows converges, and that labels are classes",
+            f"targets of {targets!r}",
+            where=where,
+            next="see that training on a share of the rows converges, and that labels are classes; "
+            "ground_truth.seeds or .subsets of what is finished evaluates without this model",
         )
-    return Outcome(contents.write(run, cell, {"margins": found[None]}))
+    return found

@@ -36,14 +36,17 @@ def with_ground_truth(
     asked: GroundTruth,
     given: Collection[str],
     *,
+    others: Collection[GroundTruth] = (),
     tell: Callable[[str], None],
 ) -> Plan:
-    """`plan` with the ground truth asked for; one that is there may get more subsets and seeds.
+    """`plan` with the ground truth asked for; of one that is there more or fewer models count.
 
     Parameters
     ----------
     given : collection of str
         The fields of `asked` that count; the others stay as they are.
+    others : collection of GroundTruth
+        Those of the other members of its sweep, which share the models.
 
     Raises
     ------
@@ -59,15 +62,15 @@ def with_ground_truth(
     if wanted.masks:
         masks, margins = (str(Path(p).absolute()) for p in (wanted.masks, wanted.margins))
         wanted = replace(wanted, masks=masks, margins=margins)
-    more = wanted.subsets >= there.subsets and wanted.seeds >= there.seeds
-    alike = (wanted.alpha, wanted.masks) == (there.alpha, there.masks)
-    if (wanted.masks and wanted.subsets) or (there.subsets and not (more and alike)):
-        raise PlanMismatch(
-            f"the run has another ground truth: {there.subsets} subsets, {there.seeds} seeds, "
-            f"alpha {there.alpha}, masks {there.masks!r}",
-            where="ground_truth",
-            next="leave the settings out, ask for more subsets or seeds, or use another run_dir",
-        )
+    for known in (there, *others):  # of one run and its members: their models are the same files
+        alike = (wanted.alpha, wanted.masks) == (known.alpha, known.masks)
+        if wanted.subsets and (wanted.masks or (known.subsets and not alike)):
+            raise PlanMismatch(
+                f"the run has another ground truth: {known.subsets} subsets, {known.seeds} seeds, "
+                f"alpha {known.alpha}, masks {known.masks!r}",
+                where="ground_truth",
+                next="leave ground_truth.alpha and .masks out, or use another run_dir",
+            )
     if wanted.subsets and problem.train_checkpoint is None:
         raise ConfigError(
             "the problem has no train_checkpoint to retrain models with",
@@ -89,7 +92,7 @@ def with_ground_truth(
 
 def refuse_without_truth(plan: Plan) -> None:
     """Raise `ConfigError` if there is nothing to hold scores against."""
-    if not any(plan.has_truth(split.name) for split in plan.targets):
+    if not any(plan.cells("evaluate")):
         raise ConfigError(
             "there is no ground truth to hold the scores against",
             where="ground_truth",
@@ -106,8 +109,9 @@ def trained_masks(plan: Plan) -> NDArray[np.bool_]:
 
 
 def publish_masks(run: Run) -> None:
-    """Write the masks where others find them, as TRAK's `masks.npy`."""
-    if run.plan.ground_truth.subsets:
+    """Write the masks where others find them, as TRAK's `masks.npy`; never fewer than before."""
+    there = _load(run.layout.masks) if run.layout.masks.exists() else ()
+    if run.plan.ground_truth.subsets > len(there):
         buffer = io.BytesIO()
         np.save(buffer, trained_masks(run.plan))
         atomic.write(run.layout.masks, buffer.getvalue())

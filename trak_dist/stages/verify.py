@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 
-from trak_dist.cells import STAGE_CELLS, Cell, ReportCell, TrainCell
+from trak_dist.cells import STAGE_CELLS, Cell, EvaluateCell, ReportCell, TrainCell
 from trak_dist.errors import CheckpointError, StoreError
 from trak_dist.stages.checkpoints import content_digest, read_state_dict
 from trak_dist.store import contents
@@ -31,6 +32,11 @@ def _damages(run: Run, cell: Cell, receipt: Receipt) -> Iterator[str]:
         if found != receipt.digests.get("checkpoint"):
             written = receipt.digests.get("checkpoint")
             yield f"checkpoint: digest {found}, the receipt says {written}"
+    elif isinstance(cell, EvaluateCell):
+        path = run.layout.evaluation(cell.targets)
+        found = hashlib.sha256(path.read_bytes()).hexdigest()[:32] if path.exists() else "none"
+        if found != receipt.digests.get("figures"):
+            yield f"figures: digest {found}, the receipt says {receipt.digests.get('figures')}"
     elif isinstance(cell, ReportCell):
         if not run.layout.report(cell.targets).exists():
             yield "report: the page is missing"

@@ -54,6 +54,8 @@ def slabs(run: Run, cell: Cell) -> dict[str, Slab]:
             owned = {"precond": Slab(path, 0, plan.proj_dim)}
         case ScoreCell(targets, rows):
             owned = {"scores": Slab(layout.scores(targets), rows.start, rows.stop)}
+            if plan.halves(targets):
+                owned["halves"] = Slab(layout.halves(targets), rows.start, rows.stop)
         case _:
             owned = {}
     return owned

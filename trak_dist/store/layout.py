@@ -9,20 +9,20 @@ from pathlib import Path
 from trak_dist.cells import (
     TRAIN,
     Cell,
+    CounterfactualCell,
     EvaluateCell,
     FeaturizeCell,
     GramCell,
     KernelCell,
-    MarginsCell,
     PreconditionCell,
     ReportCell,
     ScoreCell,
-    TrainCell,
 )
 from trak_dist.plan import Plan
 
 SWEEPS = "sweeps"
-OF_MEMBER = (ScoreCell, EvaluateCell, ReportCell)  # what no other member of a sweep can use
+# What no other member of a sweep can use.
+OF_MEMBER = (ScoreCell, CounterfactualCell, EvaluateCell, ReportCell)
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Layout:
                 return root / plan.projection_id / str(plan.proj_dim)
             case KernelCell() | PreconditionCell():
                 return root / plan.projection_id / plan.kernel_id
-            case TrainCell() | MarginsCell() | ScoreCell() | EvaluateCell() | ReportCell():
+            case _:
                 return root
 
     def receipt(self, plan: Plan, cell: Cell) -> Path:
@@ -153,9 +153,12 @@ class Layout:
         return self._model(plan, model_id) / "reduce" / plan.kernel_id
 
     def scores(self, targets: str) -> Path:
-        """The array of the ensemble's scores."""
-        group = self.store / SWEEPS / self.member if self.member else self.store
-        return group / "scores" / targets
+        """The array of the ensemble's scores; of `train` their self-influence."""
+        return self._own / "scores" / targets
+
+    def halves(self, targets: str) -> Path:
+        """The array of the scores of either half of the ensemble, for some targets."""
+        return self._own / "halves" / targets
 
     @property
     def masks(self) -> Path:
@@ -173,6 +176,10 @@ class Layout:
     def report(self, targets: str) -> Path:
         """The page; its picture lies beside it as `.png`."""
         return self.run_dir / "report" / f"{targets}.html"
+
+    @property
+    def _own(self) -> Path:
+        return self.store / SWEEPS / self.member if self.member else self.store
 
     def _model(self, plan: Plan, model_id: int) -> Path:
         return self.store / "models" / str(model_id) / plan.projection_id

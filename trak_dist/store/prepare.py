@@ -24,9 +24,8 @@ def prepare(run: Run) -> None:
     for path, spec in _checkpoint_arrays(run):
         arrays.ensure(path, spec)
         paths.append(path)
-    for split in plan.targets:
-        path = layout.scores(split.name)
-        arrays.replace(path, _scores(plan, split))  # of another ensemble, if there were any
+    for path, spec in _score_arrays(run):
+        arrays.replace(path, spec)  # of another ensemble, if there were any
         paths.append(path)
     for split in plan.targets:
         for seed in range(plan.ground_truth.seeds if plan.ground_truth.subsets else 0):
@@ -86,11 +85,20 @@ def _margins(plan: Plan, split: Split) -> ArraySpec:
     return ArraySpec(shape=shape, chunks=(1, split.rows), dtype="float32")
 
 
-def _scores(plan: Plan, split: Split) -> ArraySpec:
-    train = plan.score_split(split)
+def _score_arrays(run: Run) -> Iterator[tuple[Path, ArraySpec]]:
+    """`scores` (n_train, targets); `halves` (n_train, 2, some targets); both cut alike."""
+    plan, layout = run.plan, run.layout
+    for name in plan.scored():
+        yield layout.scores(name), _scores(plan, name, plan.score_columns(name))
+        if shown := plan.halves(name):
+            yield layout.halves(name), _scores(plan, name, 2, len(shown))
+
+
+def _scores(plan: Plan, targets: str, *columns: int) -> ArraySpec:
+    train = plan.score_split(targets)
     return ArraySpec(
-        shape=(plan.train.rows, split.rows),
-        chunks=(train.cell_rows, split.rows),
+        shape=(train.rows, *columns),
+        chunks=(train.cell_rows, *columns),
         dtype="float32",
         attributes={
             "model_ids": list(plan.model_ids),

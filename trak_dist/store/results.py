@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trak_dist.cells import STAGE_CELLS
+from trak_dist.cells import STAGE_CELLS, TRAIN
 from trak_dist.errors import ConfigError, MissingInputs
 from trak_dist.plan import Plan
 from trak_dist.store import contents
@@ -53,7 +53,37 @@ class Results:
         ConfigError
             If the run has no such target set.
         """
+        if targets == TRAIN:
+            raise ConfigError("train is no target set", next="self_influence() is what there is")
         return np.concatenate([block for _, block in self._blocks(targets)])
+
+    def self_influence(self) -> NDArray[np.float32]:
+        """The score of each train row against itself (n_train,) float32.
+
+        Raises
+        ------
+        MissingInputs, ConfigError
+            If it is not computed yet, or the run does not compute it.
+        """
+        return np.concatenate([block[:, 0] for _, block in self._blocks(TRAIN)])
+
+    def halves(self, targets: str) -> NDArray[np.float32]:
+        """The scores of either half of the ensemble (n_train, 2, some targets) float32.
+
+        The halves are its checkpoints 0, 2, … and 1, 3, …, of an odd number without the last; the
+        targets are `plan.halves(targets)`.
+
+        Raises
+        ------
+        MissingInputs, ConfigError
+            As `scores` does, or if there is one checkpoint.
+        """
+        if targets in self._names() and not self.plan.halves(targets):
+            raise ConfigError(
+                f"an ensemble of {len(self.plan.model_ids)} has no halves",
+                next="more checkpoints: checkpoints.train=… or the problem's own",
+            )
+        return np.concatenate([block for _, block in self._blocks(targets, "halves")])
 
     def top(self, targets: str, columns: Sequence[int], count: int = 5) -> list[Top]:
         """The strongest train rows for some targets, in memory that does not grow with n_train.
@@ -92,9 +122,17 @@ class Results:
     def _names(self) -> list[str]:
         return [s.name for s in self.plan.targets]
 
-    def _blocks(self, targets: str) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    def _blocks(
+        self, targets: str, name: str = "scores"
+    ) -> Iterator[tuple[int, NDArray[np.float32]]]:
         names = self._names()
-        if targets not in names:
+        if targets == TRAIN and not self.plan.self_influence:
+            raise ConfigError(
+                "the run does not compute self-influence",
+                next="python -m trak_dist.launch stage=reduce self_influence=true "
+                f"run_dir={self._run.layout.run_dir}",
+            )
+        if targets not in (*names, TRAIN):
             raise ConfigError(
                 f"the run has no target set {targets!r}", next=f"one of {', '.join(names)}"
             )
@@ -107,7 +145,7 @@ class Results:
                 next=f"python -m trak_dist.launch run_dir={self._run.layout.run_dir}",
             )
         for cell in cells:
-            yield cell.rows.start, contents.read(self._run, cell, "scores")
+            yield cell.rows.start, contents.read(self._run, cell, name)
 
 
 class _Strongest:

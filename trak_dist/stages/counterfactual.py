@@ -1,0 +1,111 @@
+"""counterfactual: what a model says of a target after training without its most helpful rows."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from trak_dist.cells import RANDOM, CounterfactualCell
+from trak_dist.config import Counterfactuals
+from trak_dist.errors import ConfigError
+from trak_dist.ops import draws, lds
+from trak_dist.plan import Plan
+from trak_dist.problem import Problem
+from trak_dist.stages.outcome import Outcome
+from trak_dist.stages.reduce import require
+from trak_dist.stages.session import Session
+from trak_dist.stages.train import SEEDS, fit, outputs_of
+from trak_dist.store.results import Results
+from trak_dist.store.run import Run
+
+
+def with_counterfactuals(
+    plan: Plan, problem: Problem, asked: Counterfactuals, given: Collection[str]
+) -> Plan:
+    """`plan` with the counterfactuals asked for.
+
+    Parameters
+    ----------
+    given : collection of str
+        The fields of `asked` that count; the others stay as they are.
+
+    Raises
+    ------
+    ConfigError
+        If models can't be retrained, or nothing would be left to train on.
+    """
+    there = plan.counterfactuals
+    wanted = replace(there, **{name: getattr(asked, name) for name in given})
+    if wanted.targets and problem.train_checkpoint is None:
+        raise ConfigError(
+            "the problem has no train_checkpoint to retrain models with",
+            where="counterfactuals.targets",
+            next="give it one",
+        )
+    if wanted.targets and max(wanted.remove) >= plan.train.rows:
+        raise ConfigError(
+            f"{max(wanted.remove)} of {plan.train.rows} train rows can't be removed",
+            where="counterfactuals.remove",
+            next=f"counterfactuals.remove={max(1, plan.train.rows // 40)}",
+        )
+    return replace(plan, counterfactuals=wanted)
+
+
+def counterfactual(session: Session, cell: CounterfactualCell) -> Outcome:
+    """Train without `cell.removed` rows; the outputs on all targets looked at, as a fact.
+
+    Raises
+    ------
+    MissingInputs
+        If scores are missing.
+    ProblemError, CheckpointError, NonFiniteGradient
+        If training fails, or its outputs are not finite.
+    """
+    run, plan = session.run, session.run.plan
+    require(run, list(plan.score_cells(cell.targets)), needed_by=cell)
+    left = torch.ones(plan.train.rows, dtype=torch.bool)
+    if cell.whose == RANDOM:
+        left[draws.some_rows(cell.seed, plan.train.rows, cell.removed)] = False
+    else:
+        (top,) = Results(run).top(cell.targets, [int(cell.whose)], cell.removed)
+        left[torch.from_numpy(top.helpful)] = False
+    seed = draws.stream_key("counterfactual", cell.seed) & SEEDS  # one for all that is compared
+    state = fit(session, left.nonzero().flatten(), seed, where=cell.id)
+    found = outputs_of(session, state, cell.targets, where=cell.id)
+    looked_at = plan.split(cell.targets).spread(plan.counterfactuals.targets)
+    run.refuse_if_superseded(cell)
+    return Outcome({}, {"outputs": found[looked_at].tolist()})
+
+
+def summary(run: Run, targets: str) -> list[dict[str, Any]]:
+    """How far outputs drop, for each number of rows removed: with random rows less helpful ones.
+
+    Means over seeds; the interval is over targets.
+    """
+    plan = run.plan
+    cells = list(plan.counterfactual_cells(targets))
+    receipts = run.receipts.done(cells)
+    looked_at = plan.split(targets).spread(plan.counterfactuals.targets)
+    found = []
+    for removed in plan.counterfactuals.remove:
+
+        def outputs(whose: str, removed: int = removed) -> np.ndarray[Any, Any]:
+            alike = [c for c in cells if (c.whose, c.removed) == (whose, removed)]
+            return np.array([receipts[c].facts["outputs"] for c in alike], dtype=np.float64)
+
+        random = outputs(RANDOM).mean(axis=0)
+        helpful = np.array([outputs(str(t)).mean(axis=0)[i] for i, t in enumerate(looked_at)])
+        found.append(
+            {
+                "removed": removed,
+                "targets": looked_at,
+                "without_random": random.tolist(),
+                "without_helpful": helpful.tolist(),
+                "drop": asdict(lds.interval(random - helpful)),
+            }
+        )
+    return found
