@@ -24,7 +24,8 @@ def memory(plan: Plan) -> dict[str, int]:
         "kernel": 4 * 8 * k * k,
         # the factor; the targets' grads and their solutions
         "precondition": 8 * k * k + 24 * k * targets,
-        "score": 8 * k * targets + 6 * CHUNK_BYTES,
+        # or the factor, and a chunk's rows solved
+        "score": max(8 * k * targets, 8 * k * k * plan.self_influence) + 6 * CHUNK_BYTES,
         # XᵀX, its vectors, temporaries; masks; predictions by λ and ensemble
         "evaluate": (6 * 8 * k * k + subsets * (n + PREDICTIONS * 8 * targets)) if subsets else 0,
     }

@@ -68,11 +68,11 @@ def watch(run: Run, console: Console) -> Status:
 def submitted(run: Run, done: Submitted) -> None:
     """Print what was submitted, and what to type next."""
     if done.lines:
-        print(f"{'step':<12}{'job':>10}{'tasks':>8}{'cells':>8}  after")
+        print(f"{'step':<15}{'job':>10}{'tasks':>8}{'cells':>8}  after")
     for line in done.lines:
         after = line.dependency if len(line.dependency) < 60 else f"{line.dependency[:59]}…"
         counts = f"{line.job_id:>10}{line.tasks:>8}{line.cells:>8}"
-        print(f"{line.step:<12}{counts}  {after}".rstrip())
+        print(f"{line.step:<15}{counts}  {after}".rstrip())
     if done.queued_before:
         print(f"in the queue before, left alone: {done.queued_before} cells")
     if done.left and done.goes_on:
