@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from trak_dist.cells import Cell, EvaluateCell, ReportCell
+from trak_dist import needs
+from trak_dist.cells import STAGE_CELLS, Cell, EvaluateCell, ReportCell
 from trak_dist.stages.status import Status, by_error, lines, read_status
 from trak_dist.store.run import Run
 
@@ -20,6 +21,19 @@ if TYPE_CHECKING:
     from trak_dist.executors.sending import Submitted
 
 WATCH_SECONDS = 5.0
+out = Console(soft_wrap=True, highlight=False, markup=False)
+
+
+def planned(run: Run) -> None:
+    """Print what the run is, in one line."""
+    plan = run.plan
+    cells = sum(1 for stage in STAGE_CELLS for _ in plan.cells(stage))
+    out.print(
+        f"plan: {plan.train.rows} train rows, {len(plan.model_ids)} checkpoints, "
+        f"{', '.join(f'{s.name} {s.rows}' for s in plan.targets)} targets, p {plan.parameters:,}, "
+        f"{plan.spec.projection.kind} to {plan.proj_dim}, {cells} cells, "
+        f"{needs.store_bytes(plan) / 2**20:,.0f} MiB, in {run.layout.run_dir}"
+    )
 
 
 def all_done(run: Run, stage: str, cells: Sequence[Cell]) -> bool:
@@ -56,9 +70,9 @@ def status(run: Run) -> Status:
     return found
 
 
-def watch(run: Run, console: Console) -> Status:
+def watch(run: Run) -> Status:
     """Show the status again and again, until there is nothing to wait for."""
-    with Live(console=console, auto_refresh=False, transient=True) as live:
+    with Live(console=out, auto_refresh=False, transient=True) as live:
         while not (found := read_status(run)).idle:
             live.update(Text("\n".join(lines(found)), no_wrap=True), refresh=True)
             time.sleep(WATCH_SECONDS)

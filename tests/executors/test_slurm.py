@@ -133,8 +133,8 @@ def test_dry_run_shows_the_graph_and_asks_slurm_nothing(
 ) -> None:
     ended = launch(*slurm_run, "cluster.dry_run=true")
     assert ended.code == 0
-    assert "featurize          <1>       9      27\n" in ended.out
-    assert "kernel             <2>       1       4  afterok:<1>_0:<1>_1:<1>_2\n" in ended.out
+    assert "featurize             <1>       9      27\n" in ended.out
+    assert "kernel                <2>       1       4  afterok:<1>_0:<1>_1:<1>_2\n" in ended.out
     assert ended.out.count("#!/bin/bash\n") == 7
     assert fake_slurm.home.joinpath("calls").read_text() == ""
     assert records(tmp_path) == []

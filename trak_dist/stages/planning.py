@@ -138,7 +138,15 @@ def without_missing(run: Run, plan: Plan) -> Plan:
     ------
     MissingInputs
         If there are none.
+    ConfigError
+        If the run is a member of a sweep, whose name is that of its ensemble.
     """
+    if run.layout.member:
+        raise ConfigError(
+            "a member of a sweep keeps its ensemble",
+            where="checkpoints.allow_missing",
+            next=f"the same with -m run_dir={run.layout.base}",
+        )
     refuse_unknown_ids(plan)
     receipts, left = Receipts(run.layout, plan), []
     for model_id in plan.model_ids:

@@ -1,0 +1,172 @@
+"""From a configuration to a run on disk: its plan made, extended or refused, its arrays there."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from trak_dist import machine, needs, settings, sweep, telling
+from trak_dist.config import ClusterConfig, Config, SlurmConfig
+from trak_dist.errors import StoreError
+from trak_dist.plan import REDUCE_KEYS, SWEEP_KEYS, Plan
+from trak_dist.stages import choice
+from trak_dist.store import atomic
+from trak_dist.store.run import Run
+from trak_dist.sweep import Task
+from trak_dist.telling import out
+
+
+def choose_lambda(mapping: dict[str, Any], run: Run | None) -> str:
+    """Put the λ that `auto` stands for into `mapping`; why it is that one, if it is asked for."""
+    if mapping["reduce"]["lambda_reg"] != choice.AUTO:
+        return ""
+    found = choice.best_lambda(run, mapping)
+    mapping["reduce"]["lambda_reg"] = found.lambda_reg
+    out.print(f"auto: {found.why}")
+    return found.why
+
+
+def prepared(
+    config: Config, base: Run | None, given: frozenset[str], task: Task | None, lambda_from: str
+) -> tuple[Run, int]:
+    """The run, made or extended, and how many workers fit; refuses before it writes.
+
+    The task of a sweep makes or extends a member of `base`, if it is not that run itself.
+    """
+    from trak_dist.stages import planning, truth
+    from trak_dist.store.prepare import prepare
+
+    run, run_dir, plan = base, Path(config.run_dir), None
+    if base:
+        may = SWEEP_KEYS if task else () if base.layout.member else REDUCE_KEYS
+        plan = wanted(config, base, may)
+        if task:
+            run_dir = sweep.home(base, plan)
+            run = Run.open(run_dir) if Run.exists(run_dir) else None
+            plan = run.plan if run else replace(plan, lambda_from=lambda_from)
+        else:
+            planning.refuse_scored(base, plan)
+    if "self_influence" in given and plan:
+        plan = replace(plan, self_influence=config.self_influence)
+    retrains = settings.given_in("ground_truth", given) or settings.given_in(
+        "counterfactuals", given
+    )
+    if plan is None or config.stage != "reduce" or retrains:
+        plan = _plan_with_problem(config, plan, run or base, given)
+    planning.refuse_unknown_ids(plan)
+    planning.refuse_rank_deficient(plan)
+    if config.stage == "evaluate":
+        truth.refuse_without_truth(plan)
+    workers = _fit_workers(plan, config.cluster)
+    there = needs.store_bytes(run.plan) if run else 0
+    if base and not run:
+        same_grads = base.plan.projection_id == plan.projection_id
+        there = needs.truth_bytes(base.plan) + (needs.grads_bytes(plan) if same_grads else 0)
+    _refuse_full_disk(run_dir, needs.store_bytes(plan) - there)
+    if run is None:
+        run = Run.create(run_dir, plan)
+    elif plan != run.plan:
+        run = run.extend(plan)
+    if task:
+        task.run_dir = run_dir
+    prepare(run)
+    truth.publish_masks(run)
+    telling.planned(run)
+    return run, workers
+
+
+def wanted(config: Config, run: Run, may: tuple[str, ...]) -> Plan:
+    """The plan of `run` with the settings that are asked for, if they differ only where they may.
+
+    Parameters
+    ----------
+    may : tuple of str
+        How the keys begin that may differ.
+    """
+    asked = {**asdict(config.spec), "checkpoints": {"use": config.checkpoints.ensemble}}
+    where = str(run.layout.run_dir)
+    settings.refuse_other_settings(run.plan.settings, asked, where=where, may=may)
+    plan = run.plan.with_settings(config.spec, config.checkpoints.ensemble)
+    if config.checkpoints.allow_missing:
+        from trak_dist.stages import planning
+
+        plan, whole = planning.without_missing(run, plan), plan
+        if plan.model_ids != whole.model_ids:
+            left_out = [i for i in whole.model_ids if i not in plan.model_ids]
+            out.print(
+                f"not featurized, left out of the ensemble: {left_out}; it is {list(plan.use)}"
+            )
+    return plan
+
+
+def _plan_with_problem(
+    config: Config, plan: Plan | None, run: Run | None, given: frozenset[str]
+) -> Plan:
+    from trak_dist import problem as problems
+    from trak_dist.stages import planning, truth
+    from trak_dist.stages.counterfactual import with_counterfactuals
+
+    import_root = plan.source.import_root if plan else str(Path.cwd())
+    problem, source = problems.build(config.spec.problem, import_root=import_root)
+    if plan is None:
+        plan = planning.make_plan(config, problem, source)
+    else:
+        trained = sum(c.trained for c in plan.checkpoints)
+        plan = planning.extend_plan(
+            plan,
+            problem,
+            source,
+            targets=config.targets if "targets" in given else (),
+            train=config.checkpoints.train if "checkpoints.train" in given else trained,
+            accept_source=config.accept_source,
+        )
+    if config.stage != "report":
+        planning.check_checkpoints(plan, problem, run)
+    if asked := settings.given_in("ground_truth", given):
+        layout = run.layout if run else None
+        homes = (
+            [layout.base, *(layout.sweeps / name for name in layout.members())] if layout else []
+        )
+        others = [Run.open(home).plan.ground_truth for home in homes]
+        plan = truth.with_ground_truth(
+            plan, problem, config.ground_truth, asked, others=others, tell=out.print
+        )
+    if asked := settings.given_in("counterfactuals", given):
+        plan = with_counterfactuals(plan, problem, config.counterfactuals, asked)
+    return plan
+
+
+def _refuse_full_disk(run_dir: Path, needed: int) -> None:
+    with atomic.told(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+    free = atomic.free_bytes(run_dir.absolute())
+    if free < needed:
+        raise StoreError(
+            f"no disk space: the run needs {needed / 2**20:,.0f} MiB, "
+            f"{free / 2**20:,.0f} MiB are free",
+            where=str(run_dir),
+            next="free some space, use another run_dir, or a smaller proj_dim",
+        )
+
+
+def _fit_workers(plan: Plan, cluster: ClusterConfig | SlurmConfig) -> int:
+    if isinstance(cluster, SlurmConfig):
+        memory = int(cluster.memory_gb * 2**30) or sys.maxsize
+        return machine.fit_workers(wanted=1, needed=needs.memory(plan), memory=memory)
+    threads = max(plan.spec.featurize.threads, plan.spec.reduce.threads)
+    return machine.fit_workers(
+        wanted=cluster.workers or gpus(cluster) or max(1, machine.cores() // threads),
+        needed=needs.memory(plan),
+        memory=int(cluster.memory_gb * 2**30) or machine.memory_bytes(),
+    )
+
+
+def gpus(cluster: ClusterConfig) -> int:
+    """GPUs that local workers may use."""
+    import torch
+
+    from trak_dist.stages.session import open_device
+
+    return torch.cuda.device_count() if open_device(cluster.device).type == "cuda" else 0
