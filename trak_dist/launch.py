@@ -212,8 +212,8 @@ def _planned(
     out.print(
         f"plan: {plan.train.rows} train rows, {len(plan.model_ids)} checkpoints, "
         f"{', '.join(f'{s.name} {s.rows}' for s in plan.targets)} targets, p {plan.parameters:,}, "
-        f"{plan.spec.projection.kind} to {plan.proj_dim}, {cells} cells, "
-        f"{needs.store_bytes(plan) / 2**20:,.0f} MiB, in {run.layout.run_dir}"
+        f"gradients by {plan.gradients}, {plan.spec.projection.kind} to {plan.proj_dim}, "
+        f"{cells} cells, {needs.store_bytes(plan) / 2**20:,.0f} MiB, in {run.layout.run_dir}"
     )
     return run, workers
 
@@ -251,7 +251,7 @@ def _plan_with_problem(
     import_root = plan.source.import_root if plan else str(Path.cwd())
     problem, source = problems.build(config.spec.problem, import_root=import_root)
     if plan is None:
-        plan = planning.make_plan(config, problem, source)
+        plan = planning.make_plan(config, problem, source, tell=out.print)
     else:
         trained = sum(c.trained for c in plan.checkpoints)
         plan = planning.extend_plan(

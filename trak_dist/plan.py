@@ -105,7 +105,8 @@ class Plan:
 
     `parameters` is p, the number of parameters whose gradients are used; `use` names the
     checkpoints of the ensemble, none of them: all; `truth_files` digests the ground truth's files,
-    if the user brought them, `truth_of` is the target set that they are of.
+    if the user brought them, `truth_of` is the target set that they are of; `gradients` is how
+    per-sample gradients are computed, `hooks` or `vmap`, whatever the spec leaves open.
     """
 
     spec: Spec
@@ -118,6 +119,7 @@ class Plan:
     truth_files: str = ""
     truth_of: str = ""
     use: tuple[int, ...] = ()
+    gradients: str = "vmap"
 
     @property
     def store_dim(self) -> int:
@@ -182,6 +184,7 @@ class Plan:
             [
                 *(self._trained_from, self.projection_id, self.parameters),
                 *(self._settings("featurize"), self.train.cell_rows),
+                *([] if self.gradients == "vmap" else [self.gradients]),
             ]
         )
 
@@ -228,6 +231,7 @@ class Plan:
             k: v
             for k, v in distinct(self.spec).items()
             if any(k == s or k.startswith(f"{s}.") for s in sections)
+            and k != "featurize.gradients"  # what was asked for; the plan's own field is what is
         }
 
     def key(self, cell: Cell) -> str:
@@ -353,6 +357,7 @@ class Plan:
             truth_files=raw.get("truth_files", ""),
             truth_of=raw.get("truth_of", ""),
             use=tuple(raw.get("use", ())),
+            gradients=raw.get("gradients", "vmap"),
         )
         if plan.fingerprint != raw["fingerprint"]:
             raise PlanMismatch(

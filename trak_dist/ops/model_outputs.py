@@ -1,6 +1,7 @@
 """Model outputs: the scalar f(z; θ) that TRAK linearises, and its out-to-loss.
 
-The two methods are those of TRAK's `AbstractModelOutput`, so that a class written for it fits.
+`ModelOutput`'s two methods are those of TRAK's `AbstractModelOutput`, so that a class written for
+it fits. `BatchedModelOutput` has a third, which fast gradients (`ops.hooks`) need.
 """
 
 from __future__ import annotations
@@ -32,6 +33,16 @@ class ModelOutput(Protocol):
         ...
 
 
+class BatchedModelOutput(ModelOutput, Protocol):
+    """A model output that can be computed for a whole batch at once."""
+
+    def get_batch_output(
+        self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
+    ) -> Float[Tensor, " batch"]:
+        """f(z; θ) of each example of a batch: what `get_output` gives of each."""
+        ...
+
+
 class ImageClassification:
     """The margin f = log(p / (1 − p)) of the true class, batches of (images, labels).
 
@@ -50,6 +61,13 @@ class ImageClassification:
         """F of one example: its class's logit minus the log-sum-exp of the others."""
         logits = functional_call(model, (dict(weights), dict(buffers)), (image.unsqueeze(0),))
         return _margins(logits, label.unsqueeze(0)).squeeze(0)
+
+    def get_batch_output(
+        self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
+    ) -> Float[Tensor, " batch"]:
+        """F of each example, from one forward pass."""
+        images, labels = batch
+        return _margins(functional_call(model, (dict(weights), dict(buffers)), (images,)), labels)
 
     def get_out_to_loss_grad(
         self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]

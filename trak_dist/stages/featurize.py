@@ -13,8 +13,9 @@ from trak_dist.cells import FeaturizeCell
 from trak_dist.config import DRAW_VERSION
 from trak_dist.errors import NonFiniteGradient, ProblemError
 from trak_dist.ops import rows as row_format
+from trak_dist.ops.gradients import examples_in
 from trak_dist.stages.outcome import Outcome
-from trak_dist.stages.session import Session, batch_digest
+from trak_dist.stages.session import Session, adding, batch_digest
 from trak_dist.store import contents
 
 
@@ -39,14 +40,11 @@ def featurize(session: Session, cell: FeaturizeCell) -> Outcome:
     for host_batch in session.batches(cell.split, cell.rows):
         batch_digest(inputs, host_batch)
         batch = session.to_device(host_batch)
-        per_sample = loaded.gradients(batch)
-        size = len(next(iter(per_sample.values())))
+        size = examples_in(batch)
         _refuse_miscounted(
             cell, "grads", size, wanted=min(spec.featurize.batch_rows, len(cell.rows) - done)
         )
-        into = grads[done : done + size]
-        for name in sorted(per_sample):
-            loaded.projector.add(into, name, per_sample.pop(name).float())
+        loaded.gradients(batch, adding(loaded.projector, grads[done : done + size]))
         with torch.no_grad():
             q = session.problem.model_output.get_out_to_loss_grad(
                 loaded.model, weights, buffers, batch
@@ -79,6 +77,7 @@ def featurize(session: Session, cell: FeaturizeCell) -> Outcome:
             "projector_dim": plan.store_dim,
             "projector_version": DRAW_VERSION,
             "dtype": spec.featurize.dtype,
+            "gradients": plan.gradients,
             "rows": len(cell.rows),
             "batch_rows": spec.featurize.batch_rows,
             "non_finite_rows": 0,
