@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from trak_dist import ImageClassification
 from trak_dist.ops.gradients import GradientComputer, VmapGradients, select_params
 from trak_dist.ops.hooks import HookGradients
+from trak_dist.ops.model_outputs import out_to_loss
 from trak_dist.ops.projection import make_projector
 from trak_dist.problems.networks import resnet9
 from trak_dist.stages.session import adding
@@ -44,15 +45,19 @@ def main() -> None:
     hooks = HookGradients(model, output, ["*"], piece_elements=project.piece_elements)
     vmap = VmapGradients(model, output, ["*"])
 
-    def sketch(compute: GradientComputer) -> None:
-        compute(batch, adding(project, torch.zeros(rows, dim)))
+    def sketch(compute: GradientComputer) -> Tensor | None:
+        return compute(batch, adding(project, torch.zeros(rows, dim)))
+
+    def featurize(compute: GradientComputer) -> Tensor:
+        return out_to_loss(output, model, batch, sketch(compute))
 
     ways: dict[str, Callable[[], object]] = {
         FLOOR: lambda: training_step(model, batch),
         "by activations": lambda: by_activations(model, batch),
         "hooks": lambda: hooks(batch, lambda *_: None),
         "hooks, sketch": lambda: sketch(hooks),
-        "vmap, sketch": lambda: sketch(vmap),
+        "hooks, sketch, Q": lambda: featurize(hooks),
+        "vmap, sketch, Q": lambda: featurize(vmap),
     }
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for way in ways.values():
@@ -91,9 +96,9 @@ def report(seconds: dict[str, list[float]], rows: int) -> None:
         way: statistics.median(t / f for t, f in zip(times, seconds[FLOOR], strict=True))
         for way, times in seconds.items()
     }
-    print(f"{'way':<16}{'ms':>8}{'rows/s':>9}{'÷ step':>8}")
+    print(f"{'way':<18}{'ms':>8}{'rows/s':>9}{'÷ step':>8}")
     for way, median in medians.items():
-        print(f"{way:<16}{median * 1e3:>8.0f}{rows / median:>9.1f}{ratios[way]:>8.2f}")
+        print(f"{way:<18}{median * 1e3:>8.0f}{rows / median:>9.1f}{ratios[way]:>8.2f}")
     print(json.dumps({"rows": rows, "seconds": seconds}))
 
 

@@ -57,6 +57,8 @@ def test_the_regression_of_the_page_gives_gradients_of_the_prediction() -> None:
         assert torch.equal(grads[:, 0], batch[0])
     q = output.get_out_to_loss_grad(model, dict(model.named_parameters()), {}, batch)
     torch.testing.assert_close(q, batch[1] - model(batch[0])[:, 0])
+    f = output.get_batch_output(model, dict(model.named_parameters()), {}, batch)
+    torch.testing.assert_close(output.get_out_to_loss_from_output(f, batch), q)
 
 
 @pytest.mark.slow

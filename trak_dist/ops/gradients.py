@@ -25,8 +25,8 @@ Take = Callable[[str, slice, Float[Tensor, "rows ..."]], None]
 class GradientComputer(Protocol):
     """Per-sample gradients of one model with its weights loaded."""
 
-    def __call__(self, batch: Sequence[Any], take: Take) -> None:
-        """Hand over the gradients of each example's model output.
+    def __call__(self, batch: Sequence[Any], take: Take) -> Float[Tensor, " batch"] | None:
+        """Hand over the gradients of each example's model output, and give the output if known.
 
         Parameters
         ----------
@@ -52,7 +52,7 @@ class VmapGradients:
         self._gradient = torch.func.grad(model_output.get_output, argnums=1)
 
     def __call__(self, batch: Sequence[Any], take: Take) -> None:
-        """See `GradientComputer`."""
+        """See `GradientComputer`; the output is not known."""
         axes = (None, None, None, *([0] * len(batch)))
         per_sample = torch.func.vmap(self._gradient, in_dims=axes)
         grads: dict[str, Tensor] = per_sample(

@@ -70,7 +70,7 @@ class HookGradients:
         self._selected = select_params(model, params)
         self._piece_elements = piece_elements
 
-    def __call__(self, batch: Sequence[Any], take: Take) -> None:
+    def __call__(self, batch: Sequence[Any], take: Take) -> Float[Tensor, " batch"]:
         """See `GradientComputer`."""
         size = examples_in(batch)
         watch = _Watch(size, self._piece_elements)
@@ -88,6 +88,7 @@ class HookGradients:
             )
         if watch.roots:
             torch.autograd.grad(f, watch.roots, torch.ones_like(f), allow_unused=True)
+        return f.detach().reshape(size)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ but where a model has folded another dimension, frames of a video for instance, 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
+
+SMALL_PRODUCT = 2**21  # multiplications; below, calling a kernel for each example costs more
 
 Formula = Callable[..., Float[Tensor, "rows ..."]]
 
@@ -126,9 +129,15 @@ def transposed_convolution(  # noqa: PLR0913, PLR0917
 def _convolution(
     input: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple[Any, ...]
 ) -> Iterable[Use]:
+    stride, padding, dilation, transposed, _, groups = settings
+
     def by_weight(
         g: Float[Tensor, "rows n out ..."], x: Float[Tensor, "rows n in ..."]
     ) -> Float[Tensor, "rows ..."]:
+        if groups == 1 and not transposed and g[0, 0, 0].numel() * weight.numel() <= SMALL_PRODUCT:
+            columns = _columns(x.flatten(0, 1), weight.shape[2:], stride, padding, dilation)
+            products = torch.bmm(g.flatten(0, 1).flatten(2), columns.mT)
+            return products.view(*g.shape[:2], *weight.shape).sum(1)
         # Example by example, by the kernel of the training step: it needs no unfolded copy of the
         # input, and is faster than unfolding and a batched product.
         backward = functools.partial(_weight_gradient, weight, settings)
@@ -138,6 +147,22 @@ def _convolution(
     yield Use(weight, (input,), by_weight)
     if bias is not None:
         yield Use(bias, (), _per_channel)
+
+
+def _columns(
+    x: Float[Tensor, "batch c ..."],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> Float[Tensor, "batch columns positions"]:
+    """The inputs of each output position, from overlapping views."""
+    x = F.pad(x, [side for p in reversed(padding) for side in (p, p)])
+    dims = len(kernel)
+    for at, (size, step, spread) in enumerate(zip(kernel, stride, dilation, strict=True), 2):
+        x = x.unfold(at, spread * (size - 1) + 1, step)[..., ::spread]
+    x = x.permute(0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
+    return x.reshape(len(x), -1, math.prod(x.shape[2 + dims :]))
 
 
 def _weight_gradient(weight: Tensor, settings: tuple[Any, ...], g: Tensor, x: Tensor) -> Tensor:

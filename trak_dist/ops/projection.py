@@ -92,8 +92,8 @@ class Sjlt:
         flat = _flat(grads)
         for start in range(0, flat.shape[1], BLOCK_ELEMENTS):
             block = flat[:, start : start + BLOCK_ELEMENTS]
-            counters = torch.arange(start, start + block.shape[1], device=flat.device)
-            draw = functools.partial(self._places, key, counters)
+            stop = start + block.shape[1]
+            draw = functools.partial(self._places, key, start, stop, flat.device)
             places = self._draws.cached(name, start, draw)
             if len(places) < self.dim:
                 signed = torch.where(places < self.dim, block, -block)
@@ -103,8 +103,9 @@ class Sjlt:
             sums.scatter_add_(1, places.expand(block.shape), block)
             into += sums[:, : self.dim] - sums[:, self.dim :]
 
-    def _places(self, key: int, counters: Int64[Tensor, " m"]) -> Int64[Tensor, " m"]:
+    def _places(self, key: int, start: int, stop: int, device: torch.device) -> Int64[Tensor, " m"]:
         """Buckets, those of negative signs from k on."""
+        counters = torch.arange(start, stop, device=device)
         bucket, sign = draws.bucket_and_sign(key, counters, self.dim)
         return torch.where(sign < 0, bucket + self.dim, bucket)
 
@@ -132,10 +133,15 @@ class Dense:
         rows = max(1, BLOCK_ELEMENTS // self.dim)
         for start in range(0, flat.shape[1], rows):
             block = flat[:, start : start + rows]
-            counters = torch.arange(start, start + block.shape[1], device=flat.device)
-            draw = functools.partial(self._entries, key, counters, self.dim)
+            stop = start + block.shape[1]
+            draw = functools.partial(self._matrix, key, start, stop, flat.device)
             matrix = self._draws.cached(name, start, draw)
             into.addmm_(block, matrix, alpha=1 / math.sqrt(self.dim))
+
+    def _matrix(
+        self, key: int, start: int, stop: int, device: torch.device
+    ) -> Float[Tensor, "m k"]:
+        return self._entries(key, torch.arange(start, stop, device=device), self.dim)
 
 
 class Identity:

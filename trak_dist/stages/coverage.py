@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from trak_dist.errors import ConfigError, NotCovered
 from trak_dist.ops.gradients import GradientComputer, VmapGradients, examples_in, select_params
 from trak_dist.ops.hooks import HookGradients
+from trak_dist.ops.model_outputs import out_to_loss
 from trak_dist.ops.projection import CACHED_PIECE
 from trak_dist.problem import Problem
 
@@ -69,13 +70,14 @@ def _objection(
     for split, batch in batches.items():
         try:
             hooks = HookGradients(model, problem.model_output, params, piece_elements=CACHED_PIECE)
-            found = _gathered(hooks, batch, shapes)
+            found, f = _gathered(hooks, batch, shapes)
+            q = out_to_loss(problem.model_output, model, batch, f)
         except NotCovered as error:
             return error.what
         except Exception as error:  # whatever a rule, or the user's batched output, does
             text = " ".join(str(error).split())
             return f"{type(error).__name__} on the first examples of {split!r}: {text[:300]}"
-        wanted = _gathered(vmap, batch, shapes)
+        wanted, _ = _gathered(vmap, batch, shapes)
         whole = sum(float(w.square().sum()) for w in wanted.values()) ** 0.5
         for name in shapes:
             error_norm = float((found[name] - wanted[name]).norm())
@@ -85,6 +87,9 @@ def _objection(
                     f"{name} has other gradients than by vmap on the first examples of {split!r} "
                     f"(difference {error_norm:.1e}, norm {norm:.1e})"
                 )
+        own = out_to_loss(problem.model_output, model, batch, None)
+        if not torch.allclose(q.flatten(), own.flatten(), rtol=TOLERANCE, atol=ROUNDING):
+            return f"get_out_to_loss_from_output differs from get_out_to_loss_grad on {split!r}"
     return ""
 
 
@@ -101,12 +106,12 @@ def _moved(model: nn.Module) -> nn.Module:
 
 def _gathered(
     compute: GradientComputer, batch: Sequence[Any], shapes: Mapping[str, torch.Size]
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], Tensor | None]:
     size = examples_in(batch)
     grads = {n: torch.zeros(size, *shape, dtype=torch.float64) for n, shape in shapes.items()}
 
     def take(name: str, rows: slice, values: Tensor) -> None:
         grads[name][rows] += values
 
-    compute(batch, take)
-    return grads
+    f = compute(batch, take)
+    return grads, f

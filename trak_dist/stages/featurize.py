@@ -12,6 +12,7 @@ from torch import Tensor
 from trak_dist.cells import FeaturizeCell
 from trak_dist.config import DRAW_VERSION
 from trak_dist.errors import NonFiniteGradient, ProblemError
+from trak_dist.ops import model_outputs
 from trak_dist.ops import rows as row_format
 from trak_dist.ops.gradients import examples_in
 from trak_dist.stages.outcome import Outcome
@@ -31,8 +32,6 @@ def featurize(session: Session, cell: FeaturizeCell) -> Outcome:
     """
     plan, spec = session.run.plan, session.run.plan.spec
     loaded = session.load(cell.model_id)
-    weights = dict(loaded.model.named_parameters())
-    buffers = dict(loaded.model.named_buffers())
     grads = torch.zeros(len(cell.rows), plan.store_dim, device=session.device)
     out_to_loss = torch.zeros(len(cell.rows), device=session.device)
     inputs = hashlib.sha256()
@@ -44,11 +43,8 @@ def featurize(session: Session, cell: FeaturizeCell) -> Outcome:
         _refuse_miscounted(
             cell, "grads", size, wanted=min(spec.featurize.batch_rows, len(cell.rows) - done)
         )
-        loaded.gradients(batch, adding(loaded.projector, grads[done : done + size]))
-        with torch.no_grad():
-            q = session.problem.model_output.get_out_to_loss_grad(
-                loaded.model, weights, buffers, batch
-            )
+        f = loaded.gradients(batch, adding(loaded.projector, grads[done : done + size]))
+        q = model_outputs.out_to_loss(session.problem.model_output, loaded.model, batch, f)
         _refuse_miscounted(cell, "out-to-loss", q.numel(), wanted=size)
         out_to_loss[done : done + size] = q.reshape(size)  # TRAK's own classes give (size, 1)
         done += size
