@@ -323,6 +323,24 @@ def test_an_input_that_is_changed_in_place_later_is_refused() -> None:
     assert message == "second.weight, second.bias (its input was changed in place)"
 
 
+class Shifted(nn.Module):
+    """Adds a parameter to its input in place, and goes on with the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift, self.last = nn.Parameter(torch.ones(6)), nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        x.add_(self.shift)
+        return self.last(torch.tanh(x))
+
+
+def test_a_parameter_that_goes_into_the_input_in_place_is_refused() -> None:
+    model = Shifted().double().eval()
+    assert "shift (in torch.Tensor.add_)" in refusal(model, (images(6), LABELS))
+
+
 class ByBatch(nn.Module):
     """Batch normalisation by the batch, also in `eval()`."""
 

@@ -11,7 +11,6 @@ modules used twice need no case of their own; a use without a rule is found, nev
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -113,7 +112,6 @@ class _Watch(TorchFunctionMode):
         self._size, self._piece_elements = size, piece_elements
         self._sources: dict[int, _Source] = {}
         self._uncovered: dict[str, str] = {}
-        self._thread = threading.get_ident()
 
     def add_parameter(self, name: str, weight: Tensor, take: Take) -> None:
         """Follow one parameter, whose gradients `take` gets."""
@@ -188,6 +186,9 @@ class _Watch(TorchFunctionMode):
         if self._uncovered or not ours:
             return out
         if not out.requires_grad:
+            if any(out is t for t in _tensors(args)):  # in place: it can't become another tensor
+                self._note_uncovered(func, sources)
+                return out
             self.roots.append(out.requires_grad_())
             out = out.clone()  # a leaf would refuse what a model does to it in place
 
