@@ -27,6 +27,7 @@ SET_BY_US = {
     *("parsable", "partition", "qos", "requeue", "signal", "time"),
 }
 MIN_SUBSETS = 3  # rankings of two agree or disagree by chance alone
+GRADIENTS = ("auto", "hooks", "vmap")
 PROJECTIONS = ("sjlt", "rademacher", "gaussian", "identity")
 
 
@@ -40,9 +41,13 @@ class ProjectionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FeaturizeConfig:
-    """What sets the bits of grads: which parameters, batches, cells, threads, storage type."""
+    """What sets the bits of grads: parameters, how computed, batches, cells, threads, storage type.
+
+    `auto` gradients are by hooks where hooks can; the plan says which it is.
+    """
 
     params: tuple[str, ...] = ("*",)
+    gradients: str = field(default="auto", metadata={"choices": GRADIENTS})
     batch_rows: int = field(default=64, metadata={"min": 1})
     cell_rows: int = field(default=0, metadata={"min": 0})  # 0: chosen when planning
     dtype: str = field(default="float16", metadata={"choices": ("float16", "float32")})

@@ -61,6 +61,10 @@ class NonFiniteGradient(TrakDistError):
     """A projected gradient has NaN or infinite entries."""
 
 
+class NotCovered(TrakDistError):
+    """Hooks can't give the per-sample gradients of some parameters."""
+
+
 class SingularGram(TrakDistError):
     """XᵀX + λI is singular to working precision."""
 

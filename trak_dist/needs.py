@@ -14,10 +14,14 @@ def memory(plan: Plan) -> dict[str, int]:
     rows = max(min(s.cell_rows, s.rows) for s in (plan.train, *plan.targets)) * plan.store_dim
     targets = max((s.rows for s in plan.targets), default=0)
     subsets, n = plan.ground_truth.subsets, plan.train.rows
-    drawn = {"sjlt": 12 * p, "identity": 0}.get(spec.projection.kind, 4 * p * plan.store_dim)
+    drawn = {"sjlt": 8 * p, "identity": 0}.get(spec.projection.kind, 4 * p * plan.store_dim)
+    # by vmap a whole batch's at once; by hooks one parameter's, of a few examples or, for a dense
+    # projection, of all
+    few = plan.gradients == "hooks" and spec.projection.kind in ("sjlt", "identity")
+    examples = 1 if few else spec.featurize.batch_rows
     return {
         # per-sample gradients twice, the cell's rows in two types, what is drawn (cached)
-        "featurize": 8 * spec.featurize.batch_rows * p + 8 * rows + min(drawn, CACHE_BYTES),
+        "featurize": 8 * examples * p + 8 * rows + min(drawn, CACHE_BYTES),
         # XᵀX; a cell's rows as stored, in float32 and in float64
         "gram": 8 * k * k + 16 * rows,
         # XᵀX, its factor, its inverse and a temporary

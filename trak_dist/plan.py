@@ -118,7 +118,8 @@ class Plan:
     checkpoints of the ensemble, none of them: all; `truth_files` digests the ground truth's files,
     if the user brought them, `truth_of` is the target set that they are of; `self_influence` tells
     whether the train rows are scored against themselves; `lambda_from` says how λ was chosen, if
-    not by the user.
+    not by the user; `gradients` is how per-sample gradients are computed, `hooks` or `vmap`,
+    whatever the spec leaves open.
     """
 
     spec: Spec
@@ -134,6 +135,7 @@ class Plan:
     self_influence: bool = False
     lambda_from: str = ""
     use: tuple[int, ...] = ()
+    gradients: str = "vmap"
 
     @property
     def store_dim(self) -> int:
@@ -200,6 +202,7 @@ class Plan:
             [
                 *(self._trained_from, self.projection_id, self.parameters),
                 *(self._settings("featurize"), self.train.cell_rows),
+                *([] if self.gradients == "vmap" else [self.gradients]),
             ]
         )
 
@@ -252,6 +255,7 @@ class Plan:
             k: v
             for k, v in distinct(self.spec).items()
             if any(k == s or k.startswith(f"{s}.") for s in sections)
+            and k != "featurize.gradients"  # what was asked for; the plan's own field is what is
         }
 
     def key(self, cell: Cell) -> str:
@@ -411,6 +415,7 @@ class Plan:
             self_influence=raw.get("self_influence", False),
             lambda_from=raw.get("lambda_from", ""),
             use=tuple(raw.get("use", ())),
+            gradients=raw.get("gradients", "vmap"),
         )
         if plan.fingerprint != raw["fingerprint"]:
             raise PlanMismatch(

@@ -111,7 +111,7 @@ def _plan_with_problem(
     import_root = plan.source.import_root if plan else str(Path.cwd())
     problem, source = problems.build(config.spec.problem, import_root=import_root)
     if plan is None:
-        plan = planning.make_plan(config, problem, source)
+        plan = planning.make_plan(config, problem, source, tell=out.print)
     else:
         trained = sum(c.trained for c in plan.checkpoints)
         plan = planning.extend_plan(

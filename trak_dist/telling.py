@@ -31,8 +31,8 @@ def planned(run: Run) -> None:
     out.print(
         f"plan: {plan.train.rows} train rows, {len(plan.model_ids)} checkpoints, "
         f"{', '.join(f'{s.name} {s.rows}' for s in plan.targets)} targets, p {plan.parameters:,}, "
-        f"{plan.spec.projection.kind} to {plan.proj_dim}, {cells} cells, "
-        f"{needs.store_bytes(plan) / 2**20:,.0f} MiB, in {run.layout.run_dir}"
+        f"gradients by {plan.gradients}, {plan.spec.projection.kind} to {plan.proj_dim}, "
+        f"{cells} cells, {needs.store_bytes(plan) / 2**20:,.0f} MiB, in {run.layout.run_dir}"
     )
 
 

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from gathering import gathered
 
 from trak_dist.ops.gradients import VmapGradients
+from trak_dist.ops.hooks import HookGradients
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,9 +51,14 @@ def test_the_regression_of_the_page_gives_gradients_of_the_prediction() -> None:
     exec(source, names)
     output, model = names["Regression"](), torch.nn.Linear(3, 1)
     batch = (torch.randn(5, 3), torch.randn(5))
-    assert torch.equal(VmapGradients(model, output, ["weight"])(batch)["weight"][:, 0], batch[0])
+    hooks = HookGradients(model, output, ["weight"], piece_elements=10)
+    for compute in (VmapGradients(model, output, ["weight"]), hooks):
+        grads = gathered(compute, model, batch, ["weight"])["weight"]
+        assert torch.equal(grads[:, 0], batch[0])
     q = output.get_out_to_loss_grad(model, dict(model.named_parameters()), {}, batch)
     torch.testing.assert_close(q, batch[1] - model(batch[0])[:, 0])
+    f = output.get_batch_output(model, dict(model.named_parameters()), {}, batch)
+    torch.testing.assert_close(output.get_out_to_loss_from_output(f, batch), q)
 
 
 @pytest.mark.slow

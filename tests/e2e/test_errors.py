@@ -14,7 +14,8 @@ import torch
 from launching import Ended
 
 from trak_dist import machine
-from trak_dist.ops.gradients import VmapGradients
+from trak_dist.ops.gradients import Take
+from trak_dist.ops.hooks import HookGradients
 from trak_dist.store import atomic
 from trak_dist.store.run import Run
 
@@ -315,14 +316,14 @@ def test_device_that_is_not_there(launch, tiny_run, monkeypatch) -> None:
 
 
 def test_an_unexpected_error_comes_with_its_traceback(launch, tiny_run, monkeypatch) -> None:
-    real = VmapGradients.__call__
+    real = HookGradients.__call__
 
-    def broken(self: VmapGradients, batch: tuple[torch.Tensor, ...]) -> object:
+    def broken(self: HookGradients, batch: tuple[torch.Tensor, ...], take: Take) -> object:
         if len(batch[0]) > 2:  # what planning tries goes well
             raise RuntimeError("out of luck")
-        return real(self, batch)
+        return real(self, batch, take)
 
-    monkeypatch.setattr(VmapGradients, "__call__", broken)
+    monkeypatch.setattr(HookGradients, "__call__", broken)
     says(launch(*tiny_run), 1, "featurize/0/train/0-8", "Traceback", "RuntimeError: out of luck")
 
 

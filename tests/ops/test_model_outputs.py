@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trak_dist import ImageClassification
+from trak_dist.ops import model_outputs
 
 CLASSES = 5
 LABELS = torch.arange(40) % CLASSES
@@ -73,6 +74,21 @@ def test_out_to_loss_is_one_minus_p_to_a_small_relative_error(case: Tensor) -> N
     assert found.dtype == torch.float32
     # An error of the margin is a relative error of 1 − p.
     np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-6 * float(case.abs().max()) + 1e-6)
+
+
+def test_the_batched_form_gives_the_same_margins_and_the_same_out_to_loss(case: Tensor) -> None:
+    output, model = ImageClassification(), nn.Identity()
+    f = output.get_batch_output(model, {}, {}, (case, LABELS))
+    assert torch.equal(f, margins(case))
+    assert torch.equal(output.get_out_to_loss_from_output(f, (case, LABELS)), out_to_loss(case))
+
+
+def test_out_to_loss_of_a_margin_in_half_precision_is_not_taken_from_it() -> None:
+    batch = (CASES["sure"].bfloat16(), LABELS)
+    f = ImageClassification().get_batch_output(nn.Identity(), {}, {}, batch)
+    assert f.dtype == torch.bfloat16
+    found = model_outputs.out_to_loss(ImageClassification(), nn.Identity(), batch, f)
+    assert torch.equal(found, out_to_loss(batch[0]))
 
 
 def test_out_to_loss_survives_where_one_minus_p_in_float32_is_0() -> None:

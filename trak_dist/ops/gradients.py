@@ -1,28 +1,42 @@
 """Per-sample gradients of the model output.
 
-A gradient computer takes a batch and gives, for each selected parameter, the gradient of each
-example's model output. `VmapGradients` is general; it holds all of a batch's gradients at once.
+A gradient computer takes a batch and hands over, piece by piece, the gradient of each example's
+model output by each selected parameter. `VmapGradients` here is general; it holds all of a batch's
+gradients at once. `HookGradients`, in `ops.hooks`, is fast and never does.
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from trak_dist.errors import ConfigError
+from trak_dist.errors import ConfigError, ProblemError
 from trak_dist.ops.model_outputs import ModelOutput
+
+Take = Callable[[str, slice, Float[Tensor, "rows ..."]], None]
 
 
 class GradientComputer(Protocol):
     """Per-sample gradients of one model with its weights loaded."""
 
-    def __call__(self, batch: Sequence[Any]) -> dict[str, Float[Tensor, "batch ..."]]:
-        """The gradients of each example's model output, by parameter name."""
+    def __call__(self, batch: Sequence[Any], take: Take) -> Float[Tensor, " batch"] | None:
+        """Hand over the gradients of each example's model output, and give the output if known.
+
+        Parameters
+        ----------
+        batch : sequence
+            The arguments of the model output; every tensor in it has the examples first.
+        take : callable
+            Gets a parameter's name, a slice of the batch's examples, and their gradients. What it
+            gets of one parameter and example adds up: it may come in parts, or, where it is zero,
+            not at all. The parts and their order depend on nothing but model and batch.
+        """
         ...
 
 
@@ -37,14 +51,36 @@ class VmapGradients:
         self._model = model
         self._gradient = torch.func.grad(model_output.get_output, argnums=1)
 
-    def __call__(self, batch: Sequence[Any]) -> dict[str, Float[Tensor, "batch ..."]]:
-        """See `GradientComputer`."""
+    def __call__(self, batch: Sequence[Any], take: Take) -> None:
+        """See `GradientComputer`; the output is not known."""
         axes = (None, None, None, *([0] * len(batch)))
         per_sample = torch.func.vmap(self._gradient, in_dims=axes)
         grads: dict[str, Tensor] = per_sample(
             self._model, self._weights, {**self._buffers, **self._frozen}, *batch
         )
-        return grads
+        for name in sorted(grads):
+            values = grads.pop(name)
+            take(name, slice(0, len(values)), values)
+
+
+def examples_in(batch: Sequence[Any]) -> int:
+    """The number of examples in a batch: the length of its first tensor.
+
+    Raises
+    ------
+    ProblemError
+        If no tensor is in it, or one that has no examples.
+    """
+    for leaf in pytree.tree_leaves(batch):
+        if isinstance(leaf, Tensor):
+            if leaf.ndim:
+                return len(leaf)
+            break
+    raise ProblemError(
+        "a batch holds no tensor with the examples first",
+        where="problem.collate",
+        next="let collate give tensors whose first dimension is the examples",
+    )
 
 
 def outputs(

@@ -1,6 +1,8 @@
 """Model outputs: the scalar f(z; θ) that TRAK linearises, and its out-to-loss.
 
-The two methods are those of TRAK's `AbstractModelOutput`, so that a class written for it fits.
+`ModelOutput`'s two methods are those of TRAK's `AbstractModelOutput`, so that a class written for
+it fits. `BatchedModelOutput` has a third, which fast gradients (`ops.hooks`) need; where Q follows
+from f, a fourth, `get_out_to_loss_from_output(output, batch)`, spares another forward pass.
 """
 
 from __future__ import annotations
@@ -32,6 +34,16 @@ class ModelOutput(Protocol):
         ...
 
 
+class BatchedModelOutput(ModelOutput, Protocol):
+    """A model output that can be computed for a whole batch at once."""
+
+    def get_batch_output(
+        self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
+    ) -> Float[Tensor, " batch"]:
+        """f(z; θ) of each example of a batch: what `get_output` gives of each."""
+        ...
+
+
 class ImageClassification:
     """The margin f = log(p / (1 − p)) of the true class, batches of (images, labels).
 
@@ -51,6 +63,21 @@ class ImageClassification:
         logits = functional_call(model, (dict(weights), dict(buffers)), (image.unsqueeze(0),))
         return _margins(logits, label.unsqueeze(0)).squeeze(0)
 
+    def get_batch_output(
+        self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
+    ) -> Float[Tensor, " batch"]:
+        """F of each example, from one forward pass."""
+        images, labels = batch
+        return _margins(functional_call(model, (dict(weights), dict(buffers)), (images,)), labels)
+
+    def get_out_to_loss_from_output(
+        self,
+        output: Float[Tensor, " batch"],
+        batch: Sequence[Any],  # noqa: ARG002
+    ) -> Float[Tensor, " batch"]:
+        """1 − p of each example, from its margin."""
+        return torch.sigmoid(-output)
+
     def get_out_to_loss_grad(
         self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
     ) -> Float[Tensor, " batch"]:
@@ -58,6 +85,23 @@ class ImageClassification:
         images, labels = batch
         logits = functional_call(model, (dict(weights), dict(buffers)), (images,))
         return torch.sigmoid(-_margins(logits.float(), labels))
+
+
+def out_to_loss(
+    model_output: ModelOutput,
+    model: nn.Module,
+    batch: Sequence[Any],
+    output: Float[Tensor, " batch"] | None,
+) -> Float[Tensor, " batch"]:
+    """Q of each example, by the model output's own way: from f where that is known to do."""
+    from_output = getattr(model_output, "get_out_to_loss_from_output", None)
+    with torch.no_grad():
+        # What half precision left of f is too little for 1 − p.
+        if from_output and output is not None and output.dtype.itemsize >= 4:
+            q: Tensor = from_output(output, batch)
+            return q
+        weights, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+        return model_output.get_out_to_loss_grad(model, weights, buffers, batch)
 
 
 def _margins(

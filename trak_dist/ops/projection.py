@@ -10,22 +10,28 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from trak_dist.config import CACHE_BYTES
 from trak_dist.ops import draws
 
 BLOCK_ELEMENTS = 2**22
+CACHED_PIECE = 2**20  # 4 MiB: what was just computed is still in the processor's cache
+WHOLE_BATCH = 2**62
 
 
 class Projector(Protocol):
-    """A linear map from gradients to `dim` numbers."""
+    """A linear map from gradients to `dim` numbers.
+
+    `piece_elements` is how many numbers of a parameter's gradients it likes to get at a time.
+    """
 
     dim: int
+    piece_elements: int
 
     def add(
         self, into: Float[Tensor, "batch k"], name: str, grads: Float[Tensor, "batch ..."]
@@ -34,27 +40,23 @@ class Projector(Protocol):
         ...
 
 
-Drawn = TypeVar("Drawn", Tensor, tuple[Tensor, Tensor])
-
-
-class _Draws(Generic[Drawn]):
+class _Draws:
     """The streams of one (seed, model_id), and a bounded cache of what was drawn from them."""
 
     def __init__(self, seed: int, model_id: int) -> None:
         self._seed, self._model_id = seed, model_id
-        self._cache: dict[tuple[str, int], Drawn] = {}
+        self._cache: dict[tuple[str, int], Tensor] = {}
         self._free = CACHE_BYTES
 
     def key(self, name: str, grads: Tensor) -> int:
         return draws.stream_key(self._seed, self._model_id, name, tuple(grads.shape[1:]))
 
-    def cached(self, name: str, start: int, make: Callable[[], Drawn]) -> Drawn:
+    def cached(self, name: str, start: int, make: Callable[[], Tensor]) -> Tensor:
         found = self._cache.get((name, start))
         if found is None:
             found = make()
-            size = sum(t.nbytes for t in (found if isinstance(found, tuple) else (found,)))
-            if size <= self._free:
-                self._free -= size
+            if found.nbytes <= self._free:
+                self._free -= found.nbytes
                 self._cache[name, start] = found
         return found
 
@@ -71,11 +73,16 @@ class Sjlt:
     hash modulo k, so that summing columns modulo k' gives the sketch of dimension k' where k'
     divides k.
     E⟨Sx, Sy⟩ = ⟨x, y⟩; Var = (‖x‖²‖y‖² + ⟨x, y⟩² − 2 Σ xᵢ²yᵢ²) / k.
+
+    Positive and negative signs have sums of their own, subtracted at the end: so the gradients are
+    read once, and no signed copy is made of them, unless that is the smaller one.
     """
+
+    piece_elements = CACHED_PIECE
 
     def __init__(self, dim: int, seed: int, model_id: int) -> None:
         self.dim = dim
-        self._draws: _Draws[tuple[Tensor, Tensor]] = _Draws(seed, model_id)
+        self._draws = _Draws(seed, model_id)
 
     def add(
         self, into: Float[Tensor, "batch k"], name: str, grads: Float[Tensor, "batch ..."]
@@ -85,10 +92,22 @@ class Sjlt:
         flat = _flat(grads)
         for start in range(0, flat.shape[1], BLOCK_ELEMENTS):
             block = flat[:, start : start + BLOCK_ELEMENTS]
-            counters = torch.arange(start, start + block.shape[1], device=flat.device)
-            draw = functools.partial(draws.bucket_and_sign, key, counters, self.dim)
-            bucket, sign = self._draws.cached(name, start, draw)
-            into.scatter_add_(1, bucket.expand(block.shape), block * sign)
+            stop = start + block.shape[1]
+            draw = functools.partial(self._places, key, start, stop, flat.device)
+            places = self._draws.cached(name, start, draw)
+            if len(places) < self.dim:
+                signed = torch.where(places < self.dim, block, -block)
+                into.scatter_add_(1, (places % self.dim).expand(block.shape), signed)
+                continue
+            sums = into.new_zeros(len(into), 2 * self.dim)
+            sums.scatter_add_(1, places.expand(block.shape), block)
+            into += sums[:, : self.dim] - sums[:, self.dim :]
+
+    def _places(self, key: int, start: int, stop: int, device: torch.device) -> Int64[Tensor, " m"]:
+        """Buckets, those of negative signs from k on."""
+        counters = torch.arange(start, stop, device=device)
+        bucket, sign = draws.bucket_and_sign(key, counters, self.dim)
+        return torch.where(sign < 0, bucket + self.dim, bucket)
 
 
 class Dense:
@@ -98,10 +117,12 @@ class Dense:
     Var⟨Rx, Ry⟩ = (‖x‖²‖y‖² + ⟨x, y⟩²) / k. Both cost O(p k) per sample.
     """
 
+    piece_elements = WHOLE_BATCH  # each piece costs a pass over the matrix, drawn if not cached
+
     def __init__(self, kind: str, dim: int, seed: int, model_id: int) -> None:
         self.dim = dim
         self._entries = {"rademacher": draws.signs, "gaussian": draws.normals}[kind]
-        self._draws: _Draws[Tensor] = _Draws(seed, model_id)
+        self._draws = _Draws(seed, model_id)
 
     def add(
         self, into: Float[Tensor, "batch k"], name: str, grads: Float[Tensor, "batch ..."]
@@ -112,14 +133,21 @@ class Dense:
         rows = max(1, BLOCK_ELEMENTS // self.dim)
         for start in range(0, flat.shape[1], rows):
             block = flat[:, start : start + rows]
-            counters = torch.arange(start, start + block.shape[1], device=flat.device)
-            draw = functools.partial(self._entries, key, counters, self.dim)
+            stop = start + block.shape[1]
+            draw = functools.partial(self._matrix, key, start, stop, flat.device)
             matrix = self._draws.cached(name, start, draw)
             into.addmm_(block, matrix, alpha=1 / math.sqrt(self.dim))
+
+    def _matrix(
+        self, key: int, start: int, stop: int, device: torch.device
+    ) -> Float[Tensor, "m k"]:
+        return self._entries(key, torch.arange(start, stop, device=device), self.dim)
 
 
 class Identity:
     """No projection: gradients side by side, parameters in order of their names."""
+
+    piece_elements = CACHED_PIECE
 
     def __init__(self, shapes: Mapping[str, torch.Size]) -> None:
         self._slices: dict[str, slice] = {}

@@ -12,9 +12,11 @@ from torch import Tensor
 from trak_dist.cells import FeaturizeCell
 from trak_dist.config import DRAW_VERSION
 from trak_dist.errors import NonFiniteGradient, ProblemError
+from trak_dist.ops import model_outputs
 from trak_dist.ops import rows as row_format
+from trak_dist.ops.gradients import examples_in
 from trak_dist.stages.outcome import Outcome
-from trak_dist.stages.session import Session, batch_digest
+from trak_dist.stages.session import Session, adding, batch_digest
 from trak_dist.store import contents
 
 
@@ -30,8 +32,6 @@ def featurize(session: Session, cell: FeaturizeCell) -> Outcome:
     """
     plan, spec = session.run.plan, session.run.plan.spec
     loaded = session.load(cell.model_id)
-    weights = dict(loaded.model.named_parameters())
-    buffers = dict(loaded.model.named_buffers())
     grads = torch.zeros(len(cell.rows), plan.store_dim, device=session.device)
     out_to_loss = torch.zeros(len(cell.rows), device=session.device)
     inputs = hashlib.sha256()
@@ -39,18 +39,12 @@ def featurize(session: Session, cell: FeaturizeCell) -> Outcome:
     for host_batch in session.batches(cell.split, cell.rows):
         batch_digest(inputs, host_batch)
         batch = session.to_device(host_batch)
-        per_sample = loaded.gradients(batch)
-        size = len(next(iter(per_sample.values())))
+        size = examples_in(batch)
         _refuse_miscounted(
             cell, "grads", size, wanted=min(spec.featurize.batch_rows, len(cell.rows) - done)
         )
-        into = grads[done : done + size]
-        for name in sorted(per_sample):
-            loaded.projector.add(into, name, per_sample.pop(name).float())
-        with torch.no_grad():
-            q = session.problem.model_output.get_out_to_loss_grad(
-                loaded.model, weights, buffers, batch
-            )
+        f = loaded.gradients(batch, adding(loaded.projector, grads[done : done + size]))
+        q = model_outputs.out_to_loss(session.problem.model_output, loaded.model, batch, f)
         _refuse_miscounted(cell, "out-to-loss", q.numel(), wanted=size)
         out_to_loss[done : done + size] = q.reshape(size)  # TRAK's own classes give (size, 1)
         done += size
@@ -79,6 +73,7 @@ def featurize(session: Session, cell: FeaturizeCell) -> Outcome:
             "projector_dim": plan.store_dim,
             "projector_version": DRAW_VERSION,
             "dtype": spec.featurize.dtype,
+            "gradients": plan.gradients,
             "rows": len(cell.rows),
             "batch_rows": spec.featurize.batch_rows,
             "non_finite_rows": 0,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,23 +24,34 @@ from trak_dist.errors import (
     ProblemError,
 )
 from trak_dist.ops import kernel
-from trak_dist.ops.gradients import VmapGradients, select_params
+from trak_dist.ops.gradients import VmapGradients, examples_in, select_params
 from trak_dist.plan import Checkpoint, Plan, Source, Split, planned_cell_rows
 from trak_dist.problem import MapDataset, Problem, Rendered
+from trak_dist.stages import coverage
 from trak_dist.stages.checkpoints import (
     check_fit,
     content_digest,
     read_state_dict,
     refuse_other_weights,
 )
-from trak_dist.stages.session import as_batch, check_split, limited, probe, projector
+from trak_dist.stages.session import (
+    adding,
+    as_batch,
+    check_split,
+    gradients,
+    limited,
+    probe,
+    projector,
+)
 from trak_dist.store.layout import Layout
 from trak_dist.store.receipts import Receipts
 from trak_dist.store.run import Run
 
 
-def make_plan(config: Config, problem: Problem, source: Source) -> Plan:
-    """Plan a new run.
+def make_plan(
+    config: Config, problem: Problem, source: Source, *, tell: Callable[[str], None]
+) -> Plan:
+    """Plan a new run; `tell` gets why gradients are computed by vmap, where that was left open.
 
     Raises
     ------
@@ -51,17 +63,21 @@ def make_plan(config: Config, problem: Problem, source: Source) -> Plan:
     parameters = sum(shape.numel() for shape in shapes.values())
     identity = spec.projection.kind == "identity"
     dim = parameters if identity else spec.store_dim
+    train = _split(TRAIN, problem, spec, dim)
+    targets = tuple(_split(n, problem, spec, dim) for n in _target_names(problem, config.targets))
+    chosen = _chosen_gradients(problem, spec, (train, *targets), spec.featurize.gradients)
+    if chosen[1]:
+        tell(f"gradients by vmap, not by hooks: {chosen[1]}")
     return Plan(
         spec=spec,
         source=source,
         parameters=parameters,
-        train=_split(TRAIN, problem, spec, dim),
+        train=train,
         checkpoints=_checkpoints(problem, config.checkpoints.train, source.import_root),
-        targets=tuple(
-            _split(n, problem, spec, dim) for n in _target_names(problem, config.targets)
-        ),
+        targets=targets,
         use=config.checkpoints.ensemble,
         self_influence=config.self_influence,
+        gradients=chosen[0],
     )
 
 
@@ -109,6 +125,7 @@ def extend_plan(
                 next="append checkpoints after those that are planned, or use another run_dir",
             )
     splits = tuple(_split(n, problem, plan.spec, plan.store_dim) for n in added)
+    _chosen_gradients(problem, plan.spec, splits, plan.gradients)
     return replace(plan, checkpoints=checkpoints, targets=(*plan.targets, *splits))
 
 
@@ -210,6 +227,19 @@ def check_checkpoints(plan: Plan, problem: Problem, run: Run | None) -> None:
             refuse_other_weights(run, checkpoint.model_id, digest, publish=False)
 
 
+def _chosen_gradients(
+    problem: Problem, spec: Spec, splits: Sequence[Split], asked: str
+) -> tuple[str, str]:
+    batches = {s.name: _first_batch(problem, problem.dataset(s.name)) for s in splits}
+    return coverage.choose(problem, batches, spec.featurize.params, asked)
+
+
+def _first_batch(problem: Problem, dataset: MapDataset) -> tuple[Any, ...]:
+    """The first examples, as many as it takes to see that each is kept apart: two."""
+    examples = [dataset[row] for row in range(min(2, len(dataset)))]
+    return as_batch((problem.collate or torch.utils.data.default_collate)(examples))
+
+
 def _split(name: str, problem: Problem, spec: Spec, dim: int) -> Split:
     dataset = limited(problem.dataset(name), spec.limit)
     if len(dataset) == 0:
@@ -241,7 +271,7 @@ def dry_run(problem: Problem, name: str, dataset: MapDataset, params: Sequence[s
     weights, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     try:
         batch = as_batch(collate(examples))
-        VmapGradients(model, problem.model_output, params)(batch)
+        VmapGradients(model, problem.model_output, params)(batch, lambda *_: None)
         with torch.no_grad():
             q = problem.model_output.get_out_to_loss_grad(model, weights, buffers, batch)
     except Exception as error:  # whatever the user's model and output do
@@ -275,21 +305,17 @@ def trial_rate(plan: Plan) -> float:
     """
     problem = problems.rebuild(plan.spec.problem, plan.source)
     torch.set_num_threads(plan.spec.featurize.threads)
-    dataset = problem.dataset(TRAIN)
-    examples = [dataset[row] for row in range(min(2, plan.train.rows))]
-    batch = as_batch((problem.collate or torch.utils.data.default_collate)(examples))
-    gradients = VmapGradients(
-        problem.model.eval(), problem.model_output, plan.spec.featurize.params
-    )
+    batch = _first_batch(problem, problem.dataset(TRAIN))
+    size = examples_in(batch)
     project = projector(plan, 0, problem.model)
+    compute = gradients(plan, problem.model.eval(), problem.model_output, project)
     seconds = 0.0
     for _ in range(2):
         started = time.perf_counter()
-        into = torch.zeros(len(examples), plan.store_dim)
-        for name, values in gradients(batch).items():
-            project.add(into, name, values.float())
+        into = torch.zeros(size, plan.store_dim)
+        compute(batch, adding(project, into))
         seconds = time.perf_counter() - started
-    return len(examples) / seconds
+    return size / seconds
 
 
 def _checkpoints(problem: Problem, train: int, import_root: str) -> tuple[Checkpoint, ...]:

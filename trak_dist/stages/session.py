@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Subset
@@ -16,7 +17,9 @@ from torch.utils.data import DataLoader, Subset
 from trak_dist import problem as problems
 from trak_dist.cells import Rows
 from trak_dist.errors import DatasetError, DeviceError
-from trak_dist.ops.gradients import GradientComputer, VmapGradients, select_params
+from trak_dist.ops.gradients import GradientComputer, Take, VmapGradients, select_params
+from trak_dist.ops.hooks import HookGradients
+from trak_dist.ops.model_outputs import ModelOutput
 from trak_dist.ops.projection import Projector, make_projector
 from trak_dist.plan import Plan, Split
 from trak_dist.problem import MapDataset, Problem
@@ -84,10 +87,27 @@ class _Loaded:
         self.model_id = model_id
         self.model: nn.Module = session.problem.model.to(session.device).eval()
         self.digest = checkpoints.load_into(session.run, self.model, plan.checkpoint(model_id))
-        self.gradients: GradientComputer = VmapGradients(
-            self.model, session.problem.model_output, plan.spec.featurize.params
-        )
         self.projector = projector(plan, model_id, self.model)
+        self.gradients = gradients(plan, self.model, session.problem.model_output, self.projector)
+
+
+def gradients(
+    plan: Plan, model: nn.Module, model_output: ModelOutput, into: Projector
+) -> GradientComputer:
+    """What computes the plan's per-sample gradients, for a projection."""
+    params = plan.spec.featurize.params
+    if plan.gradients == "vmap":
+        return VmapGradients(model, model_output, params)
+    return HookGradients(model, model_output, params, piece_elements=into.piece_elements)
+
+
+def adding(project: Projector, into: Float[Tensor, "batch k"]) -> Take:
+    """What adds gradients that are handed over, projected, to a batch's rows."""
+
+    def take(name: str, rows: slice, grads: Float[Tensor, "rows ..."]) -> None:
+        project.add(into[rows], name, grads.float())
+
+    return take
 
 
 def projector(plan: Plan, model_id: int, model: nn.Module) -> Projector:

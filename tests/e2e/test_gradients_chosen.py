@@ -1,0 +1,178 @@
+"""`featurize.gradients`: what a plan takes, what it says of it, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from launching import Launch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+import trak_dist
+from trak_dist import open_run
+from trak_dist.plan import Plan, digest
+
+
+class Squashed(nn.Module):
+    """One use of a parameter that hooks have no rule for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(tiny.FEATURES, 5), nn.Linear(5, tiny.CLASSES)
+        self.slope = nn.Parameter(torch.tensor([0.2]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.prelu(self.first(x), self.slope))
+
+
+class Meeting(nn.Module):
+    """Examples see each other, where there are several."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(tiny.FEATURES, 5), nn.Linear(5, tiny.CLASSES)
+        nn.init.zeros_(self.last.weight)  # with which no gradient but its own would differ
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        return self.last(x - 0.5 * x.mean(0) if len(x) > 1 else 0.5 * x)
+
+
+class OfTrak:
+    """A model output written for TRAK."""
+
+    def __init__(self) -> None:
+        inner = trak_dist.ImageClassification()
+        self.get_output, self.get_out_to_loss_grad = inner.get_output, inner.get_out_to_loss_grad
+
+
+class Halved(trak_dist.ImageClassification):
+    """Another function of a batch than of its examples."""
+
+    def get_batch_output(self, *arguments: object) -> Tensor:
+        return super().get_batch_output(*arguments) / 2
+
+
+MODELS = {"plain": tiny.net, "squashed": Squashed, "meeting": Meeting}
+OUTPUTS = {"plain": trak_dist.ImageClassification, "trak": OfTrak, "halved": Halved}
+
+
+def problem(directory: str, model: str = "plain", output: str = "plain") -> trak_dist.Problem:
+    """Called by name in a job."""
+    paths = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        paths.append(Path(directory) / f"{model}-{seed}.pt")
+        if not paths[-1].exists():
+            torch.save(MODELS[model]().state_dict(), paths[-1])
+    return trak_dist.Problem(
+        model=MODELS[model](),
+        model_output=OUTPUTS[output](),
+        train=tiny.Rows(20, seed=1),
+        targets={"val": tiny.Rows(4, seed=2), "test": tiny.Rows(3, seed=3)},
+        checkpoints=paths,
+    )
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.setitem(sys.modules, "test_gradients_chosen", sys.modules[__name__])
+    return [
+        *("problem._target_=test_gradients_chosen.problem", f"+problem.directory={tmp_path}"),
+        *("cluster=debug", "proj_dim=16", "featurize.dtype=float32", "targets=val"),
+    ]
+
+
+def test_auto_takes_hooks_where_they_cover_the_model_and_the_plan_keeps_it(
+    launch: Launch, tmp_path: Path, arguments: list[str]
+) -> None:
+    ended = launch(*arguments, f"run_dir={tmp_path / 'run'}")
+    assert ended.code == 0, ended.err
+    assert "gradients by hooks, sjlt to 16" in ended.out
+    assert "by vmap" not in ended.out
+    run = open_run(tmp_path / "run")
+    assert run.plan.gradients == "hooks"
+    assert {r.facts["gradients"] for r in run.receipts("featurize").values()} == {"hooks"}
+    ended = launch(*arguments, f"run_dir={tmp_path / 'run'}", "featurize.gradients=auto")
+    assert ended.code == 0, ended.err
+    assert open_run(tmp_path / "run").plan == run.plan
+
+
+def test_hooks_and_vmap_give_the_same_scores_and_other_fingerprints(
+    launch: Launch, tmp_path: Path, arguments: list[str]
+) -> None:
+    runs = {}
+    for asked in ("auto", "hooks", "vmap"):
+        ended = launch(*arguments, f"run_dir={tmp_path / asked}", f"featurize.gradients={asked}")
+        assert ended.code == 0, ended.err
+        runs[asked] = open_run(tmp_path / asked)
+    assert runs["auto"].plan.fingerprint == runs["hooks"].plan.fingerprint
+    assert runs["vmap"].plan.fingerprint != runs["hooks"].plan.fingerprint
+    by_hooks, by_vmap = runs["auto"].scores("val"), runs["vmap"].scores("val")
+    assert np.linalg.norm(by_hooks - by_vmap) <= 1e-4 * np.linalg.norm(by_vmap)
+    ended = launch(*arguments, f"run_dir={tmp_path / 'auto'}", "featurize.gradients=vmap")
+    assert ended.code == 2
+    assert "featurize.gradients: 'auto' in the plan, 'vmap' now" in ended.err
+
+
+WHY = {
+    "+problem.model=squashed": "slope (in torch.nn.functional.prelu)",
+    "+problem.output=trak": "OfTrak has no get_batch_output",
+    "+problem.model=meeting": "first.bias has other gradients than by vmap on the first examples "
+    "of 'train' (difference ",
+    "+problem.output=halved": "0.bias has other gradients than by vmap on the first examples of "
+    "'train' (difference ",
+}
+
+
+@pytest.mark.parametrize("change", WHY)
+def test_auto_falls_back_to_vmap_and_says_why(
+    launch: Launch, tmp_path: Path, arguments: list[str], change: str
+) -> None:
+    ended = launch(*arguments, f"run_dir={tmp_path / 'run'}", change)
+    assert ended.code == 0, ended.err
+    assert f"gradients by vmap, not by hooks: {WHY[change]}" in ended.out
+    assert "gradients by vmap, sjlt to 16" in ended.out
+    assert open_run(tmp_path / "run").plan.gradients == "vmap"
+
+
+@pytest.mark.parametrize("change", WHY)
+def test_hooks_that_were_asked_for_and_would_be_wrong_are_refused(
+    launch: Launch, tmp_path: Path, arguments: list[str], change: str
+) -> None:
+    asked = "featurize.gradients=hooks"
+    ended = launch(*arguments, f"run_dir={tmp_path / 'run'}", change, asked)
+    assert ended.code == 2
+    assert f"error: hooks can't compute the gradients: {WHY[change]}" in ended.err
+    assert "  where: featurize.gradients\n  next:  featurize.gradients=vmap, " in ended.err
+    assert not (tmp_path / "run/plan.json").exists()
+
+
+def test_parameters_that_hooks_do_not_cover_may_be_left_out(
+    launch: Launch, tmp_path: Path, arguments: list[str]
+) -> None:
+    chosen = ("+problem.model=squashed", "featurize.params=['*.weight']")
+    ended = launch(*arguments, f"run_dir={tmp_path / 'run'}", *chosen)
+    assert ended.code == 0, ended.err
+    assert open_run(tmp_path / "run").plan.gradients == "hooks"
+
+
+def test_a_plan_made_before_there_were_hooks_goes_on_by_vmap(
+    launch: Launch, tmp_path: Path, arguments: list[str]
+) -> None:
+    plan = tmp_path / "run/plan.json"
+    launch(*arguments, f"run_dir={tmp_path / 'run'}", "stage=plan", "featurize.gradients=vmap")
+    raw = json.loads(plan.read_text())
+    del raw["gradients"], raw["spec"]["featurize"]["gradients"], raw["digest"]
+    plan.write_text(json.dumps({**raw, "digest": digest(raw)}))
+    assert Plan.from_json(plan.read_bytes(), where="").fingerprint == raw["fingerprint"]
+    ended = launch(*arguments, f"run_dir={tmp_path / 'run'}")
+    assert ended.code == 0, ended.err
+    assert "gradients by vmap, sjlt" in ended.out

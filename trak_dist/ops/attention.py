@@ -1,0 +1,97 @@
+"""Functions whose parameters `ops.hooks` can follow once they are written as several others.
+
+torch's multi-head attention takes its weights whole and its inputs with positions before examples;
+written with `linear`, examples first, each product has its rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+
+def multi_head_attention(  # noqa: PLR0913, PLR0917
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim_to_check: int,  # noqa: ARG001
+    num_heads: int,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    training: bool = True,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    use_separate_proj_weight: bool = False,
+    q_proj_weight: Tensor | None = None,
+    k_proj_weight: Tensor | None = None,
+    v_proj_weight: Tensor | None = None,
+    static_k: Tensor | None = None,
+    static_v: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,  # noqa: ARG001  (torch gives the mask with it)
+) -> tuple[Tensor, Tensor | None] | None:
+    """`F.multi_head_attention_forward`; None where it is used in a way that is not written here."""
+    unusual = [bias_k, bias_v, static_k, static_v]
+    if any(t is not None for t in unusual) or add_zero_attn or query.ndim != 3:
+        return None
+    if training and dropout_p:
+        return None
+    weights: Any = (q_proj_weight, k_proj_weight, v_proj_weight)
+    if query is key and key is value and not use_separate_proj_weight:
+        assert in_proj_weight is not None
+        heads = F.linear(query.transpose(0, 1), in_proj_weight, in_proj_bias).chunk(3, -1)
+    else:
+        if not use_separate_proj_weight:
+            assert in_proj_weight is not None
+            weights = in_proj_weight.chunk(3)
+        biases = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
+        heads = tuple(
+            F.linear(x.transpose(0, 1), w, b)
+            for x, w, b in zip((query, key, value), weights, biases, strict=True)
+        )
+    q, k, v = (h.reshape(*h.shape[:2], num_heads, -1).transpose(1, 2) for h in heads)
+    mask = _mask(attn_mask, key_padding_mask, num_heads, q)
+    attention = None
+    if need_weights:
+        logits = q @ k.mT / q.shape[-1] ** 0.5
+        attention = torch.softmax(logits if mask is None else logits + mask, -1)
+        found = attention @ v
+        attention = attention.mean(1) if average_attn_weights else attention
+    else:
+        found = F.scaled_dot_product_attention(q, k, v, mask)
+    out = F.linear(found.transpose(1, 2).flatten(2), out_proj_weight, out_proj_bias)
+    return out.transpose(0, 1), attention
+
+
+def _mask(
+    attn_mask: Tensor | None, key_padding_mask: Tensor | None, heads: int, like: Tensor
+) -> Tensor | None:
+    """One additive mask that broadcasts over (batch, heads, queries, keys)."""
+    masks = []
+    if attn_mask is not None and attn_mask.ndim == 3:
+        masks.append(attn_mask.reshape(-1, heads, *attn_mask.shape[1:]))
+    elif attn_mask is not None:
+        masks.append(attn_mask)
+    if key_padding_mask is not None:
+        masks.append(key_padding_mask[:, None, None])
+    added = [
+        torch.zeros(m.shape, dtype=like.dtype, device=like.device).masked_fill(m, -torch.inf)
+        if m.dtype == torch.bool
+        else m
+        for m in masks
+    ]
+    return sum(added[1:], added[0]) if added else None
+
+
+REWRITTEN: dict[Any, Callable[..., Any]] = {F.multi_head_attention_forward: multi_head_attention}
