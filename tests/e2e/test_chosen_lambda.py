@@ -144,7 +144,7 @@ def test_kernels_page_and_printed_lds_say_where_lambda_is_from(made: Made) -> No
 
 
 def test_repeated_nothing_is_computed_again(fork: Made, command, attempts: list[str]) -> None:
-    for again in (SWEEP, (*SWEEP, *TRUTH), ("-m", "reduce.lambda_reg=auto")):
+    for again in ((*SWEEP, *TRUTH), ("-m", "reduce.lambda_reg=auto")):
         ended = command(*again)
         assert ended.code == 0, ended.err
         assert f"auto: {why(fork.run)}\n" in ended.out
@@ -190,6 +190,7 @@ def test_without_a_run_there_is_nothing_to_choose_from(tmp_path, command, way: t
     assert not (tmp_path / "run/plan.json").exists()
 
 
+@pytest.mark.slow
 def test_without_an_evaluation_of_each_target_set_neither(fork: Made, command) -> None:
     before = Run.open(fork.run).plan
     (fork.run / "receipts/evaluate/evaluate_test.json").unlink()
@@ -206,7 +207,9 @@ def test_without_an_evaluation_of_each_target_set_neither(fork: Made, command) -
     ("asked", "what"),
     [
         (("projection=gaussian",), "gaussian to 16, checkpoints [0, 1]"),
-        (("projection.seed=1",), "sjlt to 16, checkpoints [0, 1]"),
+        pytest.param(
+            ("projection.seed=1",), "sjlt to 16, checkpoints [0, 1]", marks=pytest.mark.slow
+        ),
         (("proj_dim=8",), "sjlt to 8, checkpoints [0, 1]"),
         (("checkpoints.use=[1]",), "sjlt to 16, checkpoints [1]"),
     ],
@@ -245,9 +248,8 @@ def test_in_the_run_itself_another_lambda_would_replace_its_scores(fork: Made, c
     )
 
 
-@pytest.mark.parametrize("value", ["otto", "AUTO", "''"])
-def test_no_other_word_is_a_lambda(fork: Made, command, value: str) -> None:
-    ended = command("-m", f"reduce.lambda_reg={value}")
+def test_no_other_word_is_a_lambda(fork: Made, command) -> None:
+    ended = command("-m", "reduce.lambda_reg=otto")
     assert ended.code == 2
     assert "  reduce.lambda_reg: " in ended.err
 
@@ -318,6 +320,7 @@ def test_the_figures_of_fewer_models_are_those_of_a_run_that_never_had_more(
     assert pages(fork.run) == pages(other)
 
 
+@pytest.mark.slow
 def test_a_member_may_hold_itself_against_fewer_than_the_run(
     fork: Made, command, attempts: list[str]
 ) -> None:
@@ -352,6 +355,7 @@ def test_members_with_another_alpha_are_refused(fork: Made, command, attempts) -
     np.testing.assert_array_equal(masks(fork.run), before)
 
 
+@pytest.mark.slow
 def test_a_run_may_not_differ_from_its_members_ground_truth(fork: Made, command) -> None:
     """Its own is put aside; that of the member is made of the same files."""
     assert command("ground_truth.subsets=0", "stage=plan").code == 0
@@ -359,6 +363,7 @@ def test_a_run_may_not_differ_from_its_members_ground_truth(fork: Made, command)
     assert (ended.code, ended.err) == (2, REFUSED)
 
 
+@pytest.mark.slow
 def test_killed_trainings_of_a_member_are_gone_on_with_by_the_run(
     fork: Made, command, attempts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -209,6 +209,7 @@ def test_outputs_are_those_of_models_trained_here(made: Made) -> None:
         np.testing.assert_allclose(found[cell]["outputs"], outputs, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_other_target_sets_lose_the_same_random_rows(plain: Path, command, trained) -> None:
     ended = command("targets=all", *ASKED, "counterfactuals.remove=[3]")
     assert ended.code == 0, ended.err
@@ -267,6 +268,7 @@ def test_receipt_page_and_last_lines_say_the_same(finished: Path, command) -> No
     assert "LDS" not in ended.out
 
 
+@pytest.mark.slow
 def test_they_stand_beside_a_ground_truth(plain: Path, command, attempts: list[str]) -> None:
     truth = ("ground_truth.subsets=3", "ground_truth.seeds=1")
     assert command(*truth).code == 0
@@ -305,6 +307,7 @@ def test_killed_amid_retraining_it_goes_on_to_the_same_outputs(
     assert figures(plain) == figures(made.run)
 
 
+@pytest.mark.slow
 def test_lost_receipts_cost_their_own_models_alone(
     made: Made, finished: Path, command, attempts: list[str]
 ) -> None:
@@ -330,7 +333,7 @@ def _cell(cell_id: str) -> Any:
             {f"{w}/7/{s}" for w in ("0", "5", "random") for s in (0, 1)},
             marks=pytest.mark.slow,
         ),
-        ("counterfactuals.remove=[4]", set()),
+        pytest.param("counterfactuals.remove=[4]", set(), marks=pytest.mark.slow),
         pytest.param("counterfactuals.seeds=1", set(), marks=pytest.mark.slow),
     ],
 )
@@ -356,6 +359,7 @@ def test_more_or_fewer_later_retrain_only_the_new_ones(
     assert figures(finished) == figures(made.run)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_joins_makes_them_anew_of_the_new_scores(
     finished: Path, command, trained: Trained
 ) -> None:
@@ -442,6 +446,7 @@ def test_settings_that_make_no_counterfactuals(plain, command, asked: str, said:
     assert ended.err.startswith(f"error: the configuration is not valid:\n  {said}")
 
 
+@pytest.mark.slow
 def test_stage_evaluate_makes_them_and_needs_scores(
     plain: Path, command, attempts: list[str]
 ) -> None:

@@ -146,6 +146,7 @@ def test_pages_of_it_come_with_the_rest(made: Path, fork: Path, command) -> None
     assert verified.code == 0, verified.out
 
 
+@pytest.mark.slow
 def test_the_paper_s_kernel_and_another_ensemble_have_their_own(
     fork: Path, command, made: Path
 ) -> None:
@@ -159,6 +160,7 @@ def test_the_paper_s_kernel_and_another_ensemble_have_their_own(
     assert not (fork / "store.zarr/scores/train").exists()
 
 
+@pytest.mark.slow
 def test_it_can_be_switched_off_again(fork: Path, command, attempts: list[str]) -> None:
     assert command("self_influence=true").code == 0
     attempts.clear()
@@ -230,8 +232,8 @@ def test_known_wrong_labels_give_an_auc_in_figures_and_on_the_last_lines(
     ("marked", "flags", "said"),
     [
         (3, 29, "29 flags, 3 of them set"),
-        (0, 30, "30 flags, 0 of them set"),
-        (30, 30, "30 flags, 30 of them set"),
+        pytest.param(0, 30, "30 flags, 0 of them set", marks=pytest.mark.slow),
+        pytest.param(30, 30, "30 flags, 30 of them set", marks=pytest.mark.slow),
     ],
     ids=["too few", "none set", "all set"],
 )
@@ -255,6 +257,7 @@ def test_flags_that_do_not_fit_the_train_set_are_told(
     assert not list(tmp_path.glob("run/report/train*"))
 
 
+@pytest.mark.slow
 def test_a_limit_cuts_the_flags_with_the_rows(made: Path, tmp_path: Path, command) -> None:
     small = (*given(made)[:2], *given(made)[4:], f"run_dir={tmp_path / 'run'}", "limit=12")
     ended = command(*small, "self_influence=true", "checkpoints.use=[0]")
@@ -283,6 +286,7 @@ def test_halves_are_the_scores_of_ensembles_of_every_other_checkpoint(
     assert np.abs(halves[:, 0] - halves[:, 1]).max() > 0.1 * np.abs(halves).max()
 
 
+@pytest.mark.slow
 def test_of_an_even_number_no_checkpoint_is_left_out(fork: Path, command) -> None:
     ended = command("-m", "stage=reduce", "checkpoints.use=[1,2,3,4],[1,3],[2,4]")
     assert ended.code == 0, ended.err
@@ -292,6 +296,7 @@ def test_of_an_even_number_no_checkpoint_is_left_out(fork: Path, command) -> Non
     np.testing.assert_allclose(halves[:, 1], there[2, 4].scores("val"), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_of_many_targets_halves_are_kept_for_spread_ones(
     made: Path, tmp_path: Path, command, monkeypatch
 ) -> None:
@@ -349,6 +354,7 @@ def test_the_report_says_how_many_top_rows_the_halves_share(
     assert "Would another ensemble say the same?" in (fork / "report/val.html").read_text()
 
 
+@pytest.mark.slow
 def test_damaged_halves_and_self_influence_are_found_and_mended(
     fork: Path, command, attempts: list[str]
 ) -> None:
