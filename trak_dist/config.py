@@ -227,6 +227,10 @@ class Config:
                 for count in config.counterfactuals.remove
                 if count < 1
             )
+            if len(set(config.counterfactuals.remove)) < len(config.counterfactuals.remove):
+                bad.append("  counterfactuals.remove: a number of rows is named twice")
+            if config.counterfactuals.targets == 1:
+                bad.append("  counterfactuals.targets: 1 has no interval; at least 2, or 0")
             if config.checkpoints.allow_missing and config.stage != "reduce":
                 bad.append("  checkpoints.allow_missing: only stage=reduce takes it")
         if bad:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trak_dist import machine, needs, settings, sweep, telling
-from trak_dist.config import ClusterConfig, Config, SlurmConfig
+from trak_dist.config import ClusterConfig, Config, Counterfactuals, SlurmConfig
 from trak_dist.errors import StoreError
 from trak_dist.plan import REDUCE_KEYS, SWEEP_KEYS, Plan
 from trak_dist.stages import choice
@@ -45,7 +45,10 @@ def prepared(
         if task:
             run_dir = sweep.home(base, plan)
             run = Run.open(run_dir) if Run.exists(run_dir) else None
-            plan = run.plan if run else replace(plan, lambda_from=lambda_from)
+            # A new member shares the models of the ground truth; counterfactuals would be its own.
+            fresh = replace(plan, counterfactuals=Counterfactuals())
+            plan = run.plan if run else fresh
+            plan = replace(plan, lambda_from=lambda_from or plan.lambda_from)
         else:
             planning.refuse_scored(base, plan)
     if "self_influence" in given and plan:

@@ -99,6 +99,14 @@ class Problem:
                 where="trak_dist.Problem",
                 next="checkpoints=[path, …], train=dataset, targets={name: dataset, …}",
             )
+        flags = [] if self.mislabelled is None else [bool(flag) for flag in self.mislabelled]
+        if flags and not (len(flags) == len(self.train) and 0 < sum(flags) < len(flags)):
+            raise ProblemError(
+                f"mislabelled has {len(flags)} flags, {sum(flags)} of them set, for "
+                f"{len(self.train)} train rows",
+                where="trak_dist.Problem",
+                next="a flag for each train row, some but not all of them set; or None",
+            )
 
     def dataset(self, split: str) -> MapDataset:
         """The train set or the target set called `split`."""

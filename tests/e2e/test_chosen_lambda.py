@@ -339,7 +339,7 @@ def test_a_member_may_hold_itself_against_fewer_than_the_run(
 REFUSED = (
     "error: the run has another ground truth: 6 subsets, 2 seeds, alpha 0.5, masks ''\n"
     "  where: ground_truth\n"
-    "  next:  leave ground_truth.alpha and .masks out, or use another run_dir\n"
+    "  next:  ground_truth.alpha=0.5 and no masks, or use another run_dir\n"
 )
 
 

@@ -374,11 +374,13 @@ def test_a_checkpoint_that_joins_makes_them_anew_of_the_new_scores(
 def test_a_members_models_lose_the_rows_most_helpful_by_its_own_scores(
     finished: Path, command, trained: Trained, made: Made
 ) -> None:
-    small = ("counterfactuals.remove=[4]", "counterfactuals.seeds=1")
-    ended = command("-m", "reduce.lambda_reg=0.001", *small)
-    assert ended.code == 0, ended.err
+    assert command("-m", "reduce.lambda_reg=0.001").code == 0
     (name,) = Run.open(finished).layout.members()
     member = finished / "sweeps" / name
+    assert not trained.calls, "a member is given models of its own only where it is asked for them"
+    asked = ("targets=2", "remove=[4]", "seeds=1")
+    ended = command("-m", "reduce.lambda_reg=0.001", *(f"counterfactuals.{a}" for a in asked))
+    assert ended.code == 0, ended.err
     scores, of_run = open_run(member).scores("val"), open_run(finished).scores("val")
     own = [complement(most_helpful(scores, target, 4)) for target in TARGETS]
     assert [rows for _, rows in trained.calls][:2] == own
@@ -402,7 +404,7 @@ def test_without_train_checkpoint(launch, tmp_path: Path) -> None:
         "problem._target_=tiny.problem",
         f"+problem.directory={tmp_path / 'checkpoints'}",
     )
-    ended = launch(*asked, *brought, "counterfactuals.targets=1", "stage=plan")
+    ended = launch(*asked, *brought, "counterfactuals.targets=2", "stage=plan")
     assert (ended.code, ended.err) == (
         2,
         (

@@ -287,7 +287,7 @@ def test_more_subsets_and_seeds_cost_their_own_models_alone(
 REFUSED = (
     "error: the run has another ground truth: 5 subsets, 2 seeds, alpha 0.5, masks ''\n"
     "  where: ground_truth\n"
-    "  next:  leave ground_truth.alpha and .masks out, or use another run_dir\n"
+    "  next:  ground_truth.alpha=0.5 and no masks, or use another run_dir\n"
 )
 
 

@@ -57,11 +57,14 @@ def spearman(a: Matrix, b: Matrix) -> Matrix:
     return correlation
 
 
-def interval(per_target: Matrix) -> Interval:
-    """The mean over targets with its percentile bootstrap interval over targets."""
+def interval(per_target: Matrix, *, least: float = -1.0) -> Interval:
+    """The mean over targets with its percentile bootstrap interval over targets.
+
+    One target says nothing of others: the interval is all that can be, from `least` to 1.
+    """
     mean = float(per_target.mean())
     if len(per_target) < 2:
-        return Interval(mean, -1.0, 1.0)  # one target says nothing of others
+        return Interval(mean, least, 1.0)
     found = stats.bootstrap(
         (per_target,),
         np.mean,

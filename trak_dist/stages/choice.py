@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from trak_dist.cells import EvaluateCell
 from trak_dist.errors import EvaluationError
+from trak_dist.store.results import Results
 from trak_dist.store.run import Run
 
 AUTO = "auto"
@@ -39,6 +39,8 @@ def best_lambda(run: Run | None, wanted: Mapping[str, Any]) -> Choice:
     ------
     EvaluationError
         If nothing is evaluated with these settings.
+    CorruptChunk
+        If the figures are damaged.
     """
     where = "reduce.lambda_reg"
     if wanted["reduce"]["lambda_unit"] != "mean_diagonal":
@@ -59,7 +61,7 @@ def best_lambda(run: Run | None, wanted: Mapping[str, Any]) -> Choice:
     plan = run.plan
     use = sorted(wanted["checkpoints"]["use"]) or [c.model_id for c in plan.checkpoints]
     alike = (wanted["projection"], use) == (asdict(plan.spec.projection), list(plan.model_ids))
-    found = [json.loads(run.layout.evaluation(name).read_bytes()) for name in truths]
+    found = [Results(run).evaluation(name) for name in truths]
     means = [
         [one["mean"] for one in curve["by_lambda"]]
         for evaluation in found

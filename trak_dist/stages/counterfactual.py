@@ -52,6 +52,13 @@ def with_counterfactuals(
             where="counterfactuals.remove",
             next=f"counterfactuals.remove={max(1, plan.train.rows // 40)}",
         )
+    alone = [split.name for split in plan.targets if split.rows == 1]
+    if wanted.targets and alone:
+        raise ConfigError(
+            f"the target set {alone[0]!r} has one target, over which there is no interval",
+            where="counterfactuals.targets",
+            next="a run with targets=… that has more",
+        )
     return replace(plan, counterfactuals=wanted)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from dataclasses import asdict, dataclass
 from importlib import resources
 from typing import Any
@@ -57,7 +56,7 @@ def report(session: Session, cell: ReportCell) -> Outcome:
     evaluation: dict[str, Any] = {}
     if run.plan.evaluated(cell.targets):
         require(run, [EvaluateCell(cell.targets)], needed_by=cell)
-        evaluation = json.loads(run.layout.evaluation(cell.targets).read_bytes())
+        evaluation = Results(run).evaluation(cell.targets)
     title = _title(session, cell)
     lines = [] if cell.targets == TRAIN else _lines(session, cell)
     suspects = [
@@ -95,7 +94,7 @@ def _stability(session: Session, targets: str) -> dict[str, Any]:
     halves = Results(run).halves(targets)
     counts = [count for count in TOP_COUNTS if 2 * count <= len(halves)]
     shared = {n: ranking.overlaps(halves[:, 0], halves[:, 1], n) for n in counts}
-    return {str(n): asdict(lds.interval(values)) for n, values in shared.items()}
+    return {str(n): asdict(lds.interval(values, least=0.0)) for n, values in shared.items()}
 
 
 def _lines(session: Session, cell: ReportCell) -> list[_Line]:

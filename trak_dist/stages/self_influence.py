@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trak_dist.cells import TRAIN, Cell
-from trak_dist.errors import ProblemError
 from trak_dist.ops import ranking
 from trak_dist.stages.session import Session
 from trak_dist.store import contents
@@ -23,35 +22,21 @@ LISTED = 100
 
 
 def summary(session: Session) -> dict[str, Any]:
-    """What `report/train.json` says: the rows with the largest, and whether they are mislabelled.
-
-    Raises
-    ------
-    ProblemError
-        If the problem's `mislabelled` does not fit its train set.
-    """
+    """What `report/train.json` says: the rows with the largest, and how many are mislabelled."""
     influence = Results(session.run).self_influence()
     largest = np.argsort(-influence, kind="stable")[:LISTED]
     found: dict[str, Any] = {
         "largest": [{"row": int(row), "self_influence": float(influence[row])} for row in largest]
     }
     wrong = session.problem.mislabelled
-    if wrong is not None:
-        flags = np.asarray(wrong)[: len(influence)]
-        if flags.shape != influence.shape or not 0 < flags.sum() < len(flags):
-            raise ProblemError(
-                f"mislabelled has {len(wrong)} flags, {int(flags.sum())} of them set, for "
-                f"{len(influence)} train rows",
-                where="problem.mislabelled",
-                next="a flag for each train row, some but not all of them set; or None",
-            )
-        first = ranking.first_found(influence, flags.astype(bool))
+    flags = np.asarray([] if wrong is None else wrong, dtype=bool)[: len(influence)]
+    if 0 < flags.sum() < len(flags):  # a `limit` may have left none
         found["mislabelled"] = {
             "rows": int(flags.sum()),
-            "auc": asdict(ranking.auc(influence, flags.astype(bool))),
+            "auc": asdict(ranking.auc(influence, flags)),
             # The plainest other ranking: the ensemble's mean 1 − p, or whatever −∂loss/∂f is.
-            "auc_of_out_to_loss": asdict(ranking.auc(_out_to_loss(session), flags.astype(bool))),
-            "found_by_share": first,
+            "auc_of_out_to_loss": asdict(ranking.auc(_out_to_loss(session), flags)),
+            "found_by_share": ranking.first_found(influence, flags),
         }
     return found
 

@@ -69,7 +69,7 @@ def with_ground_truth(
                 f"the run has another ground truth: {known.subsets} subsets, {known.seeds} seeds, "
                 f"alpha {known.alpha}, masks {known.masks!r}",
                 where="ground_truth",
-                next="leave ground_truth.alpha and .masks out, or use another run_dir",
+                next=f"ground_truth.alpha={known.alpha} and no masks, or use another run_dir",
             )
     if wanted.subsets and problem.train_checkpoint is None:
         raise ConfigError(
@@ -110,10 +110,16 @@ def trained_masks(plan: Plan) -> NDArray[np.bool_]:
 
 def publish_masks(run: Run) -> None:
     """Write the masks where others find them, as TRAK's `masks.npy`; never fewer than before."""
-    there = _load(run.layout.masks) if run.layout.masks.exists() else ()
-    if run.plan.ground_truth.subsets > len(there):
+    if not run.plan.ground_truth.subsets:
+        return
+    masks = trained_masks(run.plan)
+    try:
+        there = _load(run.layout.masks)[: len(masks)]
+    except EvaluationError:
+        there = None
+    if there is None or not np.array_equal(there, masks):
         buffer = io.BytesIO()
-        np.save(buffer, trained_masks(run.plan))
+        np.save(buffer, masks)
         atomic.write(run.layout.masks, buffer.getvalue())
 
 

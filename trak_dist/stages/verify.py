@@ -38,7 +38,10 @@ def _damages(run: Run, cell: Cell, receipt: Receipt) -> Iterator[str]:
         if found != receipt.digests.get("figures"):
             yield f"figures: digest {found}, the receipt says {receipt.digests.get('figures')}"
     elif isinstance(cell, ReportCell):
-        if not run.layout.report(cell.targets).exists():
-            yield "report: the page is missing"
+        page = run.layout.report(cell.targets)
+        pictures = [page.with_suffix(f"{name}.png") for name in receipt.facts["pictures"]]
+        for path in (page, *pictures):
+            if not path.exists():
+                yield f"report: {path.name} is missing"
     else:
         yield from contents.damages(run, cell, receipt)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trak_dist.cells import STAGE_CELLS, TRAIN
-from trak_dist.errors import ConfigError, MissingInputs
+from trak_dist.cells import STAGE_CELLS, TRAIN, EvaluateCell
+from trak_dist.errors import ConfigError, CorruptChunk, MissingInputs
 from trak_dist.plan import Plan
 from trak_dist.store import contents
 from trak_dist.store.receipts import Receipt
@@ -53,8 +55,7 @@ class Results:
         ConfigError
             If the run has no such target set.
         """
-        if targets == TRAIN:
-            raise ConfigError("train is no target set", next="self_influence() is what there is")
+        self._refuse_train(targets)
         return np.concatenate([block for _, block in self._blocks(targets)])
 
     def self_influence(self) -> NDArray[np.float32]:
@@ -78,6 +79,7 @@ class Results:
         MissingInputs, ConfigError
             As `scores` does, or if there is one checkpoint.
         """
+        self._refuse_train(targets)
         if targets in self._names() and not self.plan.halves(targets):
             raise ConfigError(
                 f"an ensemble of {len(self.plan.model_ids)} has no halves",
@@ -93,6 +95,7 @@ class Results:
         MissingInputs, ConfigError
             As `scores` does.
         """
+        self._refuse_train(targets)
         width = self.plan.split(targets).rows if targets in self._names() else 0
         if count < 1 or (width and not all(0 <= c < width for c in columns)):
             raise ConfigError(
@@ -118,6 +121,39 @@ class Results:
             raise ConfigError(f"no stage {stage!r}", next=f"one of {', '.join(STAGE_CELLS)}")
         done = self._run.receipts.done(self._run.plan.cells(stage))
         return {cell.id: receipt for cell, receipt in done.items()}
+
+    def evaluation(self, targets: str) -> dict[str, Any]:
+        """What `stage=evaluate` found of a target set, as in `report/<targets>.json`.
+
+        Raises
+        ------
+        CorruptChunk
+            If the file is gone or damaged.
+        MissingInputs
+            If it is not evaluated yet, or not at all.
+        """
+        path = self._run.layout.evaluation(targets)
+        receipt = self._run.receipts.done([EvaluateCell(targets)]).get(EvaluateCell(targets))
+        if receipt is None:
+            raise MissingInputs(
+                f"{targets!r} is not evaluated",
+                where=str(self._run.layout.run_dir),
+                next="stage=evaluate, with ground_truth.subsets=… or counterfactuals.targets=…",
+            )
+        text = path.read_bytes() if path.exists() else b""
+        if hashlib.sha256(text).hexdigest()[:32] != receipt.digests.get("figures"):
+            raise CorruptChunk(
+                "the figures are gone, or not those that were written",
+                where=str(path),
+                next="python -m trak_dist.launch stage=verify repair=true "
+                f"run_dir={self._run.layout.run_dir}, then the same command again",
+            )
+        found: dict[str, Any] = json.loads(text)
+        return found
+
+    def _refuse_train(self, targets: str) -> None:
+        if targets == TRAIN:
+            raise ConfigError("train is no target set", next="self_influence() is what there is")
 
     def _names(self) -> list[str]:
         return [s.name for s in self.plan.targets]
