@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from trak_dist.cells import (
     FULL,
+    RANDOM,
     STEPS,
     TRAIN,
     Cell,
@@ -95,7 +96,9 @@ def shares_needs(cell: Cell) -> object:
     match cell:
         case FeaturizeCell() | GramCell() | KernelCell() | PreconditionCell():
             return cell.model_id
-        case ScoreCell() | CounterfactualCell() | EvaluateCell() | ReportCell():
+        case CounterfactualCell(targets=targets, whose=whose):
+            return targets if whose != RANDOM else None
+        case ScoreCell() | EvaluateCell() | ReportCell():
             return cell.targets
         case MarginsCell(subset, seed):
             return subset, seed
@@ -117,7 +120,7 @@ def needs(plan: Plan, cell: Cell, done: Collection[Cell]) -> Iterator[Cell]:
             yield from _grads(plan, model_id, *(s.name for s in plan.targets))
         case ScoreCell(targets=targets):
             yield from _for_scores(plan, targets, done)
-        case CounterfactualCell(targets=targets):
+        case CounterfactualCell(targets=targets, whose=whose) if whose != RANDOM:
             yield from plan.score_cells(targets)
         case EvaluateCell(targets=targets):
             yield from _for_evaluation(plan, targets, done)
@@ -141,6 +144,8 @@ def _for_evaluation(plan: Plan, targets: str, done: Collection[Cell]) -> Iterato
     scores = list(plan.score_cells(targets))
     yield from scores
     if targets == TRAIN:
+        for model_id in plan.model_ids if scores[0] in done else ():
+            yield from plan.featurize_cells(model_id, TRAIN)
         return
     yield from plan.counterfactual_cells(targets)
     yield from (MarginsCell(*model, targets) for model in plan.retrained())

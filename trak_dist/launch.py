@@ -110,8 +110,9 @@ def _launch(composed: DictConfig, given: frozenset[str], task: Task | None) -> i
     if kept and mapping["stage"] not in ("status", "cancel"):
         out.print(f"from the plan: {', '.join(kept)}")
     settings.refuse_missing(mapping)
+    mapping["run_dir"] = str(run_dir)
     chosen = preparation.choose_lambda(mapping, run)
-    config = Config.from_mapping({**mapping, "run_dir": str(run_dir)})
+    config = Config.from_mapping(mapping)
     if config.stage in ("status", "verify", "cancel"):
         run = run or Run.open(run_dir)  # raises, and says how to begin
         plan = preparation.wanted(config, run, SWEEP_KEYS if task else ())

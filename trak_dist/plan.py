@@ -118,8 +118,8 @@ class Plan:
     checkpoints of the ensemble, none of them: all; `truth_files` digests the ground truth's files,
     if the user brought them, `truth_of` is the target set that they are of; `self_influence` tells
     whether the train rows are scored against themselves; `lambda_from` says how λ was chosen, if
-    not by the user; `gradients` is how per-sample gradients are computed, `hooks` or `vmap`,
-    whatever the spec leaves open.
+    not by the user; `mislabelled` digests which train labels are known to be wrong; `gradients` is
+    how per-sample gradients are computed, `hooks` or `vmap`, whatever the spec leaves open.
     """
 
     spec: Spec
@@ -134,6 +134,7 @@ class Plan:
     counterfactuals: Counterfactuals = field(default_factory=Counterfactuals)
     self_influence: bool = False
     lambda_from: str = ""
+    mislabelled: str = ""
     use: tuple[int, ...] = ()
     gradients: str = "vmap"
 
@@ -240,12 +241,13 @@ class Plan:
             bases[f"precondition/{name}"] = digest([kernel, content])
             bases[f"score/{name}"] = digest([score, content])
             bases[f"margins/{name}"] = digest([subset, split.content])
-            # Which targets are looked at depends on how many are.
-            outputs = [train, score, content, self.counterfactuals.targets]
-            bases[f"counterfactual/{name}"] = digest(["counterfactual", *outputs])
+            retrained = ["counterfactual", train, content]
+            bases[f"counterfactual/{RANDOM}/{name}"] = digest(retrained)
+            bases[f"counterfactual/{name}"] = digest([*retrained, score])
             evaluated: list[object] = ["evaluate", score, content]
             evaluated += [truth] if self.has_truth(name) else []
             evaluated += [without] if self.counterfactuals.targets and name != TRAIN else []
+            evaluated += [self.mislabelled] if name == TRAIN else []
             bases[f"evaluate/{name}"] = digest(evaluated)
             bases[f"report/{name}"] = digest(["report", *evaluated])
         return bases
@@ -265,6 +267,8 @@ class Plan:
                 base = self._bases[f"featurize/{split}"]
             case TrainCell(subset=subset):
                 base = self._bases["train" if subset == FULL else "subset"]
+            case CounterfactualCell(targets=name, whose="random"):
+                base = self._bases[f"counterfactual/{RANDOM}/{name}"]
             case (
                 MarginsCell(targets=name)
                 | PreconditionCell(targets=name)
@@ -414,6 +418,7 @@ class Plan:
             counterfactuals=counterfactuals_from_mapping(raw.get("counterfactuals", {})),
             self_influence=raw.get("self_influence", False),
             lambda_from=raw.get("lambda_from", ""),
+            mislabelled=raw.get("mislabelled", ""),
             use=tuple(raw.get("use", ())),
             gradients=raw.get("gradients", "vmap"),
         )

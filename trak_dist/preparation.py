@@ -11,7 +11,6 @@ from trak_dist import machine, needs, settings, sweep, telling
 from trak_dist.config import ClusterConfig, Config, Counterfactuals, SlurmConfig
 from trak_dist.errors import StoreError
 from trak_dist.plan import REDUCE_KEYS, SWEEP_KEYS, Plan
-from trak_dist.stages import choice
 from trak_dist.store import atomic
 from trak_dist.store.run import Run
 from trak_dist.sweep import Task
@@ -20,10 +19,14 @@ from trak_dist.telling import out
 
 def choose_lambda(mapping: dict[str, Any], run: Run | None) -> str:
     """Put the λ that `auto` stands for into `mapping`; why it is that one, if it is asked for."""
-    if mapping["reduce"]["lambda_reg"] != choice.AUTO:
+    if mapping["reduce"]["lambda_reg"] != "auto":
         return ""
-    found = choice.best_lambda(run, mapping)
-    mapping["reduce"]["lambda_reg"] = found.lambda_reg
+    from trak_dist.stages import choice
+
+    other = {**mapping, "reduce": {**mapping["reduce"], "lambda_reg": 1.0}}
+    config = Config.from_mapping(other)  # all else has to be valid
+    found = choice.best_lambda(run, config.spec, config.checkpoints.ensemble)
+    mapping["reduce"] = {**mapping["reduce"], "lambda_reg": found.lambda_reg}
     out.print(f"auto: {found.why}")
     return found.why
 
@@ -136,6 +139,7 @@ def _plan_with_problem(
         plan = truth.with_ground_truth(
             plan, problem, config.ground_truth, asked, others=others, tell=out.print
         )
+    plan = replace(plan, mislabelled=problems.flags_digest(problem))
     if asked := settings.given_in("counterfactuals", given):
         plan = with_counterfactuals(plan, problem, config.counterfactuals, asked)
     return plan

@@ -99,18 +99,22 @@ class Problem:
                 where="trak_dist.Problem",
                 next="checkpoints=[path, …], train=dataset, targets={name: dataset, …}",
             )
-        flags = [] if self.mislabelled is None else [bool(flag) for flag in self.mislabelled]
-        if flags and not (len(flags) == len(self.train) and 0 < sum(flags) < len(flags)):
+        if self.mislabelled is not None and len(self.mislabelled) != len(self.train):
             raise ProblemError(
-                f"mislabelled has {len(flags)} flags, {sum(flags)} of them set, for "
-                f"{len(self.train)} train rows",
+                f"mislabelled has {len(self.mislabelled)} flags for {len(self.train)} train rows",
                 where="trak_dist.Problem",
-                next="a flag for each train row, some but not all of them set; or None",
+                next="a flag for each train row, or None",
             )
 
     def dataset(self, split: str) -> MapDataset:
         """The train set or the target set called `split`."""
         return self.train if split == "train" else self.targets[split]
+
+
+def flags_digest(problem: Problem) -> str:
+    """Digest of which labels are known to be wrong; empty if that is not known."""
+    flags = problem.mislabelled
+    return "" if flags is None else digest([bool(flag) for flag in flags])
 
 
 def locate(target: str, *, import_root: str) -> tuple[Callable[..., Problem], str]:

@@ -150,7 +150,10 @@ def proofs(run: Run) -> Iterator[str]:
     facts = [(cell.id.partition("/")[2], receipt.facts) for cell, receipt in done.items()]
     for name, found in facts:
         for count, share in found.get("stability", {}).items():
-            yield f"halves: {name} share {_interval(share)} of the {count} most helpful rows"
+            yield (
+                f"halves: {name} share {_interval(share)} of the {count} most helpful rows, by "
+                f"chance {share['chance']:.2g}"
+            )
     for name, found in facts:
         for one in found.get("counterfactuals", []):
             yield (

@@ -78,6 +78,22 @@ def interval(per_target: Matrix, *, least: float = -1.0) -> Interval:
     return Interval(mean, min(mean, float(found.low)), max(mean, float(found.high)))
 
 
+def two_way_interval(values: Matrix) -> Interval:
+    """The mean of `values` (targets, seeds), its percentile bootstrap interval over both.
+
+    A seed's models are shared by all targets, so that what is peculiar to them does not average
+    out over targets.
+    """
+    draws = np.random.default_rng(0)
+    targets, seeds = values.shape
+    rows = draws.integers(targets, size=(RESAMPLES, targets, 1))
+    columns = draws.integers(seeds, size=(RESAMPLES, 1, seeds))
+    means = values[rows, columns].mean(axis=(1, 2))
+    mean = float(values.mean())
+    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return Interval(mean, min(mean, float(low)), max(mean, float(high)))
+
+
 @dataclass(frozen=True)
 class Reliability:
     """What the ground truth can tell.

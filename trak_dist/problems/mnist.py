@@ -64,5 +64,5 @@ def problem(model: str = "mlp", flip: float = 0.0) -> Problem:
         train_checkpoint=classifier_trainer(
             MODELS[model], epochs=15, batch_size=64, learning_rate=0.05, weight_decay=5e-3
         ),
-        mislabelled=wrong[order[:TRAIN]] if flip else None,
+        mislabelled=wrong[order[:TRAIN]] if wrong.any() else None,
     )

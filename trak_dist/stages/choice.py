@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from trak_dist.cells import EvaluateCell
+from trak_dist.config import Spec
 from trak_dist.errors import EvaluationError
 from trak_dist.store.results import Results
 from trak_dist.store.run import Run
-
-AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -24,16 +22,18 @@ class Choice:
     why: str
 
 
-def best_lambda(run: Run | None, wanted: Mapping[str, Any]) -> Choice:
+def best_lambda(base: Run | None, spec: Spec, use: Sequence[int]) -> Choice:
     """The λ with the highest mean LDS over the target sets, from `report/<targets>.json`.
+
+    Asked are the run and the members of its sweeps, whose evaluations know their own projection,
+    kernel scale and ensemble, and the dimensions that fold from their own.
 
     Parameters
     ----------
-    run : Run, optional
-        The run whose evaluation is asked.
-    wanted : mapping
-        The settings that the λ is for: an evaluation knows those of its own projection and
-        ensemble, and the dimensions that fold from its own.
+    base : Run, optional
+        The run.
+    spec, use
+        The settings and the ensemble (none named: all) that the λ is for.
 
     Raises
     ------
@@ -42,45 +42,54 @@ def best_lambda(run: Run | None, wanted: Mapping[str, Any]) -> Choice:
     CorruptChunk
         If the figures are damaged.
     """
-    where = "reduce.lambda_reg"
-    if wanted["reduce"]["lambda_unit"] != "mean_diagonal":
+    if spec.reduce.lambda_unit != "mean_diagonal":
         raise EvaluationError(
             "auto chooses λ as a multiple of the Gram's mean diagonal",
-            where=where,
+            where="reduce.lambda_reg",
             next="reduce.lambda_unit=mean_diagonal",
         )
-    truths = [s.name for s in run.plan.targets if run.plan.has_truth(s.name)] if run else []
-    done = run.receipts.done([EvaluateCell(name) for name in truths]) if run else {}
-    if run is None or not done or len(done) < len(truths):
-        raise EvaluationError(
-            "auto chooses λ from an evaluation against retrained models, and there is none yet",
-            where=where,
-            next="-m reduce.lambda_reg=1.0,auto ground_truth.subsets=100 ground_truth.seeds=3 "
-            "makes it first; on Slurm the same command again when it is done",
-        )
+    layout = base.layout if base else None
+    homes = [layout.base, *(layout.sweeps / name for name in layout.members())] if layout else []
+    for home in homes:
+        if found := _best(Run.open(home), spec, use):
+            return found
+    raise EvaluationError(
+        "auto chooses λ from an evaluation against retrained models, and there is none yet of "
+        f"{spec.projection.kind} to {spec.proj_dim}, checkpoints {list(use) or 'all'}",
+        where="reduce.lambda_reg",
+        next="first the same command with reduce.lambda_reg=1.0 ground_truth.subsets=100 "
+        "ground_truth.seeds=3; on Slurm wait until it is done",
+    )
+
+
+def _best(run: Run, spec: Spec, use: Sequence[int]) -> Choice | None:
     plan = run.plan
-    use = sorted(wanted["checkpoints"]["use"]) or [c.model_id for c in plan.checkpoints]
-    alike = (wanted["projection"], use) == (asdict(plan.spec.projection), list(plan.model_ids))
-    found = [Results(run).evaluation(name) for name in truths]
+    whole = tuple(use) or tuple(c.model_id for c in plan.checkpoints)
+    alike = (
+        plan.spec.projection == spec.projection
+        and plan.spec.reduce.kernel_scale == spec.reduce.kernel_scale
+        and plan.model_ids == whole
+    )
+    names = [s.name for s in plan.targets if plan.has_truth(s.name)]
+    done = run.receipts.done([EvaluateCell(name) for name in names])
+    if not alike or not names or len(done) < len(names):
+        return None
+    dim = plan.proj_dim if spec.projection.kind == "identity" else spec.proj_dim
+    found = [Results(run).evaluation(name) for name in names]
     means = [
         [one["mean"] for one in curve["by_lambda"]]
         for evaluation in found
         for curve in evaluation["curves"]
-        if (curve["checkpoints"], curve["proj_dim"]) == (len(use), wanted["proj_dim"])
+        if (curve["checkpoints"], curve["proj_dim"]) == (len(whole), dim)
     ]
-    if not (alike and means):
-        raise EvaluationError(
-            f"the evaluation is of {plan.spec.projection.kind} to {plan.proj_dim}, checkpoints "
-            f"{list(plan.model_ids)}; it tells nothing of {wanted['projection']['kind']} to "
-            f"{wanted['proj_dim']}, checkpoints {use}",
-            where=where,
-            next="give a λ, and evaluate with these settings first",
-        )
+    if not means:
+        return None
     average = np.mean(means, axis=0)
     best = int(average.argmax())
     value = float(f"{found[0]['lambdas'][best]:.3g}")
+    at_end = ", at the end of their range" if best in (0, len(average) - 1) else ""
     return Choice(
         value,
-        f"λ = {value} of the mean diagonal, the best of {len(average)} by the mean LDS of "
-        f"{', '.join(truths)}: {average[best]:.3f}",
+        f"λ = {value} of the mean diagonal, the best of {len(average)}{at_end} by the mean LDS of "
+        f"{', '.join(names)}: {average[best]:.3f}",
     )

@@ -63,7 +63,7 @@ def with_counterfactuals(
 
 
 def counterfactual(session: Session, cell: CounterfactualCell) -> Outcome:
-    """Train without `cell.removed` rows; the outputs on all targets looked at, as a fact.
+    """Train without `cell.removed` rows; the outputs on all targets, as a fact.
 
     Raises
     ------
@@ -73,46 +73,46 @@ def counterfactual(session: Session, cell: CounterfactualCell) -> Outcome:
         If training fails, or its outputs are not finite.
     """
     run, plan = session.run, session.run.plan
-    require(run, list(plan.score_cells(cell.targets)), needed_by=cell)
     left = torch.ones(plan.train.rows, dtype=torch.bool)
     if cell.whose == RANDOM:
         left[draws.some_rows(cell.seed, plan.train.rows, cell.removed)] = False
     else:
+        require(run, list(plan.score_cells(cell.targets)), needed_by=cell)
         (top,) = Results(run).top(cell.targets, [int(cell.whose)], cell.removed)
         left[torch.from_numpy(top.helpful)] = False
     seed = draws.stream_key("counterfactual", cell.seed) & SEEDS  # one for all that is compared
     state = fit(session, left.nonzero().flatten(), seed, where=cell.id)
-    found = outputs_of(session, state, cell.targets, where=cell.id)
-    looked_at = plan.split(cell.targets).spread(plan.counterfactuals.targets)
+    hint = "counterfactuals.targets=0 leaves these models out"
+    found = outputs_of(session, state, cell.targets, where=cell.id, hint=hint)
     run.refuse_if_superseded(cell)
-    return Outcome({}, {"outputs": found[looked_at].tolist()})
+    return Outcome({}, {"outputs": found.tolist()})
 
 
 def summary(run: Run, targets: str) -> list[dict[str, Any]]:
     """How far outputs drop, for each number of rows removed: with random rows less helpful ones.
 
-    Means over seeds; the interval is over targets.
+    Means over seeds; the interval is over targets and seeds.
     """
-    plan = run.plan
-    cells = list(plan.counterfactual_cells(targets))
+    asked = run.plan.counterfactuals
+    cells = list(run.plan.counterfactual_cells(targets))
     receipts = run.receipts.done(cells)
-    looked_at = plan.split(targets).spread(plan.counterfactuals.targets)
+    looked_at = run.plan.split(targets).spread(asked.targets)
+    outputs = {
+        (c.whose, c.removed, c.seed): np.array(receipts[c].facts["outputs"], dtype=np.float64)
+        for c in cells
+    }
     found = []
-    for removed in plan.counterfactuals.remove:
-
-        def outputs(whose: str, removed: int = removed) -> np.ndarray[Any, Any]:
-            alike = [c for c in cells if (c.whose, c.removed) == (whose, removed)]
-            return np.array([receipts[c].facts["outputs"] for c in alike], dtype=np.float64)
-
-        random = outputs(RANDOM).mean(axis=0)
-        helpful = np.array([outputs(str(t)).mean(axis=0)[i] for i, t in enumerate(looked_at)])
+    for removed in sorted(asked.remove):
+        seeds = range(asked.seeds)
+        random = np.array([outputs[RANDOM, removed, s][looked_at] for s in seeds]).T
+        helpful = np.array([[outputs[str(t), removed, s][t] for s in seeds] for t in looked_at])
         found.append(
             {
                 "removed": removed,
                 "targets": looked_at,
-                "without_random": random.tolist(),
-                "without_helpful": helpful.tolist(),
-                "drop": asdict(lds.interval(random - helpful)),
+                "without_random": random.mean(axis=1).tolist(),
+                "without_helpful": helpful.mean(axis=1).tolist(),
+                "drop": asdict(lds.two_way_interval(random - helpful)),
             }
         )
     return found

@@ -31,6 +31,8 @@ def evaluate(session: Session, cell: EvaluateCell) -> Outcome:
     require(run, list(plan.score_cells(cell.targets)), needed_by=cell)
     found: dict[str, Any] = {"targets": cell.targets, "model_ids": list(plan.model_ids)}
     if cell.targets == TRAIN:
+        grads = [c for m in plan.model_ids for c in plan.featurize_cells(m, TRAIN)]
+        require(run, grads, needed_by=cell)
         found |= self_influence.summary(session)
     if plan.has_truth(cell.targets):
         found |= against_retrained(session, cell)

@@ -87,14 +87,25 @@ def report(session: Session, cell: ReportCell) -> Outcome:
 
 
 def _stability(session: Session, targets: str) -> dict[str, Any]:
-    """The share of a target's top rows on which either half of the ensemble agrees, by count."""
+    """The share of a target's top rows on which either half of the ensemble agrees, by count.
+
+    Also what it would be by chance, and how many checkpoints are in a half.
+    """
     run = session.run
     if not run.plan.halves(targets):
         return {}
     halves = Results(run).halves(targets)
     counts = [count for count in TOP_COUNTS if 2 * count <= len(halves)]
     shared = {n: ranking.overlaps(halves[:, 0], halves[:, 1], n) for n in counts}
-    return {str(n): asdict(lds.interval(values, least=0.0)) for n, values in shared.items()}
+    half = len(run.plan.model_ids) // 2
+    return {
+        str(n): {
+            **asdict(lds.interval(values, least=0.0)),
+            "chance": n / len(halves),
+            "checkpoints": half,
+        }
+        for n, values in shared.items()
+    }
 
 
 def _lines(session: Session, cell: ReportCell) -> list[_Line]:

@@ -1,7 +1,8 @@
 """Self-influence of the train rows: how far each one's prediction rests on itself.
 
-Koh & Liang 2017, "Understanding Black-box Predictions via Influence Functions", section 5.4: those
-with the largest are the ones to look at first for wrong labels.
+Those with the largest are the ones to look at first for wrong labels (the idea is Koh & Liang's,
+2017, "Understanding Black-box Predictions via Influence Functions", section 5.4, with the influence
+on an example's own loss; here it is its score, so it has the sign of Q: what counts is its size).
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ LISTED = 100
 def summary(session: Session) -> dict[str, Any]:
     """What `report/train.json` says: the rows with the largest, and how many are mislabelled."""
     influence = Results(session.run).self_influence()
-    largest = np.argsort(-influence, kind="stable")[:LISTED]
+    size = np.abs(influence)
+    largest = np.argsort(-size, kind="stable")[:LISTED]
     found: dict[str, Any] = {
         "largest": [{"row": int(row), "self_influence": float(influence[row])} for row in largest]
     }
@@ -33,10 +35,10 @@ def summary(session: Session) -> dict[str, Any]:
     if 0 < flags.sum() < len(flags):  # a `limit` may have left none
         found["mislabelled"] = {
             "rows": int(flags.sum()),
-            "auc": asdict(ranking.auc(influence, flags)),
+            "auc": asdict(ranking.auc(size, flags)),
             # The plainest other ranking: the ensemble's mean 1 − p, or whatever −∂loss/∂f is.
-            "auc_of_out_to_loss": asdict(ranking.auc(_out_to_loss(session), flags)),
-            "found_by_share": ranking.first_found(influence, flags),
+            "auc_of_out_to_loss": asdict(ranking.auc(np.abs(_out_to_loss(session)), flags)),
+            "found_by_share": ranking.first_found(size, flags),
         }
     return found
 

@@ -63,7 +63,8 @@ def margins(session: Session, cell: MarginsCell) -> Outcome:
     path = run.layout.checkpoint(run.layout.trained_checkpoint(cell.subset, cell.seed))
     state = checkpoints.read_state_dict(path)
     checkpoints.check_fit(state, session.problem.model, where=str(path))
-    found = outputs_of(session, state, cell.targets, where=cell.id)
+    hint = "ground_truth.seeds or .subsets of what is finished evaluates without this model"
+    found = outputs_of(session, state, cell.targets, where=cell.id, hint=hint)
     return Outcome(contents.write(run, cell, {"margins": found[None]}))
 
 
@@ -93,7 +94,7 @@ def fit(
 
 
 def outputs_of(
-    session: Session, state: Mapping[str, Tensor], targets: str, *, where: str
+    session: Session, state: Mapping[str, Tensor], targets: str, *, where: str, hint: str
 ) -> NDArray[np.float32]:
     """The model outputs f(z; θ) of one state dict on one target set (targets,).
 
@@ -116,6 +117,6 @@ def outputs_of(
             f"targets of {targets!r}",
             where=where,
             next="see that training on a share of the rows converges, and that labels are classes; "
-            "ground_truth.seeds or .subsets of what is finished evaluates without this model",
+            f"{hint}",
         )
     return found

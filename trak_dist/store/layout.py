@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from trak_dist.cells import (
+    RANDOM,
     TRAIN,
     Cell,
     CounterfactualCell,
@@ -21,7 +22,7 @@ from trak_dist.cells import (
 from trak_dist.plan import Plan
 
 SWEEPS = "sweeps"
-# What no other member of a sweep can use.
+# What no other member of a sweep can use, but for models without random rows.
 OF_MEMBER = (ScoreCell, CounterfactualCell, EvaluateCell, ReportCell)
 
 
@@ -114,7 +115,8 @@ class Layout:
 
     def receipts(self, plan: Plan, cell: Cell) -> Path:
         """The directory of the cell's receipt, shared with others that are read along with it."""
-        owner = self.run_dir if isinstance(cell, OF_MEMBER) else self.base
+        shared = isinstance(cell, CounterfactualCell) and cell.whose == RANDOM
+        owner = self.run_dir if isinstance(cell, OF_MEMBER) and not shared else self.base
         root = owner / "receipts" / cell.stage
         match cell:
             case FeaturizeCell():
