@@ -143,6 +143,7 @@ def test_kernels_page_and_printed_lds_say_where_lambda_is_from(made: Made) -> No
     assert flattered[0].startswith(f"LDS:    val {own} (95 %, λ chosen on these targets), with λ")
 
 
+@pytest.mark.slow
 def test_repeated_nothing_is_computed_again(fork: Made, command, attempts: list[str]) -> None:
     for again in ((*SWEEP, *TRUTH), ("-m", "reduce.lambda_reg=auto")):
         ended = command(*again)
@@ -176,17 +177,19 @@ def test_another_lambda_by_hand_is_not_said_to_be_chosen(fork: Made, command) ->
 
 
 NONE_YET = (
-    "error: auto chooses λ from an evaluation against retrained models, and there is none yet\n"
+    "error: auto chooses λ from an evaluation against retrained models, and there is none yet of "
+    "{what}\n"
     "  where: reduce.lambda_reg\n"
-    "  next:  -m reduce.lambda_reg=1.0,auto ground_truth.subsets=100 ground_truth.seeds=3 makes it "
-    "first; on Slurm the same command again when it is done\n"
+    "  next:  first the same command with reduce.lambda_reg=1.0 ground_truth.subsets=100 "
+    "ground_truth.seeds=3; on Slurm wait until it is done\n"
 )
+ALL = NONE_YET.format(what="sjlt to 16, checkpoints all")
 
 
 @pytest.mark.parametrize("way", [(), ("-m",)], ids=["alone", "sweep"])
 def test_without_a_run_there_is_nothing_to_choose_from(tmp_path, command, way: tuple) -> None:
     ended = command(*given(tmp_path / "run"), *way, "reduce.lambda_reg=auto", *TRUTH)
-    assert (ended.code, ended.err) == (2, NONE_YET)
+    assert (ended.code, ended.err) == (2, ALL)
     assert not (tmp_path / "run/plan.json").exists()
 
 
@@ -194,38 +197,37 @@ def test_without_a_run_there_is_nothing_to_choose_from(tmp_path, command, way: t
 def test_without_an_evaluation_of_each_target_set_neither(fork: Made, command) -> None:
     before = Run.open(fork.run).plan
     (fork.run / "receipts/evaluate/evaluate_test.json").unlink()
-    ended = command("-m", "reduce.lambda_reg=auto")
-    assert (ended.code, ended.err) == (2, NONE_YET)
     shutil.rmtree(fork.run / "sweeps")
+    ended = command("-m", "reduce.lambda_reg=auto")
+    assert (ended.code, ended.err) == (2, ALL)
     assert command("ground_truth.subsets=0", "stage=plan").code == 0
     ended = command("-m", "reduce.lambda_reg=auto", "stage=plan")
-    assert (ended.code, ended.err) == (2, NONE_YET)
+    assert (ended.code, ended.err) == (2, ALL)
     assert Run.open(fork.run).plan.spec == before.spec
 
 
 @pytest.mark.parametrize(
     ("asked", "what"),
     [
-        (("projection=gaussian",), "gaussian to 16, checkpoints [0, 1]"),
-        pytest.param(
-            ("projection.seed=1",), "sjlt to 16, checkpoints [0, 1]", marks=pytest.mark.slow
-        ),
-        (("proj_dim=8",), "sjlt to 8, checkpoints [0, 1]"),
-        (("checkpoints.use=[1]",), "sjlt to 16, checkpoints [1]"),
+        (("projection=gaussian",), "gaussian to 16, checkpoints all"),
+        (("projection.seed=1",), "sjlt to 16, checkpoints all"),
+        (("proj_dim=8",), "sjlt to 8, checkpoints all"),
+        (("checkpoints.use=1",), "sjlt to 16, checkpoints [1]"),
+        (("reduce.kernel_scale=none",), "sjlt to 16, checkpoints all"),
     ],
-    ids=["kind", "seed", "dimension", "ensemble"],
+    ids=["kind", "seed", "dimension", "ensemble", "scale"],
 )
 def test_an_evaluation_of_something_else_tells_nothing(fork, command, asked, what: str) -> None:
     ended = command("-m", "reduce.lambda_reg=auto", *asked)
-    assert (ended.code, ended.err) == (
-        2,
-        (
-            "error: the evaluation is of sjlt to 16, checkpoints [0, 1]; it tells nothing of "
-            f"{what}\n  where: reduce.lambda_reg\n"
-            "  next:  give a λ, and evaluate with these settings first\n"
-        ),
-    )
+    assert (ended.code, ended.err) == (2, NONE_YET.format(what=what))
     assert [*(fork.run / "sweeps").iterdir()] == [fork.member]
+
+
+def test_the_evaluation_of_a_member_is_asked_where_the_run_has_none(fork: Made, command) -> None:
+    (fork.run / "receipts/evaluate/evaluate_test.json").unlink()
+    ended = command("-m", "reduce.lambda_reg=auto", "stage=plan")
+    assert ended.code == 0, ended.err
+    assert f"auto: λ = {best(fork.member)[0]:.3g} of the mean diagonal" in ended.out
 
 
 def test_an_absolute_lambda_is_not_chosen(fork: Made, command) -> None:
@@ -343,6 +345,7 @@ REFUSED = (
 )
 
 
+@pytest.mark.slow
 def test_members_with_another_alpha_are_refused(fork: Made, command, attempts) -> None:
     before, there = masks(fork.run), [*(fork.run / "sweeps").iterdir()]
     for where in ((), (f"run_dir={fork.member}",), ("-m", "reduce.lambda_reg=5")):

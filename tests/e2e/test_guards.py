@@ -67,6 +67,7 @@ def test_a_checkpoint_swapped_under_a_finished_run_is_noticed(
     assert "model_id 0 has other weights than those it was first featurized with" in ended.err
 
 
+@pytest.mark.slow
 def test_an_edited_problem_file_goes_on_where_the_user_accepts_it(edited) -> None:
     assert edited(SOURCE.format(AS_IS)).code == 0
     mended = SOURCE.format("dataclasses.replace(tiny.problem(directory), render=None)")

@@ -83,6 +83,7 @@ def test_an_added_target_set_costs_only_itself(command, tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_an_added_checkpoint_rescores_but_recomputes_no_gradient_and_no_kernel(
     command, tmp_path: Path
 ) -> None:
