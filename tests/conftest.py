@@ -49,6 +49,17 @@ def launch(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.fixture
+def command(launch: Launch, tmp_path: Path) -> Launch:
+    """A command on `tmp_path / "run"`, as if in a fresh process."""
+
+    def run(*overrides: str) -> Ended:
+        worker._session.cache_clear()
+        return launch(f"run_dir={tmp_path / 'run'}", "cluster=debug", *overrides)
+
+    return run
+
+
+@pytest.fixture
 def attempts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The ids of the cells that stages were called for."""
     called: list[str] = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_trained
-from launching import Ended
 
 from trak_dist import open_run, worker
 from trak_dist.launch import main
@@ -67,18 +65,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return Made(root / "run", (root / "out").read_text())
 
 
-@pytest.fixture
-def command(
-    launch: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Ended]:
-    """A command on `tmp_path / "run"`, as if in a fresh process."""
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     quick(monkeypatch)
-
-    def run(*overrides: str) -> Ended:
-        worker._session.cache_clear()
-        return launch(f"run_dir={tmp_path / 'run'}", "cluster=debug", *overrides)
-
-    return run
 
 
 @pytest.fixture

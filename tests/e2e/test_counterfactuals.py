@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ import pytest
 import tiny
 import tiny_trained
 import torch
-from launching import Ended
 from torch.utils.data import Subset
 
 from trak_dist import open_run, worker
@@ -107,18 +105,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> Trained:
     return found
 
 
-@pytest.fixture
-def command(
-    launch: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Ended]:
-    """A command on `tmp_path / "run"`, as if in a fresh process."""
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     quick(monkeypatch)
-
-    def run(*overrides: str) -> Ended:
-        worker._session.cache_clear()
-        return launch(*overrides, f"run_dir={tmp_path / 'run'}", "cluster=debug")
-
-    return run
 
 
 @pytest.fixture

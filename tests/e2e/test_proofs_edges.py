@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_chosen_lambda import Made, best, command, fork, given, made  # noqa: F401
+from test_chosen_lambda import Made, _quick, best, fork, given, made  # noqa: F401
 
 from trak_dist import open_run
 from trak_dist.errors import ConfigError

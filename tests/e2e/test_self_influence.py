@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ import pytest
 import tiny
 import torch
 import zarr
-from launching import Ended
 
 from trak_dist import open_run, worker
 from trak_dist.errors import ConfigError, MissingInputs
@@ -48,18 +46,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture
-def command(
-    launch: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., Ended]:
-    """A command on `tmp_path / "run"`, as if in a fresh process."""
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lds, "RESAMPLES", 49)
-
-    def run(*overrides: str) -> Ended:
-        worker._session.cache_clear()
-        return launch(f"run_dir={tmp_path / 'run'}", "cluster=debug", *overrides)
-
-    return run
 
 
 @pytest.fixture
