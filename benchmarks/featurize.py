@@ -42,7 +42,7 @@ def main() -> None:
     output = ImageClassification()
     shapes = select_params(model, ["*"])
     project = make_projector("sjlt", dim=dim, seed=0, model_id=0, shapes=shapes)
-    hooks = HookGradients(model, output, ["*"], piece_elements=project.piece_elements)
+    hooks = HookGradients(model, output, ["*"], piece_elements=project.piece_elements, bundles=project.bundles)
     vmap = VmapGradients(model, output, ["*"])
 
     def sketch(compute: GradientComputer) -> Tensor | None:

@@ -17,7 +17,8 @@ STAGES = (
     *("all", "plan", "train", "featurize", "reduce", "evaluate", "report"),
     *("status", "verify", "cancel"),
 )
-DRAW_VERSION = 1  # of the projections; another one draws other numbers
+DRAW_VERSION = 1  # of random streams; another one draws other numbers
+PROJECTION_VERSION = 2  # of what projections make of them
 CACHE_BYTES = 2**30  # what a projector may keep of its draws in memory
 DEVICES = ("auto", "cpu", "cuda")
 # Options of sbatch that have a setting of their own, or on which the job graph rests.

@@ -33,7 +33,7 @@ from trak_dist.cells import (
     check_name,
 )
 from trak_dist.config import (
-    DRAW_VERSION,
+    PROJECTION_VERSION,
     Counterfactuals,
     GroundTruth,
     Spec,
@@ -210,7 +210,10 @@ class Plan:
     @cached_property
     def projection_id(self) -> str:
         """Names one projection of one choice of parameters, `sjlt-2048-1f0c9a3e` for instance."""
-        what = [self._settings("projection", "featurize.params", "featurize.dtype"), DRAW_VERSION]
+        what = [
+            self._settings("projection", "featurize.params", "featurize.dtype"),
+            PROJECTION_VERSION,
+        ]
         return f"{self.spec.projection.kind}-{self.store_dim}-{digest([self.store_dim, what])[:8]}"
 
     @cached_property

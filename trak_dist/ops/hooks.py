@@ -11,6 +11,7 @@ modules used twice need no case of their own; a use without a rule is found, nev
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,9 +24,11 @@ from torch.utils import _pytree as pytree
 
 from trak_dist.errors import NotCovered, ProblemError
 from trak_dist.ops.attention import REWRITTEN
+from trak_dist.ops.bundles import Bundles
 from trak_dist.ops.gradients import Take, examples_in, select_params
-from trak_dist.ops.layers import RULES, Use
+from trak_dist.ops.layers import RULES
 from trak_dist.ops.model_outputs import ModelOutput
+from trak_dist.ops.use import Use
 
 Receive = Callable[[slice, Float[Tensor, "rows ..."]], None]
 
@@ -43,6 +46,9 @@ class HookGradients:
         Globs that select parameters.
     piece_elements : int
         About how many numbers are handed over at a time; more where one example has more.
+    bundles : callable
+        Gives the bundles of a parameter, by its name and device, if its gradients are to be handed
+        over bundled where they can be; by default none are.
 
     Raises
     ------
@@ -57,6 +63,7 @@ class HookGradients:
         params: Sequence[str],
         *,
         piece_elements: int,
+        bundles: Callable[[str, torch.device], Bundles | None] = lambda *_: None,
     ) -> None:
         # TRAK's model outputs have no such method: it is optional.
         output = getattr(model_output, "get_batch_output", None)
@@ -68,13 +75,15 @@ class HookGradients:
         self._buffers = {n: b.detach() for n, b in model.named_buffers()}
         self._selected = select_params(model, params)
         self._piece_elements = piece_elements
+        self._bundles = bundles
 
     def __call__(self, batch: Sequence[Any], take: Take) -> Float[Tensor, " batch"]:
         """See `GradientComputer`."""
         size = examples_in(batch)
         watch = _Watch(size, self._piece_elements)
         for name in self._selected:
-            watch.add_parameter(name, self._weights[name], take)
+            weight = self._weights[name]
+            watch.add_parameter(name, weight, take, self._bundles(name, weight.device))
         batch = pytree.tree_map_only(Tensor, _of_batch, tuple(batch))
         with torch.enable_grad(), watch:
             f = self._output(self._model, self._weights, self._buffers, batch)
@@ -94,13 +103,15 @@ class HookGradients:
 class _Source:
     """A parameter, or what was made of parameters alone; `tensor` keeps its id from being reused.
 
-    `receive` takes its per-sample gradients, `elements` is the largest size on their way.
+    `receive` takes its per-sample gradients, `elements` is the largest size on their way. With
+    `bundles`, which parameters alone have, `receive` takes them bundled too.
     """
 
     tensor: Tensor
     names: tuple[str, ...]
     elements: int
     receive: Receive
+    bundles: Bundles | None = None
 
 
 class _Watch(TorchFunctionMode):
@@ -113,13 +124,13 @@ class _Watch(TorchFunctionMode):
         self._sources: dict[int, _Source] = {}
         self._uncovered: dict[str, str] = {}
 
-    def add_parameter(self, name: str, weight: Tensor, take: Take) -> None:
+    def add_parameter(self, name: str, weight: Tensor, take: Take, bundles: Bundles | None) -> None:
         """Follow one parameter, whose gradients `take` gets."""
 
         def receive(rows: slice, grads: Tensor) -> None:
             take(name, rows, grads)
 
-        self._sources[id(weight)] = _Source(weight, (name,), weight.numel(), receive)
+        self._sources[id(weight)] = _Source(weight, (name,), weight.numel(), receive, bundles)
 
     def refuse_uncovered(self) -> None:
         """Raise `NotCovered` naming every parameter with a use that has no rule."""
@@ -205,11 +216,15 @@ class _Watch(TorchFunctionMode):
 
     def _hand_over(self, use: Use, source: _Source, grad: Tensor) -> None:
         tensors = [self._by_example(t, source) for t in (grad, *use.saved)]
-        largest = max(source.elements, *(t[0].numel() for t in tensors))
+        formula, elements = use.formula, source.elements
+        if source.bundles and use.bundled:
+            formula = functools.partial(use.bundled, source.bundles)
+            elements = source.bundles.bundled_shape.numel()
+        largest = max(elements, *(t[0].numel() for t in tensors))
         rows = max(1, self._piece_elements // largest)
         for start in range(0, self._size, rows):
             piece = slice(start, min(start + rows, self._size))
-            source.receive(piece, use.formula(*(t[piece] for t in tensors)))
+            source.receive(piece, formula(*(t[piece] for t in tensors)))
 
     def _by_example(self, tensor: Tensor, source: _Source) -> Tensor:
         if not tensor.ndim or len(tensor) % self._size:

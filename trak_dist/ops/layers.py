@@ -1,19 +1,13 @@
 """Per-sample gradients of one use of a parameter, from the input and the gradient of the output.
 
-One rule for each function of torch that parameters go into. A rule has its function's signature
-and gives, for each operand that may be a parameter, a `Use`; it leaves out those that it can't do.
-`RULES` says which function has which rule; `ops.hooks` applies them.
-
-Tensors come to a formula as (rows, n, …), where (batch · n, …) is what the function saw: n is 1,
-but where a model has folded another dimension, frames of a video for instance, into the batch.
+One rule (`ops.use`) for each function of torch that parameters go into: those of look-ups,
+normalisation, arithmetic and concatenation are here, `RULES` has all; `ops.hooks` applies them.
 """
 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,164 +15,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-SMALL_PRODUCT = 2**21  # multiplications; below, calling a kernel for each example costs more
-
-Formula = Callable[..., Float[Tensor, "rows ..."]]
-
-
-@dataclass(frozen=True)
-class Use:
-    """One operand of a call.
-
-    `formula(grad, *saved)` gives its per-sample gradients (rows, *shape) from the rows of the
-    output's gradient and of the tensors in `saved`.
-    """
-
-    operand: Tensor
-    saved: tuple[Tensor, ...]
-    formula: Formula
-
-
-Rule = Callable[..., Iterable[Use]]
-
-
-# Products -------------------------------------------------------------------------------------
-
-
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterable[Use]:
-    """`x Wᵀ + b`."""
-    yield Use(weight, (input,), _outer)
-    if bias is not None:
-        yield Use(bias, (), lambda g: g.flatten(1, -2).sum(1))
-
-
-def matmul(input: Tensor, other: Tensor) -> Iterable[Use]:
-    """`x W`."""
-    if other.ndim == 2:
-        yield Use(other, (input,), lambda g, x: _outer(x, g))
-
-
-def addmm(
-    input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
-) -> Iterable[Use]:
-    """`b + x W`, as in Hugging Face's Conv1D."""
-    if beta == 1 and alpha == 1 and input.ndim == 1:
-        yield Use(mat2, (mat1,), lambda g, x: _outer(x, g))
-        yield Use(input, (), lambda g: g.flatten(1, -2).sum(1))
-
-
-def _outer(
-    left: Float[Tensor, "rows ... a"], right: Float[Tensor, "rows ... b"]
-) -> Float[Tensor, "rows a b"]:
-    """The sum over positions of outer products, as one batched product."""
-    left, right = left.flatten(1, -2), right.flatten(1, -2)
-    if left.shape[1] == 1:
-        return left.mT * right
-    return torch.bmm(left.mT, right)
-
-
-# Convolutions ---------------------------------------------------------------------------------
-
-
-def convolution(  # noqa: PLR0913, PLR0917
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | str | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-) -> Iterable[Use]:
-    """Convolution in 1, 2 or 3 dimensions."""
-    if input.ndim != weight.ndim:  # a single example
-        return
-    dims = weight.ndim - 2
-    dilations = _each(dilation, dims)
-    if padding == "same":
-        spare = [d * (size - 1) for d, size in zip(dilations, weight.shape[2:], strict=True)]
-        if any(s % 2 for s in spare):
-            padded = F.pad(input, [side for s in reversed(spare) for side in (0, s % 2)])
-            padding = [s // 2 for s in spare]
-            yield from convolution(padded, weight, bias, stride, padding, dilation, groups)
-            return
-        padding = [s // 2 for s in spare]
-    pads = [0] * dims if isinstance(padding, str) else _each(padding, dims)
-    settings = (_each(stride, dims), pads, dilations, False, [0] * dims, groups)
-    yield from _convolution(input, weight, bias, settings)
-
-
-def transposed_convolution(  # noqa: PLR0913, PLR0917
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] = 0,
-    output_padding: int | Sequence[int] = 0,
-    groups: int = 1,
-    dilation: int | Sequence[int] = 1,
-) -> Iterable[Use]:
-    """Transposed convolution in 1, 2 or 3 dimensions."""
-    if input.ndim != weight.ndim:
-        return
-    dims = weight.ndim - 2
-    stride, padding, dilation = (_each(v, dims) for v in (stride, padding, dilation))
-    settings = (stride, padding, dilation, True, _each(output_padding, dims), groups)
-    yield from _convolution(input, weight, bias, settings)
-
-
-def _convolution(
-    input: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple[Any, ...]
-) -> Iterable[Use]:
-    stride, padding, dilation, transposed, _, groups = settings
-
-    def by_weight(
-        g: Float[Tensor, "rows n out ..."], x: Float[Tensor, "rows n in ..."]
-    ) -> Float[Tensor, "rows ..."]:
-        if groups == 1 and not transposed and g[0, 0, 0].numel() * weight.numel() <= SMALL_PRODUCT:
-            columns = _columns(x.flatten(0, 1), weight.shape[2:], stride, padding, dilation)
-            products = torch.bmm(g.flatten(0, 1).flatten(2), columns.mT)
-            return products.view(*g.shape[:2], *weight.shape).sum(1)
-        # Example by example, by the kernel of the training step: it needs no unfolded copy of the
-        # input, and is faster than unfolding and a batched product.
-        backward = functools.partial(_weight_gradient, weight, settings)
-        each = [backward(g[row], x[row]) for row in range(len(g))]
-        return torch.stack(each) if len(each) > 1 else each[0].unsqueeze(0)
-
-    yield Use(weight, (input,), by_weight)
-    if bias is not None:
-        yield Use(bias, (), _per_channel)
-
-
-def _columns(
-    x: Float[Tensor, "batch c ..."],
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-) -> Float[Tensor, "batch columns positions"]:
-    """The inputs of each output position, from overlapping views."""
-    x = F.pad(x, [side for p in reversed(padding) for side in (p, p)])
-    dims = len(kernel)
-    for at, (size, step, spread) in enumerate(zip(kernel, stride, dilation, strict=True), 2):
-        x = x.unfold(at, spread * (size - 1) + 1, step)[..., ::spread]
-    x = x.permute(0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
-    return x.reshape(len(x), -1, math.prod(x.shape[2 + dims :]))
-
-
-def _weight_gradient(weight: Tensor, settings: tuple[Any, ...], g: Tensor, x: Tensor) -> Tensor:
-    mask = (False, True, False)
-    found: Tensor = torch.ops.aten.convolution_backward(g, x, weight, None, *settings, mask)[1]
-    return found
-
-
-def _each(value: int | Sequence[int], dims: int) -> list[int]:
-    values = [value] if isinstance(value, int) else list(value)
-    return values * dims if len(values) == 1 else values
-
-
-def _per_channel(g: Float[Tensor, "rows n c ..."]) -> Float[Tensor, "rows c"]:
-    return g.reshape(*g.shape[:3], -1).sum((1, 3))
-
+from trak_dist.ops.bundles import GROUPS, Bundles
+from trak_dist.ops.convolutions import convolution, per_channel, transposed_convolution
+from trak_dist.ops.products import addmm, linear, matmul
+from trak_dist.ops.use import Formula, Rule, Use
 
 # Look-up --------------------------------------------------------------------------------------
 
@@ -195,18 +35,26 @@ def embedding(  # noqa: PLR0913, PLR0917
     """Rows of a table."""
     if max_norm is not None or scale_grad_by_freq:
         return
-    size, width = weight.shape
+    size = len(weight)
 
-    def by_weight(g: Tensor, index: Tensor) -> Float[Tensor, "rows size width"]:
+    def by_weight(g: Tensor, index: Tensor) -> Float[Tensor, "rows size w"]:
+        return tables(index.flatten(1), g.flatten(1, -2))
+
+    def by_bundled_weight(bundles: Bundles, g: Tensor, index: Tensor) -> Tensor:
         index, g = index.flatten(1), g.flatten(1, -2)
+        sums = bundles.sums(g.mT).view(len(g), GROUPS, bundles.width, -1)
+        group = (index // (size // GROUPS))[:, None, None].expand(-1, 1, bundles.width, -1)
+        return tables(index, sums.gather(1, group)[:, 0].mT)
+
+    def tables(index: Tensor, g: Float[Tensor, "rows n w"]) -> Float[Tensor, "rows size w"]:
         if padding_idx is not None:
             g = g.masked_fill((index == padding_idx % size)[..., None], 0)
         first = size * torch.arange(len(index), device=index.device)
-        table = g.new_zeros(len(index) * size, width)
-        table.index_add_(0, (index + first[:, None]).flatten(), g.reshape(-1, width))
-        return table.view(-1, size, width)
+        table = g.new_zeros(len(index) * size, g.shape[-1])
+        table.index_add_(0, (index + first[:, None]).flatten(), g.flatten(0, 1))
+        return table.view(len(index), size, -1)
 
-    yield Use(weight, (input,), by_weight)
+    yield Use(weight, (input,), by_weight, by_bundled_weight)
 
 
 # Normalisation --------------------------------------------------------------------------------
@@ -283,12 +131,12 @@ def _normalised(
     normalise: Callable[[Tensor], Tensor],
 ) -> Iterable[Use]:
     def by_weight(g: Tensor, x: Tensor) -> Float[Tensor, "rows c"]:
-        return _per_channel(g * normalise(x.flatten(0, 1)).view_as(g))
+        return per_channel(g * normalise(x.flatten(0, 1)).view_as(g))
 
     if weight is not None:
         yield Use(weight, (input,), by_weight)
     if bias is not None:
-        yield Use(bias, (), _per_channel)
+        yield Use(bias, (), per_channel)
 
 
 # Element by element ---------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from trak_dist.config import CACHE_BYTES
 from trak_dist.ops import draws
+from trak_dist.ops.bundles import Bundles, has_bundles
 
 BLOCK_ELEMENTS = 2**22
 CACHED_PIECE = 2**20  # 4 MiB: what was just computed is still in the processor's cache
@@ -33,31 +34,39 @@ class Projector(Protocol):
     dim: int
     piece_elements: int
 
+    def bundles(self, name: str, device: torch.device) -> Bundles | None:
+        """Those of parameter `name`, if its gradients may be handed over bundled."""
+        ...
+
     def add(
         self, into: Float[Tensor, "batch k"], name: str, grads: Float[Tensor, "batch ..."]
     ) -> None:
-        """Add the projection of the gradients of parameter `name` to `into`."""
+        """Add the projection of the gradients of parameter `name` to `into`.
+
+        They have the parameter's shape, or its `bundled_shape`: the projection is the same.
+        """
         ...
 
 
 class _Draws:
     """The streams of one (seed, model_id), and a bounded cache of what was drawn from them."""
 
-    def __init__(self, seed: int, model_id: int) -> None:
-        self._seed, self._model_id = seed, model_id
-        self._cache: dict[tuple[str, int], Tensor] = {}
+    def __init__(self, seed: int, model_id: int, shapes: Mapping[str, torch.Size]) -> None:
+        self._seed, self._model_id, self._shapes = seed, model_id, shapes
+        self._cache: dict[tuple[str, torch.Size, int], Tensor] = {}
         self._free = CACHE_BYTES
 
-    def key(self, name: str, grads: Tensor) -> int:
-        return draws.stream_key(self._seed, self._model_id, name, tuple(grads.shape[1:]))
+    def key(self, name: str, *more: str) -> int:
+        return draws.stream_key(self._seed, self._model_id, name, tuple(self._shapes[name]), *more)
 
-    def cached(self, name: str, start: int, make: Callable[[], Tensor]) -> Tensor:
-        found = self._cache.get((name, start))
+    def cached(self, name: str, grads: Tensor, start: int, make: Callable[[], Tensor]) -> Tensor:
+        key = (name, grads.shape[1:], start)
+        found = self._cache.get(key)
         if found is None:
             found = make()
             if found.nbytes <= self._free:
                 self._free -= found.nbytes
-                self._cache[name, start] = found
+                self._cache[key] = found
         return found
 
 
@@ -72,7 +81,8 @@ class Sjlt:
     is (Charikar, Chen & Farach-Colton 2002; Kane & Nelson 2014 for the family). The bucket is a
     hash modulo k, so that summing columns modulo k' gives the sketch of dimension k' where k'
     divides k.
-    E⟨Sx, Sy⟩ = ⟨x, y⟩; Var = (‖x‖²‖y‖² + ⟨x, y⟩² − 2 Σ xᵢ²yᵢ²) / k.
+    E⟨Sx, Sy⟩ = ⟨x, y⟩; Var = (‖x‖²‖y‖² + ⟨x, y⟩² − 2 Σ xᵢ²yᵢ²) / k, where hashes are independent.
+    Those of a parameter that `has_bundles` are so by bundles only; see there for what that adds.
 
     Positive and negative signs have sums of their own, subtracted at the end: so the gradients are
     read once, and no signed copy is made of them, unless that is the smaller one.
@@ -80,21 +90,35 @@ class Sjlt:
 
     piece_elements = CACHED_PIECE
 
-    def __init__(self, dim: int, seed: int, model_id: int) -> None:
+    def __init__(
+        self, dim: int, seed: int, model_id: int, shapes: Mapping[str, torch.Size]
+    ) -> None:
         self.dim = dim
-        self._draws = _Draws(seed, model_id)
+        self._draws = _Draws(seed, model_id, shapes)
+        self._bundled = {name for name, shape in shapes.items() if has_bundles(shape)}
+        self._shapes = shapes
+        self._bundles: dict[str, Bundles] = {}
+
+    def bundles(self, name: str, device: torch.device) -> Bundles | None:
+        """See `Projector`."""
+        if name in self._bundled and name not in self._bundles:
+            key = self._draws.key(name, "bundles")
+            self._bundles[name] = Bundles.draw(key, self._shapes[name], device)
+        return self._bundles.get(name)
 
     def add(
         self, into: Float[Tensor, "batch k"], name: str, grads: Float[Tensor, "batch ..."]
     ) -> None:
         """See `Projector`."""
-        key = self._draws.key(name, grads)
+        bundles = self.bundles(name, grads.device)
+        if grads.shape[1:] != self._shapes[name]:
+            assert bundles and grads.shape[1:] == bundles.bundled_shape
+            bundles = None
         flat = _flat(grads)
         for start in range(0, flat.shape[1], BLOCK_ELEMENTS):
             block = flat[:, start : start + BLOCK_ELEMENTS]
-            stop = start + block.shape[1]
-            draw = functools.partial(self._places, key, start, stop, flat.device)
-            places = self._draws.cached(name, start, draw)
+            draw = functools.partial(self._places, name, bundles, start, block)
+            places = self._draws.cached(name, grads, start, draw)
             if len(places) < self.dim:
                 signed = torch.where(places < self.dim, block, -block)
                 into.scatter_add_(1, (places % self.dim).expand(block.shape), signed)
@@ -103,10 +127,16 @@ class Sjlt:
             sums.scatter_add_(1, places.expand(block.shape), block)
             into += sums[:, : self.dim] - sums[:, self.dim :]
 
-    def _places(self, key: int, start: int, stop: int, device: torch.device) -> Int64[Tensor, " m"]:
-        """Buckets, those of negative signs from k on."""
-        counters = torch.arange(start, stop, device=device)
-        bucket, sign = draws.bucket_and_sign(key, counters, self.dim)
+    def _places(
+        self, name: str, bundles: Bundles | None, start: int, block: Float[Tensor, "batch m"]
+    ) -> Int64[Tensor, " m"]:
+        """Buckets, those of negative signs from k on, of a block of a parameter's numbers."""
+        counters = torch.arange(start, start + block.shape[1], device=block.device)
+        if bundles:
+            counters, bundled = bundles.places(counters)
+        bucket, sign = draws.bucket_and_sign(self._draws.key(name), counters, self.dim)
+        if bundles:
+            sign *= bundled
         return torch.where(sign < 0, bucket + self.dim, bucket)
 
 
@@ -119,23 +149,28 @@ class Dense:
 
     piece_elements = WHOLE_BATCH  # each piece costs a pass over the matrix, drawn if not cached
 
-    def __init__(self, kind: str, dim: int, seed: int, model_id: int) -> None:
+    def __init__(
+        self, kind: str, dim: int, seed: int, model_id: int, shapes: Mapping[str, torch.Size]
+    ) -> None:
         self.dim = dim
         self._entries = {"rademacher": draws.signs, "gaussian": draws.normals}[kind]
-        self._draws = _Draws(seed, model_id)
+        self._draws = _Draws(seed, model_id, shapes)
+
+    def bundles(self, name: str, device: torch.device) -> None:
+        """See `Projector`: none."""
 
     def add(
         self, into: Float[Tensor, "batch k"], name: str, grads: Float[Tensor, "batch ..."]
     ) -> None:
         """See `Projector`."""
-        key = self._draws.key(name, grads)
+        key = self._draws.key(name)
         flat = _flat(grads)
         rows = max(1, BLOCK_ELEMENTS // self.dim)
         for start in range(0, flat.shape[1], rows):
             block = flat[:, start : start + rows]
             stop = start + block.shape[1]
             draw = functools.partial(self._matrix, key, start, stop, flat.device)
-            matrix = self._draws.cached(name, start, draw)
+            matrix = self._draws.cached(name, grads, start, draw)
             into.addmm_(block, matrix, alpha=1 / math.sqrt(self.dim))
 
     def _matrix(
@@ -157,6 +192,9 @@ class Identity:
             self._slices[name] = slice(start, stop)
             start = stop
         self.dim = start
+
+    def bundles(self, name: str, device: torch.device) -> None:
+        """See `Projector`: none."""
 
     def add(
         self, into: Float[Tensor, "batch k"], name: str, grads: Float[Tensor, "batch ..."]
@@ -186,8 +224,8 @@ def make_projector(
         assert identity.dim == dim
         return identity
     if kind == "sjlt":
-        return Sjlt(dim, seed, model_id)
-    return Dense(kind, dim, seed, model_id)
+        return Sjlt(dim, seed, model_id, shapes)
+    return Dense(kind, dim, seed, model_id, shapes)
 
 
 def fold(grads: Float[Tensor, "rows k"], dim: int) -> Float[Tensor, "rows dim"]:

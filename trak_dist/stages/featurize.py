@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trak_dist.cells import FeaturizeCell
-from trak_dist.config import DRAW_VERSION
+from trak_dist.config import PROJECTION_VERSION
 from trak_dist.errors import NonFiniteGradient, ProblemError
 from trak_dist.ops import model_outputs
 from trak_dist.ops import rows as row_format
@@ -71,7 +71,7 @@ def featurize(session: Session, cell: FeaturizeCell) -> Outcome:
             "projector": spec.projection.kind,
             "projector_seed": spec.projection.seed,
             "projector_dim": plan.store_dim,
-            "projector_version": DRAW_VERSION,
+            "projector_version": PROJECTION_VERSION,
             "dtype": spec.featurize.dtype,
             "gradients": plan.gradients,
             "rows": len(cell.rows),

@@ -98,7 +98,9 @@ def gradients(
     params = plan.spec.featurize.params
     if plan.gradients == "vmap":
         return VmapGradients(model, model_output, params)
-    return HookGradients(model, model_output, params, piece_elements=into.piece_elements)
+    return HookGradients(
+        model, model_output, params, piece_elements=into.piece_elements, bundles=into.bundles
+    )
 
 
 def adding(project: Projector, into: Float[Tensor, "batch k"]) -> Take:

@@ -1,0 +1,67 @@
+"""Rules of linear layers: the weight's gradient is a sum over positions of outer products."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from trak_dist.ops.bundles import GROUPS, Bundles
+from trak_dist.ops.use import Use
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterable[Use]:
+    """`x Wᵀ + b`."""
+    yield Use(weight, (input,), _outer, _bundled_outer)
+    if bias is not None:
+        yield Use(bias, (), lambda g: g.flatten(1, -2).sum(1))
+
+
+def matmul(input: Tensor, other: Tensor) -> Iterable[Use]:
+    """`x W`."""
+    if other.ndim == 2:
+        yield Use(
+            other,
+            (input,),
+            lambda g, x: _outer(x, g),
+            lambda bundles, g, x: _bundled_outer(bundles, x, g),
+        )
+
+
+def addmm(
+    input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
+) -> Iterable[Use]:
+    """`b + x W`, as in Hugging Face's Conv1D."""
+    if beta == 1 and alpha == 1 and input.ndim == 1:
+        yield from matmul(mat1, mat2)
+        yield Use(input, (), lambda g: g.flatten(1, -2).sum(1))
+
+
+def _outer(
+    left: Float[Tensor, "rows ... a"], right: Float[Tensor, "rows ... b"]
+) -> Float[Tensor, "rows a b"]:
+    """The sum over positions of outer products, as one batched product."""
+    return _products(left.flatten(1, -2).mT, right.flatten(1, -2))
+
+
+def _bundled_outer(
+    bundles: Bundles, left: Float[Tensor, "rows ... a"], right: Float[Tensor, "rows ... b"]
+) -> Float[Tensor, "rows a width"]:
+    """The same with bundles in place of b: a product for each group of rows of the weight."""
+    left, right = left.flatten(1, -2), right.flatten(1, -2)
+    rows, positions, _ = left.shape
+    # With one position it is one look-up for the whole batch, of longer rows.
+    sums = bundles.sums(right.mT) if positions > 1 else bundles.sums(right.transpose(0, 1).mT)[0].T
+    groups = rows * GROUPS
+    products = _products(
+        left.mT.reshape(groups, -1, positions), sums.reshape(groups, -1, positions).mT
+    )
+    return products.view(rows, *bundles.bundled_shape)
+
+
+def _products(
+    left: Float[Tensor, "batch a positions"], right: Float[Tensor, "batch positions b"]
+) -> Float[Tensor, "batch a b"]:
+    return left * right if right.shape[1] == 1 else torch.bmm(left, right)
