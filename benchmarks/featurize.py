@@ -1,105 +1,121 @@
 """What projected per-sample gradients cost, against a training step on the same batch.
 
-    OMP_NUM_THREADS=1 python benchmarks/featurize.py [rows] [dim]
+    OMP_NUM_THREADS=1 python benchmarks/featurize.py [model …]
 
-ResNet-9 on images of 3 × 32 × 32, one thread, one process; the ways take turns. Seconds are those
-of the processor, which others on the machine disturb less; medians over rounds. The unit is a plain
-training step without the optimiser: forward, and backward by all weights. The floor of whatever
+One thread, one process; the ways take turns. Seconds are the processor's, which others on the
+machine disturb less; medians over rounds. The unit is a plain training step without the optimiser:
+forward, and backward by all weights, by the faster of two memory formats. The floor of whatever
 keeps examples apart is `by activations`: forward, and backward without any weight gradient.
 """
 
 from __future__ import annotations
 
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from models import CASES, Case
+from rounds import medians, ratios, take_turns
+from torch import Tensor
 
-from trak_dist import ImageClassification
 from trak_dist.ops.gradients import GradientComputer, VmapGradients, select_params
 from trak_dist.ops.hooks import HookGradients
 from trak_dist.ops.model_outputs import out_to_loss
-from trak_dist.ops.projection import make_projector
-from trak_dist.problems.networks import resnet9
+from trak_dist.ops.projection import Projector, make_projector
 from trak_dist.stages.session import adding
 
-ROUNDS, CLASSES = 5, 10
-FLOOR = "training step"
+ROUNDS, DIM = 5, 4096
+DIMS = (512, 2048, 16384)
+STEP = "training step"
 
 Batch = tuple[Tensor, Tensor]
 
 
 def main() -> None:
-    rows, dim = (*map(int, sys.argv[1:]), *(32, 4096)[len(sys.argv) - 1 :])
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model = resnet9(CLASSES).eval()
-    batch = (torch.randn(rows, 3, 32, 32), torch.arange(rows) % CLASSES)
-    output = ImageClassification()
-    shapes = select_params(model, ["*"])
-    project = make_projector("sjlt", dim=dim, seed=0, model_id=0, shapes=shapes)
-    hooks = HookGradients(model, output, ["*"], piece_elements=project.piece_elements, bundles=project.bundles)
-    vmap = VmapGradients(model, output, ["*"])
+    found = {}
+    for name in sys.argv[1:] or CASES:
+        torch.manual_seed(0)
+        found[name] = measure(CASES[name]())
+        report(name, found[name])
+    print(json.dumps(found))
 
-    def sketch(compute: GradientComputer) -> Tensor | None:
-        return compute(batch, adding(project, torch.zeros(rows, dim)))
 
-    def featurize(compute: GradientComputer) -> Tensor:
-        return out_to_loss(output, model, batch, sketch(compute))
-
+def measure(case: Case) -> dict[str, object]:
+    batch = case.batch(case.rows)
+    channels_last = (batch[0], batch[1])
+    if batch[0].ndim == 4:
+        channels_last = (batch[0].contiguous(memory_format=torch.channels_last), batch[1])
     ways: dict[str, Callable[[], object]] = {
-        FLOOR: lambda: training_step(model, batch),
-        "by activations": lambda: by_activations(model, batch),
-        "hooks": lambda: hooks(batch, lambda *_: None),
-        "hooks, sketch": lambda: sketch(hooks),
-        "hooks, sketch, Q": lambda: featurize(hooks),
-        "vmap, sketch, Q": lambda: featurize(vmap),
+        STEP: lambda: training_step(case, batch),
+        "the same, channels last": lambda: training_step(case, channels_last),
+        "by activations": lambda: by_activations(case, batch),
+        f"hooks, sjlt to {DIM}": featurizing(case, batch, DIM),
+        "vmap, the same": featurizing(case, batch, DIM, VmapGradients),
+        **{f"hooks, sjlt to {dim}": featurizing(case, batch, dim) for dim in DIMS},
     }
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    for way in ways.values():
-        way()
-    for _ in range(ROUNDS):
-        for name, way in ways.items():
-            started = time.process_time()
-            way()
-            seconds[name].append(time.process_time() - started)
-    report(seconds, rows)
+    if batch[0].ndim < 4:
+        del ways["the same, channels last"]
+    parameters = sum(p.numel() for p in case.model.parameters())
+    return {"rows": case.rows, "parameters": parameters, "seconds": take_turns(ways, ROUNDS)}
 
 
-def training_step(model: nn.Module, batch: Batch) -> None:
-    images, labels = batch
-    loss = nn.functional.cross_entropy(model(images), labels)
-    torch.autograd.grad(loss, list(model.parameters()))
+def featurizing(
+    case: Case, batch: Batch, dim: int, kind: type[VmapGradients] | None = None
+) -> Callable[[], object]:
+    project = make_projector(
+        "sjlt", dim=dim, seed=0, model_id=0, shapes=select_params(case.model, ["*"])
+    )
+    compute: GradientComputer = (
+        kind(case.model, case.output, ["*"]) if kind else hooks(case, project)
+    )
+
+    def featurize() -> Tensor:
+        f = compute(batch, adding(project, torch.zeros(case.rows, dim)))
+        return out_to_loss(case.output, case.model, batch, f)
+
+    return featurize
 
 
-def by_activations(model: nn.Module, batch: Batch) -> None:
+def hooks(case: Case, project: Projector) -> HookGradients:
+    return HookGradients(
+        case.model,
+        case.output,
+        ["*"],
+        piece_elements=project.piece_elements,
+        bundles=project.bundles,
+    )
+
+
+def training_step(case: Case, batch: Batch) -> None:
+    loss = case.loss(case.model(batch[0]), batch[1])
+    torch.autograd.grad(loss, list(case.model.parameters()))
+
+
+def by_activations(case: Case, batch: Batch) -> None:
     """Forward, and backward as far as the first layer's output."""
-    images, labels = batch
-    weights = {n: p.detach() for n, p in model.named_parameters()}
+    weights = {n: p.detach() for n, p in case.model.named_parameters()}
     first: list[Tensor] = []
-    hook = next(m for m in model.modules() if isinstance(m, nn.Conv2d)).register_forward_hook(
+    hook = case.first.register_forward_hook(
         lambda _module, _inputs, out: first.append(out.requires_grad_())
     )
-    logits = torch.func.functional_call(model, weights, (images,))
+    outputs = torch.func.functional_call(case.model, weights, (batch[0],))
     hook.remove()
-    torch.autograd.grad(nn.functional.cross_entropy(logits, labels), first)
+    torch.autograd.grad(case.loss(outputs, batch[1]), first)
 
 
-def report(seconds: dict[str, list[float]], rows: int) -> None:
-    medians = {way: statistics.median(times) for way, times in seconds.items()}
-    # A round's ways ran one after the other: their ratios lose what slows a whole round.
-    ratios = {
-        way: statistics.median(t / f for t, f in zip(times, seconds[FLOOR], strict=True))
-        for way, times in seconds.items()
-    }
-    print(f"{'way':<18}{'ms':>8}{'rows/s':>9}{'÷ step':>8}")
-    for way, median in medians.items():
-        print(f"{way:<18}{median * 1e3:>8.0f}{rows / median:>9.1f}{ratios[way]:>8.2f}")
-    print(json.dumps({"rows": rows, "seconds": seconds}))
+def report(name: str, found: dict) -> None:
+    seconds = found["seconds"]
+    step = min(
+        (w for w in seconds if "hooks" not in w and "vmap" not in w and "act" not in w),
+        key=lambda w: medians(seconds)[w],
+    )
+    print(f"{name}: p {found['parameters']:,}, {found['rows']} rows")
+    print(f"{'way':<26}{'ms':>8}{'rows/s':>9}{'÷ step':>8}")
+    for way, median in medians(seconds).items():
+        rate, ratio = found["rows"] / median, ratios(seconds, step)[way]
+        print(f"{way:<26}{median * 1e3:>8.0f}{rate:>9.1f}{ratio:>8.2f}")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ SET_BY_US = {
 }
 MIN_SUBSETS = 3  # rankings of two agree or disagree by chance alone
 GRADIENTS = ("auto", "hooks", "vmap")
+COMPUTE = ("model", "bfloat16")
 PROJECTIONS = ("sjlt", "rademacher", "gaussian", "identity")
 
 
@@ -44,11 +45,13 @@ class ProjectionConfig:
 class FeaturizeConfig:
     """What sets the bits of grads: parameters, how computed, batches, cells, threads, storage type.
 
-    `auto` gradients are by hooks where hooks can; the plan says which it is.
+    `auto` gradients are by hooks where hooks can; the plan says which it is. `compute` is the type
+    of weights, activations and gradients, that of the model or another one; `dtype` that of grads.
     """
 
     params: tuple[str, ...] = ("*",)
     gradients: str = field(default="auto", metadata={"choices": GRADIENTS})
+    compute: str = field(default="model", metadata={"choices": COMPUTE})
     batch_rows: int = field(default=64, metadata={"min": 1})
     cell_rows: int = field(default=0, metadata={"min": 0})  # 0: chosen when planning
     dtype: str = field(default="float16", metadata={"choices": ("float16", "float32")})

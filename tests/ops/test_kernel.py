@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trak_dist.errors import SingularGram
-from trak_dist.ops.kernel import Kernel, add_gram, factorise, precondition
+from trak_dist.ops.kernel import Kernel, factorise, precondition, sum_gram
 
 K, ROWS = 12, 40
 
@@ -28,12 +28,12 @@ def inverse(kernel: Kernel) -> np.ndarray:
     return torch.cholesky_inverse(kernel.factor).numpy() * kernel.scale
 
 
-def test_the_gram_of_blocks_is_that_of_all_rows_in_float64() -> None:
-    x = torch.from_numpy(rows()).float()
-    gram = torch.zeros(K, K, dtype=torch.float64)
-    for block in x.split(7):
-        add_gram(gram, block)
+@pytest.mark.parametrize("k", [1, K, 127, 128, 300])
+def test_the_gram_of_blocks_is_that_of_all_rows_in_float64(k: int) -> None:
+    x = torch.from_numpy(rows(k=k)).float()
+    gram = sum_gram(x.split(7), k, x.device)
     exact = x.double().numpy()
+    assert torch.equal(gram, gram.T)
     # Products of float32 numbers are exact in float64: what is left is float64's summation.
     np.testing.assert_allclose(gram.numpy(), exact.T @ exact, rtol=1e-13, atol=1e-12)
 

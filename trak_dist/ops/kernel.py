@@ -5,7 +5,7 @@ Everything here is O(k²) in memory, whatever the number of rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,16 +15,34 @@ from torch import Tensor
 from trak_dist.errors import SingularGram
 
 SCALE_ROWS = 64
+SMALL_TRIANGLE = 128  # below, the half that symmetry saves costs more than it saves
 
 
-def add_gram(gram: Float64[Tensor, "k k"], block: Float[Tensor, "rows k"]) -> None:
-    """Add a block of rows of X to XᵀX.
+def sum_gram(
+    blocks: Iterable[Float[Tensor, "rows k"]], dim: int, device: torch.device
+) -> Float64[Tensor, "k k"]:
+    """XᵀX from blocks of rows of X.
 
-    The product is formed in float64: scores divide by the small eigenvalues of the sum, where a
-    float32 product's rounding would show from a condition number of about 10⁴ on.
+    Products are formed in float64: scores divide by the small eigenvalues of the sum, where a
+    float32 product's rounding would show from a condition number of about 10⁴ on. What lies above
+    the diagonal is not computed, but copied in the end.
     """
-    block = block.double()
-    gram.addmm_(block.T, block)
+    gram = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+    for block in blocks:
+        _add_lower(gram, block.T.double().contiguous())  # one after the other: products like that
+    return gram.tril_().add_(gram.tril(-1).T)
+
+
+def _add_lower(gram: Float64[Tensor, "k k"], columns: Float64[Tensor, "k rows"]) -> None:
+    """Add the lower triangle of a block's Gram: two halves, and the square below the first."""
+    if len(gram) <= SMALL_TRIANGLE:
+        gram.addmm_(columns, columns.T)
+        return
+    half = len(gram) // 2
+    upper, lower = columns[:half], columns[half:]
+    _add_lower(gram[:half, :half], upper)
+    _add_lower(gram[half:, half:], lower)
+    gram[half:, :half].addmm_(lower, upper.T)
 
 
 @dataclass(frozen=True)

@@ -81,10 +81,10 @@ class ImageClassification:
     def get_out_to_loss_grad(
         self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
     ) -> Float[Tensor, " batch"]:
-        """1 − p = sigmoid(−f) in float32, which keeps small values that 1 − p would cancel."""
+        """1 − p = sigmoid(−f), which keeps small values that 1 − p would cancel."""
         images, labels = batch
         logits = functional_call(model, (dict(weights), dict(buffers)), (images,))
-        return torch.sigmoid(-_margins(logits.float(), labels))
+        return torch.sigmoid(-_margins(logits, labels))
 
 
 def out_to_loss(
@@ -109,6 +109,8 @@ def _margins(
 ) -> Float[Tensor, " batch"]:
     classes = torch.arange(logits.shape[1], device=logits.device)
     is_true = classes == labels[:, None]
+    if logits.dtype.itemsize < 4:  # a half type can't hold the 1 − p of a good model
+        logits = logits.float()
     # The margin does not depend on an offset; its rounding, forward and backward, would.
     logits = logits - logits.detach().amax(1, keepdim=True)
     # where(), not indexing in place: the same under vmap, and no NaN in its gradient

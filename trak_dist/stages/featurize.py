@@ -16,7 +16,7 @@ from trak_dist.ops import model_outputs
 from trak_dist.ops import rows as row_format
 from trak_dist.ops.gradients import examples_in
 from trak_dist.stages.outcome import Outcome
-from trak_dist.stages.session import Session, adding, batch_digest
+from trak_dist.stages.session import Session, adding, batch_digest, batch_in
 from trak_dist.store import contents
 
 
@@ -38,7 +38,7 @@ def featurize(session: Session, cell: FeaturizeCell) -> Outcome:
     done = 0
     for host_batch in session.batches(cell.split, cell.rows):
         batch_digest(inputs, host_batch)
-        batch = session.to_device(host_batch)
+        batch = batch_in(spec.featurize.compute, session.to_device(host_batch))
         size = examples_in(batch)
         _refuse_miscounted(
             cell, "grads", size, wanted=min(spec.featurize.batch_rows, len(cell.rows) - done)
@@ -73,6 +73,7 @@ def featurize(session: Session, cell: FeaturizeCell) -> Outcome:
             "projector_dim": plan.store_dim,
             "projector_version": PROJECTION_VERSION,
             "dtype": spec.featurize.dtype,
+            "compute": spec.featurize.compute,
             "gradients": plan.gradients,
             "rows": len(cell.rows),
             "batch_rows": spec.featurize.batch_rows,

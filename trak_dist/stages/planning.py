@@ -14,7 +14,7 @@ import torch
 
 from trak_dist import problem as problems
 from trak_dist.cells import TRAIN, ScoreCell, check_name
-from trak_dist.config import Config, Spec
+from trak_dist.config import Config, FeaturizeConfig, Spec
 from trak_dist.errors import (
     CheckpointError,
     ConfigError,
@@ -37,9 +37,11 @@ from trak_dist.stages.checkpoints import (
 from trak_dist.stages.session import (
     adding,
     as_batch,
+    batch_in,
     check_split,
     gradients,
     limited,
+    model_in,
     probe,
     projector,
 )
@@ -253,11 +255,11 @@ def _split(name: str, problem: Problem, spec: Spec, dim: int) -> Split:
             where="problem",
             next="switch random augmentation off: an example must be the same every time",
         )
-    dry_run(problem, name, dataset, spec.featurize.params)
+    dry_run(problem, name, dataset, spec.featurize)
     return Split(name, len(dataset), planned_cell_rows(len(dataset), spec, dim), first)
 
 
-def dry_run(problem: Problem, name: str, dataset: MapDataset, params: Sequence[str]) -> None:
+def dry_run(problem: Problem, name: str, dataset: MapDataset, spec: FeaturizeConfig) -> None:
     """Compute the first examples' gradients and out-to-loss, before anything is planned.
 
     Raises
@@ -267,11 +269,11 @@ def dry_run(problem: Problem, name: str, dataset: MapDataset, params: Sequence[s
     """
     examples = [dataset[row] for row in range(min(2, len(dataset)))]
     collate = problem.collate or torch.utils.data.default_collate
-    model = problem.model.eval()
+    model = model_in(spec.compute, problem.model.eval())
     weights, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     try:
-        batch = as_batch(collate(examples))
-        VmapGradients(model, problem.model_output, params)(batch, lambda *_: None)
+        batch = batch_in(spec.compute, as_batch(collate(examples)))
+        VmapGradients(model, problem.model_output, spec.params)(batch, lambda *_: None)
         with torch.no_grad():
             q = problem.model_output.get_out_to_loss_grad(model, weights, buffers, batch)
     except Exception as error:  # whatever the user's model and output do
@@ -305,10 +307,12 @@ def trial_rate(plan: Plan) -> float:
     """
     problem = problems.rebuild(plan.spec.problem, plan.source)
     torch.set_num_threads(plan.spec.featurize.threads)
-    batch = _first_batch(problem, problem.dataset(TRAIN))
+    compute_in = plan.spec.featurize.compute
+    batch = batch_in(compute_in, _first_batch(problem, problem.dataset(TRAIN)))
     size = examples_in(batch)
     project = projector(plan, 0, problem.model)
-    compute = gradients(plan, problem.model.eval(), problem.model_output, project)
+    model = model_in(compute_in, problem.model.eval())
+    compute = gradients(plan, model, problem.model_output, project)
     seconds = 0.0
     for _ in range(2):
         started = time.perf_counter()

@@ -51,9 +51,8 @@ def gram(session: Session, cell: GramCell) -> Outcome:
     cells = list(plan.featurize_cells(cell.model_id, TRAIN))
     receipts = require(session.run, cells, needed_by=cell)
     refuse_mixed(receipts)
-    total = torch.zeros(plan.proj_dim, plan.proj_dim, dtype=torch.float64, device=session.device)
-    for source in cells:
-        kernel.add_gram(total, read_grads(session, source))
+    blocks = (read_grads(session, source) for source in cells)
+    total = kernel.sum_gram(blocks, plan.proj_dim, session.device)
     digests = contents.write(session.run, cell, {"gram": total.cpu().numpy()})
     session.run.receipts.consolidate(cell.model_id)
     digest = next(iter(receipts.values())).facts["checkpoint_digest"]

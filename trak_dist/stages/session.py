@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -76,17 +77,16 @@ class Session:
 
     def to_device(self, batch: tuple[Any, ...]) -> tuple[Any, ...]:
         """The batch with its tensors on the device."""
-        moved = pytree.tree_map_only(Tensor, lambda t: t.to(self.device), batch)
-        assert isinstance(moved, tuple)
-        return moved
+        return _converted(batch, lambda t: t.to(self.device))
 
 
 class _Loaded:
     def __init__(self, session: Session, model_id: int) -> None:
         plan = session.run.plan
         self.model_id = model_id
-        self.model: nn.Module = session.problem.model.to(session.device).eval()
-        self.digest = checkpoints.load_into(session.run, self.model, plan.checkpoint(model_id))
+        model: nn.Module = session.problem.model.to(session.device).eval()
+        self.digest = checkpoints.load_into(session.run, model, plan.checkpoint(model_id))
+        self.model = model_in(plan.spec.featurize.compute, model)
         self.projector = projector(plan, model_id, self.model)
         self.gradients = gradients(plan, self.model, session.problem.model_output, self.projector)
 
@@ -121,6 +121,25 @@ def projector(plan: Plan, model_id: int, model: nn.Module) -> Projector:
         model_id=model_id,
         shapes=select_params(model, plan.spec.featurize.params),
     )
+
+
+def model_in(compute: str, model: nn.Module) -> nn.Module:
+    """`model`, or a copy of it in the type `compute`."""
+    return model if compute == "model" else copy.deepcopy(model).to(getattr(torch, compute))
+
+
+def batch_in(compute: str, batch: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A batch whose floating-point tensors have the type `compute`."""
+    if compute == "model":
+        return batch
+    dtype = getattr(torch, compute)
+    return _converted(batch, lambda t: t.to(dtype) if t.is_floating_point() else t)
+
+
+def _converted(batch: tuple[Any, ...], convert: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
+    converted = pytree.tree_map_only(Tensor, convert, batch)
+    assert isinstance(converted, tuple)
+    return converted
 
 
 def as_batch(collated: Any) -> tuple[Any, ...]:
