@@ -9,7 +9,6 @@ The values are random-like, as projected gradients are: float16 rows of 2048 col
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 import sys
@@ -25,16 +24,17 @@ from trak_dist.store import arrays
 from trak_dist.store.arrays import ArraySpec
 
 ROUNDS, CHUNKS, COLUMNS = 7, 4, 2048
+FLOOR = "tofile + fsync"
 ROWS = CHUNK_BYTES // (2 * COLUMNS)
 
 Way = tuple[Callable[[], None], Callable[[], None]]  # write, read
 
 
-def main() -> None:
+def main() -> dict:
     values = np.random.default_rng(0).standard_normal((ROWS, COLUMNS)).astype(np.float16)
     with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as name:
         directory = Path(name)
-        ways = {"tofile + fsync": plain_file(directory, values)}
+        ways = {FLOOR: plain_file(directory, values)}
         for compression in ("none", "zstd"):
             ways[f"store, {compression}"] = store(directory, values, compression)
         seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
@@ -42,7 +42,7 @@ def main() -> None:
             for way, (write, read) in ways.items():
                 seconds[way].append((timed(write), timed(read)))
         sizes = {way: size(directory / way.replace(" ", "_")) for way in ways}
-    report(seconds, sizes, values.nbytes * CHUNKS)
+    return report(seconds, sizes, values.nbytes * CHUNKS)
 
 
 def plain_file(directory: Path, values: np.ndarray) -> Way:
@@ -92,19 +92,19 @@ def size(path: Path) -> int:
 
 def report(
     seconds: dict[str, list[tuple[float, float]]], sizes: dict[str, int], nbytes: int
-) -> None:
+) -> dict:
     medians = {
         way: [statistics.median(s) for s in zip(*times, strict=True)]
         for way, times in seconds.items()
     }
-    floor = medians["tofile + fsync"]
+    floor = medians[FLOOR]
     print(f"{'way':<16}{'write GB/s':>12}{'÷ floor':>9}{'read GB/s':>12}{'÷ floor':>9}{'size':>7}")
     for way, (write, read) in medians.items():
         print(
             f"{way:<16}{nbytes / write / 1e9:>12.2f}{floor[0] / write:>9.2f}"
             f"{nbytes / read / 1e9:>12.2f}{floor[1] / read:>9.2f}{sizes[way] / nbytes:>7.2f}"
         )
-    print(json.dumps({"bytes": nbytes, "seconds": medians, "sizes": sizes}))
+    return {"bytes": nbytes, "seconds": medians, "sizes": sizes}
 
 
 if __name__ == "__main__":

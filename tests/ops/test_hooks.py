@@ -153,6 +153,17 @@ class LanguageModel(nn.Module):
         return self.head(self.last_norm(x))[:, -1, :CLASSES]
 
 
+class Power(nn.Module):
+    """A use of a parameter without a rule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([0.5]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.pow(1 + x.abs(), self.weight)
+
+
 def normed(norm: nn.Module) -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(2, 4, 3), norm, nn.SiLU(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(36, CLASSES)
@@ -174,7 +185,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "sequence": (lambda: Pooled(nn.Sequential(nn.Linear(3, 4), nn.RMSNorm(4)), 4), (5, 3)),
     "up and down": (
         lambda: nn.Sequential(
-            nn.Conv2d(2, 4, 3, stride=2, padding="valid", groups=2), nn.PReLU(init=0.2),
+            nn.Conv2d(2, 4, 3, stride=2, padding="valid", groups=2), Power(),
             nn.ConvTranspose2d(4, 2, 3, dilation=2), nn.Flatten(), nn.LazyLinear(CLASSES),
         ), (2, 9, 9),
     ),
@@ -279,7 +290,7 @@ def refusal(model: nn.Module, batch: tuple[Tensor, Tensor], *params: str) -> str
 
 def test_parameters_of_functions_without_a_rule_are_named() -> None:
     model, batch = built("up and down")
-    assert refusal(model, batch) == "1.weight (in torch.nn.functional.prelu)"
+    assert refusal(model, batch) == "1.weight (in torch.pow)"
     covered = ("[!1].*",)
     found = by_hooks(model, batch, *covered)
     assert len(found) == 6

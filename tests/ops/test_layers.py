@@ -149,6 +149,20 @@ def test_group_norm(groups: int, each: int, between: list[int]) -> None:
 
 
 @examples
+@given(st.integers(1, 4), st.integers(1, 3), st.booleans())
+def test_instance_norm(channels: int, dims: int, own: bool) -> None:
+    kinds = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+    layer = kinds[dims - 1](channels, affine=True, track_running_stats=not own)
+    assert_agree(layer, inputs(channels, *[3, 2, 2][:dims]))
+
+
+@examples
+@given(st.integers(1, 4), st.integers(0, 2), st.booleans())
+def test_prelu(channels: int, dims: int, one: bool) -> None:
+    assert_agree(nn.PReLU(1 if one else channels), -inputs(channels, *[3, 2][:dims]))
+
+
+@examples
 @given(st.integers(1, 4), st.integers(0, 3))
 def test_batch_norm_by_its_running_statistics(channels: int, dims: int) -> None:
     kinds = (nn.BatchNorm1d, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -250,6 +264,9 @@ BARE = {
     "frames in the batch": (
         lambda x, p: F.conv1d(x.reshape(-1, 1, 5), p).view(len(x), 4, -1), 2, 1, 3,
     ),
+    "einsum": (lambda x, p: torch.einsum("bti,oi->bto", x, p), 7, 5),
+    "einsum, parameter first": (lambda x, p: torch.einsum("i, bti -> bt", [p, x]), 5),
+    "einsum, elementwise": (lambda x, p: torch.einsum("bti,ti->bti", x, p), 4, 5),
     "not for the gradient": (lambda x, p: F.linear(x, p) * p.detach().sum(), 7, 5),
 }  # fmt: skip
 

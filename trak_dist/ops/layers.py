@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from trak_dist.ops.bundles import GROUPS, Bundles
 from trak_dist.ops.convolutions import convolution, per_channel, transposed_convolution
-from trak_dist.ops.products import addmm, linear, matmul
+from trak_dist.ops.products import addmm, einsum, linear, matmul
 from trak_dist.ops.use import Formula, Rule, Use
 
 # Look-up --------------------------------------------------------------------------------------
@@ -124,6 +124,25 @@ def batch_norm(  # noqa: PLR0913, PLR0917
     )
 
 
+def instance_norm(  # noqa: PLR0913, PLR0917
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,  # noqa: ARG001
+    eps: float = 1e-5,
+) -> Iterable[Use]:
+    """Normalisation of each channel of each example."""
+
+    def normalise(x: Tensor) -> Tensor:
+        running = (None, None) if use_input_stats else (running_mean, running_var)
+        return F.instance_norm(x, *running, use_input_stats=use_input_stats, eps=eps)
+
+    yield from _normalised(input, weight, bias, normalise)
+
+
 def _normalised(
     input: Tensor,
     weight: Tensor | None,
@@ -140,6 +159,16 @@ def _normalised(
 
 
 # Element by element ---------------------------------------------------------------------------
+
+
+def prelu(input: Tensor, weight: Tensor) -> Iterable[Use]:
+    """`max(x, 0) + a min(x, 0)`, with an a for each channel or for all."""
+
+    def by_slope(g: Tensor, x: Tensor) -> Float[Tensor, "rows slopes"]:
+        product = g * x.clamp(max=0)
+        return product.flatten(1).sum(1, keepdim=True) if len(weight) == 1 else per_channel(product)
+
+    yield Use(weight, (input,), by_slope)
 
 
 def add(input: Any, other: Any, *, alpha: float = 1) -> Iterable[Use]:
@@ -229,8 +258,11 @@ RULES: dict[Any, Rule] = {
     F.linear: linear,
     torch.addmm: addmm,
     F.embedding: embedding,
+    torch.einsum: einsum,
     F.group_norm: group_norm,
+    F.instance_norm: instance_norm,
     F.batch_norm: batch_norm,
+    **dict.fromkeys((F.prelu, torch.prelu, Tensor.prelu), prelu),
     **dict.fromkeys((F.layer_norm, torch.layer_norm), layer_norm),
     **dict.fromkeys((F.rms_norm, torch.rms_norm), rms_norm),
     **dict.fromkeys((F.conv1d, F.conv2d, F.conv3d), convolution),

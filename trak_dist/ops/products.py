@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -37,6 +39,22 @@ def addmm(
     if beta == 1 and alpha == 1 and input.ndim == 1:
         yield from matmul(mat1, mat2)
         yield Use(input, (), lambda g: g.flatten(1, -2).sum(1))
+
+
+def einsum(equation: str, *operands: Any) -> Iterable[Use]:
+    """A product of two, examples being the first dimension of one and of the result."""
+    terms, _, result = equation.replace(" ", "").partition("->")
+    names = terms.split(",")
+    several = operands[0] if isinstance(operands[0], list | tuple) else operands
+    if len(several) != 2 or "." in equation or not result:
+        return
+    pairs = list(zip(several, names, strict=True))
+    for (operand, own), (partner, other) in (pairs, pairs[::-1]):
+        alone = own.count(result[0]) or any(letter not in result + other for letter in own)
+        if result[0] == other[0] and not alone and all(len(set(n)) == len(n) for n in names):
+            # In a formula's terms examples come before what the function saw.
+            derivative = f"...{result},...{other}->...{own}"
+            yield Use(operand, (partner,), functools.partial(torch.einsum, derivative))
 
 
 def _outer(
