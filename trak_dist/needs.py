@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from trak_dist.config import CACHE_BYTES
 from trak_dist.plan import CHUNK_BYTES, Plan
 
@@ -20,8 +22,13 @@ def memory(plan: Plan) -> dict[str, int]:
     few = plan.gradients == "hooks" and spec.projection.kind in ("sjlt", "identity")
     examples = 1 if few else spec.featurize.batch_rows
     return {
-        # per-sample gradients twice, the cell's rows in two types, what is drawn (cached)
-        "featurize": 8 * examples * p + 8 * rows + min(drawn, CACHE_BYTES),
+        # weights; activations, and half as much for what comes and goes; per-sample gradients
+        # twice; the cell's rows in two types; what is drawn (cached)
+        "featurize": 4 * p
+        + plan.activations * spec.featurize.batch_rows * 3 // 2
+        + 8 * examples * p
+        + 8 * rows
+        + min(drawn, CACHE_BYTES),
         # XᵀX; a cell's rows as stored, in float32 and in float64
         "gram": 8 * k * k + 16 * rows,
         # XᵀX, its factor, its inverse and a temporary
@@ -33,6 +40,18 @@ def memory(plan: Plan) -> dict[str, int]:
         # XᵀX, its vectors, temporaries; masks; predictions by λ and ensemble
         "evaluate": (6 * 8 * k * k + subsets * (n + PREDICTIONS * 8 * targets)) if subsets else 0,
     }
+
+
+def batch_rows_within(plan: Plan, limit: int) -> int:
+    """The half, quarter, … of the planned batch with which featurize cells fit; 0 if none."""
+    rows = plan.spec.featurize.batch_rows // 2
+    while rows:
+        featurize = replace(plan.spec.featurize, batch_rows=rows)
+        smaller = replace(plan, spec=replace(plan.spec, featurize=featurize))
+        if memory(smaller)["featurize"] <= limit:
+            break
+        rows //= 2
+    return rows
 
 
 def store_bytes(plan: Plan) -> int:

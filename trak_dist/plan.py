@@ -119,7 +119,8 @@ class Plan:
     if the user brought them, `truth_of` is the target set that they are of; `self_influence` tells
     whether the train rows are scored against themselves; `lambda_from` says how λ was chosen, if
     not by the user; `mislabelled` digests which train labels are known to be wrong; `gradients` is
-    how per-sample gradients are computed, `hooks` or `vmap`, whatever the spec leaves open.
+    how per-sample gradients are computed, `hooks` or `vmap`, whatever the spec leaves open;
+    `activations` are the bytes that the forward pass of an example keeps for the backward pass.
     """
 
     spec: Spec
@@ -137,6 +138,7 @@ class Plan:
     mislabelled: str = ""
     use: tuple[int, ...] = ()
     gradients: str = "vmap"
+    activations: int = 0
 
     @property
     def store_dim(self) -> int:
@@ -424,6 +426,7 @@ class Plan:
             mislabelled=raw.get("mislabelled", ""),
             use=tuple(raw.get("use", ())),
             gradients=raw.get("gradients", "vmap"),
+            activations=raw.get("activations", 0),
         )
         if plan.fingerprint != raw["fingerprint"]:
             raise PlanMismatch(

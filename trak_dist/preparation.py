@@ -9,7 +9,7 @@ from typing import Any
 
 from trak_dist import machine, needs, settings, sweep, telling
 from trak_dist.config import ClusterConfig, Config, Counterfactuals, SlurmConfig
-from trak_dist.errors import StoreError
+from trak_dist.errors import MemoryRefused, StoreError
 from trak_dist.plan import REDUCE_KEYS, SWEEP_KEYS, Plan
 from trak_dist.store import atomic
 from trak_dist.store.run import Run
@@ -159,15 +159,20 @@ def _refuse_full_disk(run_dir: Path, needed: int) -> None:
 
 
 def _fit_workers(plan: Plan, cluster: ClusterConfig | SlurmConfig) -> int:
+    memory = int(cluster.memory_gb * 2**30)
     if isinstance(cluster, SlurmConfig):
-        memory = int(cluster.memory_gb * 2**30) or sys.maxsize
-        return machine.fit_workers(wanted=1, needed=needs.memory(plan), memory=memory)
-    threads = max(plan.spec.featurize.threads, plan.spec.reduce.threads)
-    return machine.fit_workers(
-        wanted=cluster.workers or gpus(cluster) or max(1, machine.cores() // threads),
-        needed=needs.memory(plan),
-        memory=int(cluster.memory_gb * 2**30) or machine.memory_bytes(),
-    )
+        wanted, memory = 1, memory or sys.maxsize
+    else:
+        threads = max(plan.spec.featurize.threads, plan.spec.reduce.threads)
+        wanted = cluster.workers or gpus(cluster) or max(1, machine.cores() // threads)
+        memory = memory or machine.memory_bytes()
+    try:
+        return machine.fit_workers(wanted=wanted, needed=needs.memory(plan), memory=memory)
+    except MemoryRefused as error:
+        if error.where == "featurize" and (rows := needs.batch_rows_within(plan, memory)):
+            fits = f"featurize.batch_rows={rows} would fit; or cluster.memory_gb=…"
+            raise MemoryRefused(error.what, where=error.where, next=fits) from None
+        raise
 
 
 def gpus(cluster: ClusterConfig) -> int:

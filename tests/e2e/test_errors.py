@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -207,6 +208,20 @@ def test_memory_is_refused_before_anything_runs(
     ended = launch(*tiny_run, "proj_dim=16384")
     says(ended, 2, "error: a kernel cell needs 8.0 GiB, there are 1.0 GiB\n", "next:")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_whose_activations_do_not_fit_is_refused_with_one_that_does(
+    launch, tiny_run, tmp_path: Path
+) -> None:
+    rows = 2**24
+    arguments = [*tiny_run, f"featurize.batch_rows={rows}", f"featurize.cell_rows={rows}"]
+    ended = launch(*arguments, "cluster.memory_gb=0.5")
+    says(ended, 2, "error: a featurize cell needs ", " GiB, there are 0.5 GiB\n")
+    fits = int(re.search(r"next:  featurize.batch_rows=(\d+) would fit", ended.err)[1])
+    assert 2**10 < fits < rows
+    assert not (tmp_path / "run").exists()
+    arguments[-2:] = [f"featurize.batch_rows={fits}", f"featurize.cell_rows={fits}"]
+    assert launch(*arguments, "cluster.memory_gb=0.5", "stage=plan").code == 0
 
 
 def test_unknown_keys_are_told_all_at_once_with_the_nearest(launch, tiny_run) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from trak_dist import ImageClassification
 from trak_dist.errors import ConfigError
-from trak_dist.ops.gradients import VmapGradients, select_params
+from trak_dist.ops.gradients import VmapGradients, activation_bytes, select_params
 
 Batch = tuple[Tensor, Tensor]
 
@@ -171,3 +171,22 @@ def test_a_glob_that_selects_nothing_is_refused_with_the_names_there_are() -> No
         "  where: featurize.params\n"
         "  next:  featurize.params='[*.weight]' for example, or leave it out for all"
     )
+
+
+class Wide(nn.Module):
+    """Keeps its input (6 numbers), what tanh gives (1000) and what is squared of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(6, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.inner(x)).square().unflatten(1, (4, 250)).sum(2)
+
+
+def test_activations_are_what_the_forward_pass_of_one_example_keeps() -> None:
+    batch = (torch.ones(5, 6), torch.zeros(5, dtype=torch.int64))
+    found = activation_bytes(Wide().eval(), ImageClassification(), batch)
+    kept = 4 * (6 + 1000)  # tanh's result is kept once, though two functions keep it
+    margin = 200  # of the margin, whose tensors have four numbers each
+    assert kept <= found <= kept + margin

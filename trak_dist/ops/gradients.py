@@ -96,6 +96,26 @@ def outputs(
     return values
 
 
+def activation_bytes(model: nn.Module, model_output: ModelOutput, batch: Sequence[Any]) -> int:
+    """Bytes that the forward pass of a batch's first example keeps for the backward pass."""
+    weights = {n: p.detach().requires_grad_() for n, p in model.named_parameters()}
+    buffers = {n: b.detach() for n, b in model.named_buffers()}
+    held: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    first = pytree.tree_map_only(Tensor, lambda t: t[0], tuple(batch))
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        output = model_output.get_output(model, weights, buffers, *first)
+    del output
+    for tensor in (*weights.values(), *buffers.values()):
+        held.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(held.values())
+
+
 def select_params(model: nn.Module, patterns: Sequence[str]) -> dict[str, torch.Size]:
     """The names and shapes of the parameters that the glob `patterns` select, in order of name.
 

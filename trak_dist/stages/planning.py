@@ -24,7 +24,12 @@ from trak_dist.errors import (
     ProblemError,
 )
 from trak_dist.ops import kernel
-from trak_dist.ops.gradients import VmapGradients, examples_in, select_params
+from trak_dist.ops.gradients import (
+    VmapGradients,
+    activation_bytes,
+    examples_in,
+    select_params,
+)
 from trak_dist.plan import Checkpoint, Plan, Source, Split, planned_cell_rows
 from trak_dist.problem import MapDataset, Problem, Rendered
 from trak_dist.stages import coverage
@@ -80,6 +85,11 @@ def make_plan(
         use=config.checkpoints.ensemble,
         self_influence=config.self_influence,
         gradients=chosen[0],
+        activations=activation_bytes(
+            model_in(spec.featurize.compute, problem.model.eval()),
+            problem.model_output,
+            batch_in(spec.featurize.compute, _first_batch(problem, problem.dataset(TRAIN))),
+        ),
     )
 
 

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
@@ -71,13 +72,24 @@ class Session:
             subset,
             batch_size=self.run.plan.spec.featurize.batch_rows,
             collate_fn=self.problem.collate,
+            pin_memory=self.device.type == "cuda",
         )
-        for batch in loader:
-            yield as_batch(batch)
+        # One is read while another is computed. A thread's number of threads is its own in torch.
+        threads = self.run.plan.spec.featurize.threads
+        with ThreadPoolExecutor(
+            1, initializer=torch.set_num_threads, initargs=(threads,)
+        ) as beside:
+            batches = iter(loader)
+            upcoming = beside.submit(next, batches)
+            for left in reversed(range(len(loader))):
+                batch = upcoming.result()
+                if left:
+                    upcoming = beside.submit(next, batches)
+                yield as_batch(batch)
 
     def to_device(self, batch: tuple[Any, ...]) -> tuple[Any, ...]:
         """The batch with its tensors on the device."""
-        return _converted(batch, lambda t: t.to(self.device))
+        return _converted(batch, lambda t: t.to(self.device, non_blocking=True))
 
 
 class _Loaded:
