@@ -9,19 +9,55 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trak_dist.ops.model_outputs import ImageClassification, ModelOutput
+    from trak_dist.compat import (
+        AbstractModelOutput,
+        BasicProjector,
+        FunctionalGradientComputer,
+        IterativeGradientComputer,
+        NoOpProjector,
+        ProjectionType,
+    )
+    from trak_dist.errors import ModelIDException
+    from trak_dist.ops.model_outputs import ImageClassification, ModelOutput, TextClassification
     from trak_dist.problem import Problem, Rendered
     from trak_dist.store.results import Results, open_run
+    from trak_dist.traker import TRAKer
 
 __version__ = "0.1.0"
-__all__ = ["ImageClassification", "ModelOutput", "Problem", "Rendered", "Results", "open_run"]
+__all__ = [
+    "AbstractModelOutput",
+    "BasicProjector",
+    "FunctionalGradientComputer",
+    "ImageClassification",
+    "IterativeGradientComputer",
+    "ModelIDException",
+    "ModelOutput",
+    "NoOpProjector",
+    "Problem",
+    "ProjectionType",
+    "Rendered",
+    "Results",
+    "TRAKer",
+    "TextClassification",
+    "open_run",
+]
 
 _HOME = {
+    **dict.fromkeys(
+        (
+            *("AbstractModelOutput", "BasicProjector", "FunctionalGradientComputer"),
+            *("IterativeGradientComputer", "NoOpProjector", "ProjectionType"),
+        ),
+        "trak_dist.compat",
+    ),
     "ImageClassification": "trak_dist.ops.model_outputs",
+    "ModelIDException": "trak_dist.errors",
     "ModelOutput": "trak_dist.ops.model_outputs",
     "Problem": "trak_dist.problem",
     "Rendered": "trak_dist.problem",
     "Results": "trak_dist.store.results",
+    "TRAKer": "trak_dist.traker",
+    "TextClassification": "trak_dist.ops.model_outputs",
     "open_run": "trak_dist.store.results",
 }
 

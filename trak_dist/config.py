@@ -28,7 +28,7 @@ SET_BY_US = {
     *("parsable", "partition", "qos", "requeue", "signal", "time"),
 }
 MIN_SUBSETS = 3  # rankings of two agree or disagree by chance alone
-GRADIENTS = ("auto", "hooks", "vmap")
+GRADIENTS = ("auto", "hooks", "vmap", "loop")
 COMPUTE = ("model", "bfloat16")
 PROJECTIONS = ("sjlt", "rademacher", "gaussian", "identity")
 

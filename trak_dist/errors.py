@@ -69,6 +69,14 @@ class SingularGram(TrakDistError):
     """XᵀX + λI is singular to working precision."""
 
 
+class ModelIDException(TrakDistError):
+    """A `model_id` of `TRAKer` is not known, or rows of its checkpoint are missing."""
+
+
+class CellsFailed(TrakDistError):
+    """Cells that `TRAKer` had run did not get done."""
+
+
 class MemoryRefused(TrakDistError):
     """A cell would need more memory than a worker has."""
 

@@ -18,8 +18,9 @@ def memory(plan: Plan) -> dict[str, int]:
     subsets, n = plan.ground_truth.subsets, plan.train.rows
     drawn = {"sjlt": 8 * p, "identity": 0}.get(spec.projection.kind, 4 * p * plan.store_dim)
     # by vmap a whole batch's at once; by hooks one parameter's, of a few examples or, for a dense
-    # projection, of all
-    few = plan.gradients == "hooks" and spec.projection.kind in ("sjlt", "identity")
+    # projection, of all; by loop one example's
+    sparse = spec.projection.kind in ("sjlt", "identity")
+    few = plan.gradients == "loop" or (plan.gradients == "hooks" and sparse)
     examples = 1 if few else spec.featurize.batch_rows
     return {
         # weights; activations, and half as much for what comes and goes; per-sample gradients

@@ -58,7 +58,10 @@ SWEEP_KEYS = (
 
 @dataclass(frozen=True)
 class Split:
-    """A dataset as planned: its rows, the rows of a cell, and a digest of some probe rows."""
+    """A dataset as planned: its rows, the rows of a cell, and a digest of some probe rows.
+
+    Without a digest it is no dataset: its rows are `fed`.
+    """
 
     name: str
     rows: int
@@ -72,6 +75,11 @@ class Split:
         """`count` of its rows, evenly spread from the first to the last; all if it has no more."""
         count = min(count, self.rows)
         return sorted({round(i * (self.rows - 1) / max(1, count - 1)) for i in range(count)})
+
+    @property
+    def fed(self) -> bool:
+        """Whether its rows come by calls of `TRAKer`: there is no dataset to probe."""
+        return not self.probe
 
     @property
     def content(self) -> tuple[str, int, str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from trak_dist import machine, needs, settings, sweep, telling
 from trak_dist.config import ClusterConfig, Config, Counterfactuals, SlurmConfig
-from trak_dist.errors import MemoryRefused, StoreError
+from trak_dist.errors import ConfigError, MemoryRefused, StoreError
 from trak_dist.plan import REDUCE_KEYS, SWEEP_KEYS, Plan
 from trak_dist.store import atomic
 from trak_dist.store.run import Run
@@ -114,6 +114,9 @@ def _plan_with_problem(
     from trak_dist.stages import planning, truth
     from trak_dist.stages.counterfactual import with_counterfactuals
 
+    if plan and plan.train.fed:
+        _refuse_what_takes_a_problem(config, given)
+        return plan
     import_root = plan.source.import_root if plan else str(Path.cwd())
     problem, source = problems.build(config.spec.problem, import_root=import_root)
     if plan is None:
@@ -143,6 +146,17 @@ def _plan_with_problem(
     if asked := settings.given_in("counterfactuals", given):
         plan = with_counterfactuals(plan, problem, config.counterfactuals, asked)
     return plan
+
+
+def _refuse_what_takes_a_problem(config: Config, given: frozenset[str]) -> None:
+    sections = ("ground_truth", "counterfactuals", "targets", "checkpoints.train")
+    asked = [key for key in sorted(given) if key.startswith(sections)]
+    if asked:
+        raise ConfigError(
+            f"{', '.join(asked)}: there is no problem here to take it from",
+            where=config.run_dir,
+            next="the run is fed by TRAKer: more checkpoints and targets come from there",
+        )
 
 
 def _refuse_full_disk(run_dir: Path, needed: int) -> None:

@@ -15,7 +15,7 @@ import platform
 import random
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,7 @@ def _session(run_dir: str, plan: str, generation: int, device: str) -> Session:
 def _run_cell(session: Session, cell: Cell) -> None:
     run = session.run
     _fix_numerics(session, cell)
-    if isinstance(cell, FeaturizeCell):
+    if isinstance(cell, FeaturizeCell) and not run.plan.split(cell.split).fed:
         session.load(cell.model_id)  # not on the clock: data shards are sized by rows per second
     started = time.time()
     module, name = _STAGES[cell.stage]
@@ -148,6 +148,29 @@ def _run_cell(session: Session, cell: Cell) -> None:
     rows = outcome.facts.get("rows")
     rate = f", {rows} rows, {rows / seconds:,.0f} rows/s" if rows else ""
     log.info("%s: done in %.1f s%s", cell.id, seconds, rate)
+
+
+@contextlib.contextmanager
+def own_numerics() -> Iterator[None]:
+    """Cells run here leave the process as it was: its random numbers, threads and flags."""
+    with torch.random.fork_rng():
+        threads, deterministic = torch.get_num_threads(), torch.backends.cudnn.deterministic
+        benchmark, tf32 = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
+        products = torch.backends.cuda.matmul.allow_tf32
+        strict = torch.are_deterministic_algorithms_enabled()
+        warns = torch.is_deterministic_algorithms_warn_only_enabled()
+        states = random.getstate(), np.random.get_state()  # noqa: NPY002
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002
+            torch.set_num_threads(threads)
+            torch.backends.cudnn.deterministic = deterministic
+            torch.backends.cudnn.benchmark = benchmark
+            torch.backends.cudnn.allow_tf32 = tf32
+            torch.backends.cuda.matmul.allow_tf32 = products
+            torch.use_deterministic_algorithms(strict, warn_only=warns)
 
 
 def _fix_numerics(session: Session, cell: Cell) -> None:

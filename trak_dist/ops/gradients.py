@@ -2,7 +2,8 @@
 
 A gradient computer takes a batch and hands over, piece by piece, the gradient of each example's
 model output by each selected parameter. `VmapGradients` here is general; it holds all of a batch's
-gradients at once. `HookGradients`, in `ops.hooks`, is fast and never does.
+gradients at once. `HookGradients`, in `ops.hooks`, is fast and never does. `LoopGradients` asks
+nothing of the model but autograd.
 """
 
 from __future__ import annotations
@@ -63,6 +64,40 @@ class VmapGradients:
             take(name, slice(0, len(values)), values)
 
 
+class LoopGradients:
+    """`torch.autograd`, one example after the other: slow, for what torch.func can't trace."""
+
+    def __init__(self, model: nn.Module, model_output: ModelOutput, params: Sequence[str]) -> None:
+        selected = select_params(model, params)
+        self._weights = {n: p.detach() for n, p in model.named_parameters()}
+        for name in selected:
+            self._weights[name].requires_grad_()
+        self._selected = {n: self._weights[n] for n in selected}
+        self._buffers = {n: b.detach() for n, b in model.named_buffers()}
+        self._model = model
+        self._output = model_output.get_output
+
+    def __call__(self, batch: Sequence[Any], take: Take) -> Float[Tensor, " batch"]:
+        """See `GradientComputer`."""
+        outputs = []
+        for row in range(examples_in(batch)):
+            example = _example(batch, row)
+            with torch.enable_grad():
+                f = self._output(self._model, self._weights, self._buffers, *example).reshape(())
+            found = torch.autograd.grad(f, list(self._selected.values()), allow_unused=True)
+            outputs.append(f.detach())
+            for name, grads in zip(self._selected, found, strict=True):
+                if grads is not None:
+                    take(name, slice(row, row + 1), grads[None])
+        return torch.stack(outputs)
+
+
+def _example(batch: Sequence[Any], row: int) -> tuple[Any, ...]:
+    """One example of a batch, without a batch dimension."""
+    example: tuple[Any, ...] = pytree.tree_map_only(Tensor, lambda t: t[row], tuple(batch))
+    return example
+
+
 def examples_in(batch: Sequence[Any]) -> int:
     """The number of examples in a batch: the length of its first tensor.
 
@@ -107,9 +142,8 @@ def activation_bytes(model: nn.Module, model_output: ModelOutput, batch: Sequenc
         held[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    first = pytree.tree_map_only(Tensor, lambda t: t[0], tuple(batch))
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        output = model_output.get_output(model, weights, buffers, *first)
+        output = model_output.get_output(model, weights, buffers, *_example(batch, 0))
     del output
     for tensor in (*weights.values(), *buffers.values()):
         held.pop(tensor.untyped_storage().data_ptr(), None)
@@ -119,12 +153,14 @@ def activation_bytes(model: nn.Module, model_output: ModelOutput, batch: Sequenc
 def select_params(model: nn.Module, patterns: Sequence[str]) -> dict[str, torch.Size]:
     """The names and shapes of the parameters that the glob `patterns` select, in order of name.
 
+    Frozen ones, which don't require gradients, are none of them.
+
     Raises
     ------
     ConfigError
         If a pattern selects none.
     """
-    shapes = {name: p.shape for name, p in model.named_parameters()}
+    shapes = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
     for pattern in patterns:
         if not fnmatch.filter(shapes, pattern):
             raise ConfigError(

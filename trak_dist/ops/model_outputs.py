@@ -7,6 +7,7 @@ from f, a fourth, `get_out_to_loss_from_output(output, batch)`, spares another f
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -14,8 +15,10 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils import _pytree as pytree
 
 Weights = Mapping[str, Tensor]
+State = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 
 class ModelOutput(Protocol):
@@ -44,31 +47,31 @@ class BatchedModelOutput(ModelOutput, Protocol):
         ...
 
 
-class ImageClassification:
-    """The margin f = log(p / (1 − p)) of the true class, batches of (images, labels).
+class _Classification(ABC):
+    """The margin f = log(p / (1 − p)) of the true class.
 
     Park et al. 2023, "TRAK: Attributing Model Behavior at Scale", section 3.3: with cross-entropy
     ℓ = log(1 + exp(−f)), −∂ℓ/∂f = 1 − p.
     """
 
+    @abstractmethod
+    def _logits(
+        self, model: nn.Module, state: State, batch: Sequence[Any]
+    ) -> tuple[Float[Tensor, "batch classes"], Int64[Tensor, " batch"]]:
+        """The logits of a batch, and its labels."""
+
     def get_output(
-        self,
-        model: nn.Module,
-        weights: Weights,
-        buffers: Weights,
-        image: Float[Tensor, "..."],
-        label: Int64[Tensor, ""],
+        self, model: nn.Module, weights: Weights, buffers: Weights, *example: Any
     ) -> Float[Tensor, ""]:
         """F of one example: its class's logit minus the log-sum-exp of the others."""
-        logits = functional_call(model, (dict(weights), dict(buffers)), (image.unsqueeze(0),))
-        return _margins(logits, label.unsqueeze(0)).squeeze(0)
+        alone = pytree.tree_map_only(Tensor, lambda t: t.unsqueeze(0), example)
+        return self.get_batch_output(model, weights, buffers, alone).squeeze(0)
 
     def get_batch_output(
         self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
     ) -> Float[Tensor, " batch"]:
         """F of each example, from one forward pass."""
-        images, labels = batch
-        return _margins(functional_call(model, (dict(weights), dict(buffers)), (images,)), labels)
+        return _margins(*self._logits(model, (dict(weights), dict(buffers)), batch))
 
     def get_out_to_loss_from_output(
         self,
@@ -82,9 +85,38 @@ class ImageClassification:
         self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
     ) -> Float[Tensor, " batch"]:
         """1 − p = sigmoid(−f), which keeps small values that 1 − p would cancel."""
+        return torch.sigmoid(-self.get_batch_output(model, weights, buffers, batch))
+
+
+class ImageClassification(_Classification):
+    """The margin log(p / (1 − p)) of the true class; batches of (images, labels)."""
+
+    def _logits(
+        self, model: nn.Module, state: State, batch: Sequence[Any]
+    ) -> tuple[Float[Tensor, "batch classes"], Int64[Tensor, " batch"]]:
         images, labels = batch
-        logits = functional_call(model, (dict(weights), dict(buffers)), (images,))
-        return torch.sigmoid(-_margins(logits, labels))
+        return functional_call(model, state, (images,)), labels
+
+
+class TextClassification(_Classification):
+    """The same of a Hugging Face classifier, `BertForSequenceClassification` for instance.
+
+    A batch is (input_ids, token_type_ids, attention_mask, labels), as for TRAK's
+    `TextClassificationModelOutput`, or one mapping of the model's arguments and `labels`. What the
+    model returns has `logits`, or is them.
+    """
+
+    def _logits(
+        self, model: nn.Module, state: State, batch: Sequence[Any]
+    ) -> tuple[Float[Tensor, "batch classes"], Int64[Tensor, " batch"]]:
+        if len(batch) == 1:
+            inputs = dict(batch[0])
+        else:
+            names = ("input_ids", "token_type_ids", "attention_mask", "labels")
+            inputs = dict(zip(names, batch, strict=True))
+        labels = inputs.pop("labels")
+        found = functional_call(model, state, (), inputs)
+        return getattr(found, "logits", found), labels
 
 
 def out_to_loss(

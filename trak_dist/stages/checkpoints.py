@@ -117,16 +117,16 @@ def load_into(run: Run, model: nn.Module, checkpoint: Checkpoint) -> str:
     check_fit(state, model, where=str(path))
     digest = content_digest(state)
     refuse_other_weights(run, checkpoint.model_id, digest, publish=True)
+    refuse_twins(run, checkpoint.model_id, digest)
     model.load_state_dict(state)
     return digest
 
 
 def refuse_other_weights(run: Run, model_id: int, digest: str, *, publish: bool) -> None:
-    """Raise `CheckpointError` if other weights were seen under `model_id`, or these under another.
+    """Raise `CheckpointError` if other weights were seen under `model_id`.
 
     The first worker to load a checkpoint publishes its digest; all compare.
     """
-    where = str(run.layout.checkpoint(run.plan.checkpoint(model_id).path))
     if publish:
         content = json.dumps({"digest": digest}).encode()
         atomic.write_once(run.layout.checkpoint_digest(model_id), content)
@@ -137,18 +137,33 @@ def refuse_other_weights(run: Run, model_id: int, digest: str, *, publish: bool)
         raise CheckpointError(
             f"model_id {model_id} has other weights than those it was first featurized with: "
             f"digest {digest} now, {first} then",
-            where=where,
+            where=_path(run, model_id),
             next="restore the checkpoint, or start a new run with another run_dir",
         )
-    # Published before compared, so that of two workers at once at least one sees the other.
-    for other in (c.model_id for c in run.plan.checkpoints):
-        if other != model_id and _published(run, other) == digest:
-            raise CheckpointError(
-                f"model_ids {min(other, model_id)} and {max(other, model_id)} have the same "
-                f"weights (digest {digest})",
-                where=where,
-                next="give each model_id its own checkpoint, in a new run_dir",
-            )
+
+
+def twins(run: Run, model_id: int, digest: str) -> list[int]:
+    """The other ids under which these weights are known.
+
+    Asked after the own digest is published, so that of two workers at once at least one sees it.
+    """
+    others = (c.model_id for c in run.plan.checkpoints if c.model_id != model_id)
+    return [other for other in others if _published(run, other) == digest]
+
+
+def refuse_twins(run: Run, model_id: int, digest: str) -> None:
+    """Raise `CheckpointError` if these weights are known under another id."""
+    for other in twins(run, model_id, digest):
+        raise CheckpointError(
+            f"model_ids {min(other, model_id)} and {max(other, model_id)} have the same "
+            f"weights (digest {digest})",
+            where=_path(run, model_id),
+            next="give each model_id its own checkpoint, in a new run_dir",
+        )
+
+
+def _path(run: Run, model_id: int) -> str:
+    return str(run.layout.checkpoint(run.plan.checkpoint(model_id).path))
 
 
 def _published(run: Run, model_id: int) -> str | None:

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from trak_dist.cells import FeaturizeCell
-from trak_dist.config import PROJECTION_VERSION
 from trak_dist.errors import NonFiniteGradient, ProblemError
 from trak_dist.ops import model_outputs
 from trak_dist.ops import rows as row_format
 from trak_dist.ops.gradients import examples_in
-from trak_dist.stages.outcome import Outcome
+from trak_dist.stages import fed
+from trak_dist.stages.outcome import Outcome, grads_facts
 from trak_dist.stages.session import Session, adding, batch_digest, batch_in
 from trak_dist.store import contents
 
@@ -31,6 +32,8 @@ def featurize(session: Session, cell: FeaturizeCell) -> Outcome:
         If the inputs are not the planned ones.
     """
     plan, spec = session.run.plan, session.run.plan.spec
+    if plan.split(cell.split).fed:
+        return fed.gather(session.run, cell)
     loaded = session.load(cell.model_id)
     grads = torch.zeros(len(cell.rows), plan.store_dim, device=session.device)
     out_to_loss = torch.zeros(len(cell.rows), device=session.device)
@@ -50,14 +53,15 @@ def featurize(session: Session, cell: FeaturizeCell) -> Outcome:
         done += size
     assert done == len(cell.rows)
     grads /= math.sqrt(plan.parameters)
-    _refuse_non_finite(session, cell, grads, out_to_loss)
-    if not grads.any():
-        raise ProblemError(
-            f"all gradients of the {len(cell.rows)} rows are zero",
-            where=cell.id,
-            next="the model output must depend on the weights that it is given: "
-            "functional_call(model, (weights, buffers), inputs)",
-        )
+    path = plan.checkpoint(cell.model_id).path
+    refuse_unusable(
+        grads,
+        out_to_loss,
+        rows=range(cell.rows.start, cell.rows.stop),
+        split=cell.split,
+        what=f"checkpoint {cell.model_id} ({path})",
+        where=cell.id,
+    )
     stored, scale = row_format.encode(grads, spec.featurize.dtype)
     arrays = {"grads": stored, "row_scale": scale, "out_to_loss": out_to_loss}
     digests = contents.write(
@@ -66,15 +70,8 @@ def featurize(session: Session, cell: FeaturizeCell) -> Outcome:
     return Outcome(
         digests,
         {
-            "checkpoint_digest": loaded.digest,
+            **grads_facts(plan, loaded.digest),
             "inputs_digest": inputs.hexdigest()[:32],
-            "projector": spec.projection.kind,
-            "projector_seed": spec.projection.seed,
-            "projector_dim": plan.store_dim,
-            "projector_version": PROJECTION_VERSION,
-            "dtype": spec.featurize.dtype,
-            "compute": spec.featurize.compute,
-            "gradients": plan.gradients,
             "rows": len(cell.rows),
             "batch_rows": spec.featurize.batch_rows,
             "non_finite_rows": 0,
@@ -91,20 +88,36 @@ def _refuse_miscounted(cell: FeaturizeCell, what: str, found: int, *, wanted: in
         )
 
 
-def _refuse_non_finite(
-    session: Session,
-    cell: FeaturizeCell,
+def refuse_unusable(
     grads: Float[Tensor, "rows k"],
     out_to_loss: Float[Tensor, " rows"],
+    *,
+    rows: Sequence[int],
+    split: str,
+    what: str,
+    where: str = "",
 ) -> None:
+    """Raise if a gradient or an out-to-loss is not finite, or if all gradients are zero.
+
+    Raises
+    ------
+    NonFiniteGradient, ProblemError
+        Naming the rows.
+    """
     bad = ~(grads.isfinite().all(1) & out_to_loss.isfinite())
     if bad.any():
-        rows = (bad.nonzero().flatten() + cell.rows.start).tolist()
-        shown = ", ".join(map(str, rows[:10])) + (", …" if len(rows) > 10 else "")
-        path = session.run.plan.checkpoint(cell.model_id).path
+        found = [rows[at] for at in bad.nonzero().flatten().tolist()]
+        shown = ", ".join(map(str, found[:10])) + (", …" if len(found) > 10 else "")
         raise NonFiniteGradient(
-            f"non-finite gradient or out-to-loss in {len(rows)} of {len(cell.rows)} rows of "
-            f"{cell.split!r}: {shown}; checkpoint {cell.model_id} ({path})",
-            where=cell.id,
+            f"non-finite gradient or out-to-loss in {len(found)} of {len(rows)} rows of "
+            f"{split!r}: {shown}; {what}",
+            where=where,
             next="look there for NaN, and for labels that are no class, then run it again",
+        )
+    if not grads.any():
+        raise ProblemError(
+            f"all gradients of the {len(rows)} rows are zero",
+            where=where,
+            next="the model output must depend on the weights that it is given: "
+            "functional_call(model, (weights, buffers), inputs)",
         )

@@ -25,7 +25,7 @@ from trak_dist.errors import (
 )
 from trak_dist.ops import kernel
 from trak_dist.ops.gradients import (
-    VmapGradients,
+    LoopGradients,
     activation_bytes,
     examples_in,
     select_params,
@@ -38,6 +38,7 @@ from trak_dist.stages.checkpoints import (
     content_digest,
     read_state_dict,
     refuse_other_weights,
+    refuse_twins,
 )
 from trak_dist.stages.session import (
     adding,
@@ -58,7 +59,7 @@ from trak_dist.store.run import Run
 def make_plan(
     config: Config, problem: Problem, source: Source, *, tell: Callable[[str], None]
 ) -> Plan:
-    """Plan a new run; `tell` gets why gradients are computed by vmap, where that was left open.
+    """Plan a new run; `tell` gets why gradients are not by hooks, where that was left open.
 
     Raises
     ------
@@ -74,7 +75,7 @@ def make_plan(
     targets = tuple(_split(n, problem, spec, dim) for n in _target_names(problem, config.targets))
     chosen = _chosen_gradients(problem, spec, (train, *targets), spec.featurize.gradients)
     if chosen[1]:
-        tell(f"gradients by vmap, not by hooks: {chosen[1]}")
+        tell(f"gradients by {chosen[0]}, {chosen[1]}")
     return Plan(
         spec=spec,
         source=source,
@@ -237,13 +238,15 @@ def check_checkpoints(plan: Plan, problem: Problem, run: Run | None) -> None:
         seen[digest] = checkpoint.model_id
         if run and checkpoint in run.plan.checkpoints:
             refuse_other_weights(run, checkpoint.model_id, digest, publish=False)
+            refuse_twins(run, checkpoint.model_id, digest)
 
 
 def _chosen_gradients(
     problem: Problem, spec: Spec, splits: Sequence[Split], asked: str
 ) -> tuple[str, str]:
     batches = {s.name: _first_batch(problem, problem.dataset(s.name)) for s in splits}
-    return coverage.choose(problem, batches, spec.featurize.params, asked)
+    params = spec.featurize.params
+    return coverage.choose(problem.model, problem.model_output, batches, params=params, asked=asked)
 
 
 def _first_batch(problem: Problem, dataset: MapDataset) -> tuple[Any, ...]:
@@ -283,7 +286,7 @@ def dry_run(problem: Problem, name: str, dataset: MapDataset, spec: FeaturizeCon
     weights, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     try:
         batch = batch_in(spec.compute, as_batch(collate(examples)))
-        VmapGradients(model, problem.model_output, spec.params)(batch, lambda *_: None)
+        LoopGradients(model, problem.model_output, spec.params)(batch, lambda *_: None)
         with torch.no_grad():
             q = problem.model_output.get_out_to_loss_grad(model, weights, buffers, batch)
     except Exception as error:  # whatever the user's model and output do

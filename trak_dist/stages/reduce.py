@@ -23,6 +23,7 @@ from trak_dist.cells import (
 from trak_dist.errors import MissingInputs, MixedRun, SingularGram
 from trak_dist.ops import kernel, projection
 from trak_dist.ops import rows as row_format
+from trak_dist.stages import fed
 from trak_dist.stages.outcome import Outcome
 from trak_dist.stages.session import Session
 from trak_dist.store import contents
@@ -54,7 +55,10 @@ def gram(session: Session, cell: GramCell) -> Outcome:
     blocks = (read_grads(session, source) for source in cells)
     total = kernel.sum_gram(blocks, plan.proj_dim, session.device)
     digests = contents.write(session.run, cell, {"gram": total.cpu().numpy()})
-    session.run.receipts.consolidate(cell.model_id)
+    if plan.train.fed:  # several processes may be here at once, and the parts are gone then
+        fed.discard_parts(session.run, cell.model_id, TRAIN)
+    else:
+        session.run.receipts.consolidate(cell.model_id)
     digest = next(iter(receipts.values())).facts["checkpoint_digest"]
     return Outcome(digests, {"checkpoint_digest": digest})
 
@@ -105,6 +109,8 @@ def precondition(session: Session, cell: PreconditionCell) -> Outcome:
     train = next(plan.featurize_cells(cell.model_id, TRAIN))
     refuse_mixed(require(run, [train, *targets], needed_by=cell))
     factor = torch.from_numpy(contents.read(run, source, "kernel")).to(session.device)
+    if plan.split(cell.targets).fed:
+        fed.discard_parts(run, cell.model_id, cell.targets)
     dtype = getattr(torch, plan.precondition_dtype)
     result = torch.empty(plan.proj_dim, plan.split(cell.targets).rows, dtype=dtype)
     for target in targets:

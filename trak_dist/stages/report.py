@@ -135,7 +135,8 @@ def _line(session: Session, cell: ReportCell, top: Top) -> _Line:
 
 
 def _render(session: Session, split: str, row: int) -> Rendered:
-    render = session.problem.render
+    fed = session.run.plan.split(split).fed
+    render = None if fed else session.problem.render
     if render is None:
         return Rendered(f"{split} example {row}", "")
     return render(session.dataset(split)[row])

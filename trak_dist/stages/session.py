@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
@@ -19,7 +19,13 @@ from torch.utils.data import DataLoader, Subset
 from trak_dist import problem as problems
 from trak_dist.cells import Rows
 from trak_dist.errors import DatasetError, DeviceError
-from trak_dist.ops.gradients import GradientComputer, Take, VmapGradients, select_params
+from trak_dist.ops.gradients import (
+    GradientComputer,
+    LoopGradients,
+    Take,
+    VmapGradients,
+    select_params,
+)
 from trak_dist.ops.hooks import HookGradients
 from trak_dist.ops.model_outputs import ModelOutput
 from trak_dist.ops.projection import Projector, make_projector
@@ -108,8 +114,9 @@ def gradients(
 ) -> GradientComputer:
     """What computes the plan's per-sample gradients, for a projection."""
     params = plan.spec.featurize.params
-    if plan.gradients == "vmap":
-        return VmapGradients(model, model_output, params)
+    if plan.gradients != "hooks":
+        kind = VmapGradients if plan.gradients == "vmap" else LoopGradients
+        return kind(model, model_output, params)
     return HookGradients(
         model, model_output, params, piece_elements=into.piece_elements, bundles=into.bundles
     )
@@ -156,6 +163,8 @@ def _converted(batch: tuple[Any, ...], convert: Callable[[Tensor], Tensor]) -> t
 
 def as_batch(collated: Any) -> tuple[Any, ...]:
     """What collate gave, as the arguments of a model output."""
+    if isinstance(collated, Mapping):
+        return (dict(collated),)
     return tuple(collated) if isinstance(collated, list | tuple) else (collated,)
 
 
@@ -196,6 +205,8 @@ def probe(problem: Problem, dataset: MapDataset) -> str:
 
 def check_split(problem: Problem, split: Split, limit: int) -> None:
     """Raise `DatasetError` if the problem's dataset is not the one that was planned."""
+    if split.fed:
+        return
     dataset = limited(problem.dataset(split.name), limit)
     found = (len(dataset), probe(problem, dataset))
     if found != (split.rows, split.probe):

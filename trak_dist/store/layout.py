@@ -146,6 +146,10 @@ class Layout:
         assert split == TRAIN or any(s.name == split for s in plan.targets)
         return self._model(plan, model_id) / split
 
+    def parts(self, plan: Plan, model_id: int, split: str) -> Path:
+        """The parts of a checkpoint's split that is fed."""
+        return self.base / "parts" / str(model_id) / plan.projection_id / split
+
     def gram(self, plan: Plan, model_id: int) -> Path:
         """The array XᵀX."""
         return self._model(plan, model_id) / "gram" / str(plan.proj_dim)

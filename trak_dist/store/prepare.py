@@ -20,35 +20,47 @@ def prepare(run: Run) -> None:
         If an array of another kind is in the way, or the file system refuses.
     """
     plan, layout = run.plan, run.layout
-    paths = []
-    for path, spec in _checkpoint_arrays(run):
-        arrays.ensure(path, spec)
-        paths.append(path)
-    for path, spec in _score_arrays(run):
-        arrays.replace(path, spec)  # of another ensemble, if there were any
-        paths.append(path)
+    for model_id in plan.model_ids:
+        prepare_checkpoint(run, model_id)
+    prepare_scores(run)
     for split in plan.targets:
         for seed in range(plan.ground_truth.seeds if plan.ground_truth.subsets else 0):
             path = layout.margins(split.name, seed)
             arrays.grow(path, _margins(plan, split))
-            paths.append(path)
-    for group in {parent for path in paths for parent in path.parents}:
-        if group.is_relative_to(layout.store):
+            _ensure_groups(run, path)
+
+
+def prepare_checkpoint(run: Run, model_id: int) -> None:
+    """The same for the arrays of one checkpoint."""
+    for path, spec in _checkpoint_arrays(run, model_id):
+        arrays.ensure(path, spec)
+        _ensure_groups(run, path)
+
+
+def prepare_scores(run: Run) -> None:
+    """The same for scores; those of another ensemble are replaced."""
+    for path, spec in _score_arrays(run):
+        arrays.replace(path, spec)
+        _ensure_groups(run, path)
+
+
+def _ensure_groups(run: Run, path: Path) -> None:
+    for group in path.parents:
+        if group.is_relative_to(run.layout.store):
             arrays.ensure_group(group)
 
 
-def _checkpoint_arrays(run: Run) -> Iterator[tuple[Path, ArraySpec]]:
+def _checkpoint_arrays(run: Run, model_id: int) -> Iterator[tuple[Path, ArraySpec]]:
     plan, layout = run.plan, run.layout
-    for model_id in plan.model_ids:
-        for split in (plan.train, *plan.targets):
-            group = layout.grads(plan, model_id, split.name)
-            for name, spec in _grads_specs(plan, split).items():
-                yield group / name, spec
-        yield layout.gram(plan, model_id), _square(plan)
-        kernel = layout.kernel(plan, model_id)
-        yield kernel / "kernel", _square(plan)
-        for split in plan.targets:
-            yield kernel / "precond" / split.name, _preconditioned(plan, split)
+    for split in (plan.train, *plan.targets):
+        group = layout.grads(plan, model_id, split.name)
+        for name, spec in _grads_specs(plan, split).items():
+            yield group / name, spec
+    yield layout.gram(plan, model_id), _square(plan)
+    kernel = layout.kernel(plan, model_id)
+    yield kernel / "kernel", _square(plan)
+    for split in plan.targets:
+        yield kernel / "precond" / split.name, _preconditioned(plan, split)
 
 
 def _grads_specs(plan: Plan, split: Split) -> dict[str, ArraySpec]:

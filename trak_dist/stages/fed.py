@@ -1,0 +1,200 @@
+"""Splits whose rows are fed by calls (`TRAKer`), not read from a problem's dataset.
+
+What a call computes is a part of its process's own; a featurize cell gathers the parts of its rows
+into its chunk, the earliest part where a row came twice. Once all cells of a checkpoint and split
+are done their parts are discarded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from trak_dist.cells import TRAIN, FeaturizeCell
+from trak_dist.errors import MissingInputs, MixedRun, ModelIDException
+from trak_dist.ops import rows as row_format
+from trak_dist.stages.outcome import Outcome, grads_facts
+from trak_dist.store import contents, parts
+from trak_dist.store.parts import Part
+from trak_dist.store.run import Run
+
+
+class Feed:
+    """What one process feeds into one checkpoint's split."""
+
+    def __init__(self, run: Run, model_id: int, split: str, checkpoint_digest: str) -> None:
+        self._run, self._model_id, self._split = run, model_id, split
+        self._directory = run.layout.parts(run.plan, model_id, split)
+        self._checkpoint_digest = checkpoint_digest
+        self._seen: set[str] = set()
+        self._done = np.zeros(run.plan.split(split).rows, bool)
+
+    def done(self) -> NDArray[np.bool_]:
+        """Which rows (n,) are there, in cells or in parts of any process."""
+        if self._done.all():
+            return self._done
+        cells = list(self._run.plan.featurize_cells(self._model_id, self._split))
+        for cell in self._run.receipts.done(cells):
+            assert isinstance(cell, FeaturizeCell)
+            self._done[cell.rows.start : cell.rows.stop] = True
+        for path in parts.listed(self._directory):
+            if path.name not in self._seen:
+                try:
+                    self._done[parts.rows_of(path)] = True
+                except FileNotFoundError:
+                    return self.done()  # discarded: its rows are in cells by now
+                self._seen.add(path.name)
+        return self._done
+
+    def write(
+        self,
+        rows: NDArray[np.int64],
+        grads: Float[Tensor, "rows k"],
+        out_to_loss: Float[Tensor, " rows"],
+        inputs: NDArray[np.uint8],
+    ) -> None:
+        """Keep X / √p and Q of some rows, and the digests of what they were computed from."""
+        plan = self._run.plan
+        stored, scale = row_format.encode(grads, plan.spec.featurize.dtype)
+        tensors = {"grads": stored, "row_scale": scale, "out_to_loss": out_to_loss}
+        arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
+        facts = grads_facts(plan, self._checkpoint_digest)
+        part = Part({"rows": rows, "inputs": inputs, **arrays}, facts)
+        parts.write(self._directory, part)
+
+
+def row_digests(batch: Sequence[Any], size: int) -> NDArray[np.uint8]:
+    """(size, 16) digests of examples, to tell whether each checkpoint was shown the same ones.
+
+    Zeros at the ends of whole numbers are left out: the same text is padded in one batch and not
+    in another.
+    """
+    leaves = [t for t in pytree.tree_leaves(tuple(batch)) if isinstance(t, Tensor)]
+    found = np.empty((size, 16), np.uint8)
+    for row in range(size):
+        sha = hashlib.sha256()
+        for leaf in leaves:
+            value = leaf[row].detach().cpu().contiguous()
+            if value.ndim and not value.is_floating_point():
+                filled = value.reshape(-1, value.shape[-1]).any(0).nonzero()
+                value = value[..., : int(filled[-1]) + 1 if len(filled) else 0].contiguous()
+            sha.update(str((value.dtype, tuple(value.shape))).encode())
+            sha.update(value.reshape(-1).view(torch.uint8).numpy().data)
+        found[row] = np.frombuffer(sha.digest()[:16], np.uint8)
+    return found
+
+
+def refuse_missing(run: Run, model_id: int, split: str) -> None:
+    """Raise `ModelIDException` naming the rows of a checkpoint's split that are not there."""
+    missing = np.flatnonzero(~Feed(run, model_id, split, "").done())
+    if len(missing):
+        rows = "train rows" if split == TRAIN else f"targets of {split!r}"
+        raise ModelIDException(
+            f"{len(missing)} of {run.plan.split(split).rows} {rows} are missing for model_id "
+            f"{model_id}: {spans(missing)}",
+            where=str(run.layout.run_dir),
+            next="featurize them" if split == TRAIN else "score them, or allow_skip=True",
+        )
+
+
+def spans(rows: NDArray[np.int64]) -> str:
+    """Rows in ascending order as `3, 5-7, …`, at most ten of their ranges."""
+    breaks = np.flatnonzero(np.diff(rows) != 1) + 1
+    ranges = [
+        str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}"
+        for r in np.split(rows, breaks)[:11]
+        if len(r)
+    ]
+    return ", ".join(ranges[:10]) + (", …" if len(ranges) > 10 else "")
+
+
+def gather(run: Run, cell: FeaturizeCell) -> Outcome:
+    """Write a cell's chunk from parts, one of which is in memory at a time.
+
+    Raises
+    ------
+    ModelIDException
+        If some of its rows are in no part.
+    MissingInputs
+        If another process gathers it at the same time, and was first.
+    MixedRun
+        If its parts were not made from the same things.
+    """
+    paths = parts.listed(run.layout.parts(run.plan, cell.model_id, cell.split))
+    size = len(cell.rows)
+    arrays: dict[str, NDArray[Any]] = {}
+    facts: dict[str, Any] = {}
+    try:
+        source = _sources(paths, cell)
+        used = np.unique(source)
+        for index in used:
+            part = parts.read(paths[index])
+            if (facts := facts or dict(part.facts)) != part.facts:
+                raise _mixed(facts, part.facts, paths[used[0]], paths[index], cell)
+            position = np.empty(size, np.int64)
+            rows = part.arrays["rows"] - cell.rows.start
+            inside = np.flatnonzero((rows >= 0) & (rows < size))
+            position[rows[inside]] = inside
+            mine = np.flatnonzero(source == index)
+            for name, values in part.arrays.items():
+                if name not in arrays:
+                    arrays[name] = np.empty((size, *values.shape[1:]), values.dtype)
+                arrays[name][mine] = values[position[mine]]
+    except (FileNotFoundError, ModelIDException) as error:
+        if isinstance(error, FileNotFoundError) or run.receipts.done([cell]):
+            what = "another process has just gathered its parts"
+            raise MissingInputs(what, where=cell.id) from None
+        raise
+    del arrays["rows"]
+    inputs = hashlib.sha256(arrays.pop("inputs").data).hexdigest()[:32]
+    digests = contents.write(run, cell, arrays)
+    counts = {"rows": size, "parts": len(used), "non_finite_rows": 0}
+    return Outcome(digests, {**facts, "inputs_digest": inputs, **counts})
+
+
+def _sources(paths: Sequence[Path], cell: FeaturizeCell) -> NDArray[np.int64]:
+    """Which part each row of a cell is taken from: the earliest that has it."""
+    size = len(cell.rows)
+    source = np.full(size, -1)
+    for index in reversed(range(len(paths))):
+        rows = parts.rows_of(paths[index]) - cell.rows.start
+        source[rows[(rows >= 0) & (rows < size)]] = index
+    missing = np.flatnonzero(source < 0) + cell.rows.start
+    if len(missing):
+        raise ModelIDException(
+            f"{len(missing)} of {size} rows of {cell.split!r} are not featurized for model_id "
+            f"{cell.model_id}: {spans(missing)}",
+            where=cell.id,
+            next="featurize them: TRAKer.featurize, or score for targets",
+        )
+    return source
+
+
+def _mixed(
+    facts: Mapping[str, Any],
+    others: Mapping[str, Any],
+    first: Path,
+    path: Path,
+    cell: FeaturizeCell,
+) -> MixedRun:
+    names = sorted(n for n in {*facts, *others} if facts.get(n) != others.get(n))
+    told = "; ".join(f"{n}: {facts.get(n)!r} and {others.get(n)!r}" for n in names)
+    return MixedRun(
+        f"parts that belong together disagree: {told} in {first.name} and {path.name}",
+        where=cell.id,
+        next="remove the parts that are wrong, and featurize their rows again",
+    )
+
+
+def discard_parts(run: Run, model_id: int, split: str) -> None:
+    """Remove the parts of a checkpoint's split, all of whose cells are done."""
+    parts.discard(run.layout.parts(run.plan, model_id, split))

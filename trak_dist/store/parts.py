@@ -1,0 +1,115 @@
+"""Parts: rows of grads in any order, from any process, until there are whole chunks of them.
+
+A part is one file, which appears whole or not at all and is never changed: the rows, what was
+computed of them, and how. Parts sort by when they were written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from trak_dist.errors import CorruptChunk, StoreError
+from trak_dist.store import atomic
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows: `arrays` has a line for each, among them their numbers, `rows`."""
+
+    arrays: Arrays
+    facts: Mapping[str, Any]
+
+
+def write(directory: Path, part: Part) -> None:
+    """Publish a part.
+
+    Raises
+    ------
+    StoreError
+        If the file system refuses.
+    """
+    told = {"facts": json.dumps(dict(part.facts)), "digest": _digest(part.arrays)}
+    content = safetensors.numpy.save(dict(part.arrays), told)
+    path = directory / f"{time.time_ns():020d}-{uuid.uuid4().hex}.safetensors"
+    try:
+        atomic.write(path, content)
+    except StoreError:
+        if directory.exists():
+            raise
+        atomic.write(path, content)  # all rows were done, and the directory was discarded just now
+
+
+def listed(directory: Path) -> list[Path]:
+    """The parts in `directory`, the earliest first."""
+    return sorted(directory.glob("*.safetensors"))
+
+
+def rows_of(path: Path) -> NDArray[np.int64]:
+    """Which rows are in a part; the rest of it is not read.
+
+    Raises
+    ------
+    FileNotFoundError
+        If it was discarded.
+    """
+    with safetensors.safe_open(path, framework="numpy") as file:
+        rows: NDArray[np.int64] = file.get_tensor("rows")
+    return rows
+
+
+def read(path: Path) -> Part:
+    """A part, if it is as it was written.
+
+    Raises
+    ------
+    CorruptChunk
+        If it is not.
+    FileNotFoundError
+        If it was discarded.
+    """
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            told = file.metadata()
+        if _digest(arrays) != told["digest"]:
+            raise ValueError("its content is not what was written")
+        return Part(arrays, json.loads(told["facts"]))
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise CorruptChunk(
+            f"a part is damaged: {error}",
+            where=str(path),
+            next="remove it, and featurize its rows again",
+        ) from error
+
+
+def discard(directory: Path) -> None:
+    """Remove all parts at once: no reader finds some of them gone and others there."""
+    aside = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
+    try:
+        directory.rename(aside)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _digest(arrays: Arrays) -> str:
+    sha = hashlib.sha256()
+    for name in sorted(arrays):
+        sha.update(name.encode())
+        sha.update(np.ascontiguousarray(arrays[name]).data)
+    return sha.hexdigest()[:32]

@@ -1,0 +1,447 @@
+"""TRAKer: TRAK's own interface, on the store of a run. No Hydra, no Slurm.
+
+`save_dir` is a run directory. Any number of processes may feed any rows of any checkpoint into it
+at once, without a coordinator: what each computes is a part of its own, gathered into the run's
+chunks when features or scores are finalized (`stages.fed`). Kernels and scores are the cells that
+`python -m trak_dist.launch` runs, by the same worker; either goes on with what the other made.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from trak_dist import worker
+from trak_dist.cells import TRAIN, Cell, GramCell, KernelCell, PreconditionCell
+from trak_dist.compat import FunctionalGradientComputer
+from trak_dist.errors import CellsFailed, ConfigError, ModelIDException
+from trak_dist.ops import model_outputs
+from trak_dist.ops.gradients import examples_in, select_params
+from trak_dist.plan import Plan, digest
+from trak_dist.stages import checkpoints, coverage, fed, feeding
+from trak_dist.stages.featurize import refuse_unusable
+from trak_dist.stages.session import adding, as_batch, gradients, open_device, projector
+from trak_dist.store.prepare import prepare_checkpoint, prepare_scores
+from trak_dist.store.results import Results
+from trak_dist.store.run import Run
+
+log = logging.getLogger("trak_dist")
+
+
+class TRAKer:
+    """Scores of train examples for targets, by TRAK's own calls.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        The architecture; its weights are replaced by each checkpoint's.
+    task : str or model output
+        `image_classification`, `iterative_image_classification`, `text_classification`, or an
+        object with `get_output` and `get_out_to_loss_grad`.
+    train_set_size : int
+        n, the number of train rows.
+    save_dir : path
+        The run directory. What is there is gone on with; it is never overwritten.
+    device : str or torch.device, optional
+        Where gradients and kernels are computed; a GPU if there is one.
+    gradient_computer : type
+        `FunctionalGradientComputer` or `IterativeGradientComputer`.
+    projector : NoOpProjector or BasicProjector, optional
+        Left out: a sparse projection to `proj_dim`.
+    proj_dim, projector_seed : int
+        k ≥ 1, and the seed of the projection.
+    use_half_precision : bool
+        Store grads as float16 rows with a scale each, or as float32.
+    grad_wrt : iterable of str, optional
+        The parameters whose gradients are used; all that require gradients where left out.
+    lambda_reg : float
+        λ of (XᵀX + λI)⁻¹, in TRAK's units: its dense projections are larger by √k.
+    load_from_save_dir, proj_max_batch_size
+        Taken, and without effect: nothing here depends on them.
+    saver, score_computer
+        Must be left out.
+
+    Of a run that is there already, `proj_dim`, `projector_seed`, `use_half_precision`, `grad_wrt`
+    and `lambda_reg` that are left at their defaults come from the run; others must agree with it,
+    but for `lambda_reg`.
+
+    Raises
+    ------
+    ConfigError, PlanMismatch
+        If arguments are not valid, or not those of the run in `save_dir`.
+    """
+
+    def __init__(  # noqa: PLR0913, PLR0917
+        self,
+        model: nn.Module,
+        task: str | model_outputs.ModelOutput,
+        train_set_size: int,
+        save_dir: str | Path = "./trak_results",
+        load_from_save_dir: bool = True,  # noqa: ARG002
+        device: str | torch.device | None = None,
+        gradient_computer: type[Any] = FunctionalGradientComputer,
+        projector: Any = None,
+        saver: None = None,
+        score_computer: None = None,
+        proj_dim: int = 2048,
+        logging_level: int = logging.INFO,
+        use_half_precision: bool = True,
+        proj_max_batch_size: int = 32,  # noqa: ARG002
+        projector_seed: int = 0,
+        grad_wrt: Iterable[str] | None = None,
+        lambda_reg: float = 0.0,
+    ) -> None:
+        log.setLevel(logging_level)
+        self.device = open_device("auto" if device is None else str(device))
+        self.model = model.to(self.device)
+        self.task = feeding.model_output(task)
+        self.save_dir = Path(save_dir).absolute()
+        self.train_set_size = train_set_size
+        self._wanted = feeding.Wanted(
+            gradient_computer=gradient_computer,
+            projector=projector,
+            unsupported={"saver": saver, "score_computer": score_computer},
+            proj_dim=proj_dim,
+            use_half_precision=use_half_precision,
+            projector_seed=projector_seed,
+            grad_wrt=grad_wrt,
+            lambda_reg=lambda_reg,
+        )
+        self._run = self._opened() if Run.exists(self.save_dir) else None
+        self._loaded: _Loaded | None = None
+        self._experiment = ""
+        self._next = {TRAIN: 0}
+
+    # Features -------------------------------------------------------------------------------
+
+    def load_checkpoint(self, checkpoint: Mapping[str, Tensor] | str | Path, model_id: int) -> None:
+        """Take the weights of a checkpoint: a state dict, or the path of one.
+
+        Raises
+        ------
+        CheckpointError
+            If it does not fit the model, or other weights were featurized under this `model_id`.
+        """
+        if isinstance(model_id, bool) or not isinstance(model_id, int) or model_id < 0:
+            raise ConfigError(
+                f"model_id {model_id!r} is not a whole number of at least 0", where="model_id"
+            )
+        self._loaded = _Loaded(self.model, checkpoint, model_id)
+        self._next = {TRAIN: 0}
+        if self._run:
+            self._register(self._run)
+
+    def featurize(
+        self,
+        batch: Any,
+        inds: Any = None,
+        num_samples: int | None = None,
+    ) -> None:
+        """Compute and keep the grads and out-to-loss of a batch of train examples.
+
+        Rows that are there already, from whatever process, are not computed again.
+
+        Parameters
+        ----------
+        batch : sequence or mapping of tensors
+            The arguments of the model output, examples first.
+        inds : (batch,) whole numbers
+            Their rows in the train set; or
+        num_samples : int
+            how many there are: the rows that follow those of the last call.
+
+        Raises
+        ------
+        ConfigError
+            If rows and batch do not fit each other.
+        NonFiniteGradient
+            If a gradient is not finite; nothing of the batch is kept then.
+        """
+        self._feed(TRAIN, as_batch(batch), inds, num_samples)
+
+    def finalize_features(
+        self, model_ids: Iterable[int] | None = None, del_grads: bool = False
+    ) -> None:
+        """Gather the rows of checkpoints, and make their kernels.
+
+        Raises
+        ------
+        ModelIDException
+            If a checkpoint is unknown, or rows of it are missing.
+        SingularGram
+            Told by `CellsFailed`, if λ is too small.
+        """
+        run = self._reopened()
+        ids = self._known(run, model_ids)
+        for model_id in ids:
+            fed.refuse_missing(run, model_id, TRAIN)
+            prepare_checkpoint(run, model_id)
+        self._complete(run, [c for m in ids for c in _kernel_cells(run.plan, m)])
+        if del_grads:
+            log.warning("del_grads: the grads are kept, since scores are computed from them")
+        self._next = {TRAIN: 0}
+
+    # Scores ---------------------------------------------------------------------------------
+
+    def start_scoring_checkpoint(
+        self,
+        exp_name: str,
+        checkpoint: Mapping[str, Tensor] | str | Path,
+        model_id: int,
+        num_targets: int,
+    ) -> None:
+        """Take the weights of a featurized checkpoint, for a set of targets.
+
+        Raises
+        ------
+        ModelIDException
+            If the checkpoint was never featurized.
+        ConfigError
+            If `exp_name` can't be a name, or has another number of targets.
+        """
+        self._known(self._reopened(), [model_id])
+        self.load_checkpoint(checkpoint, model_id)
+        assert self._run
+        self._run = feeding.extended(
+            self._run, lambda plan: feeding.with_targets(plan, exp_name, num_targets)
+        )
+        prepare_checkpoint(self._run, model_id)
+        self._experiment = exp_name
+        self._next[exp_name] = 0
+
+    def score(
+        self,
+        batch: Any,
+        inds: Any = None,
+        num_samples: int | None = None,
+    ) -> None:
+        """Compute and keep the grads of a batch of targets; see `featurize`."""
+        if not self._experiment:
+            raise ConfigError(
+                "no experiment was begun", where="score", next="start_scoring_checkpoint first"
+            )
+        self._feed(self._experiment, as_batch(batch), inds, num_samples)
+
+    def finalize_scores(
+        self, exp_name: str, model_ids: Iterable[int] | None = None, allow_skip: bool = False
+    ) -> NDArray[np.float32]:
+        """The scores (n_train, n_targets) float32 of the ensemble; positive ones are helpful.
+
+        They are also the array `store.zarr/scores/<exp_name>` in `save_dir`.
+
+        Parameters
+        ----------
+        model_ids : iterable of int, optional
+            The ensemble; all checkpoints where left out.
+        allow_skip : bool
+            Leave out, with a warning, checkpoints of which train rows or targets are missing.
+
+        Raises
+        ------
+        ConfigError
+            If there is no such experiment.
+        ModelIDException
+            If a checkpoint is unknown; if rows or targets of one are missing, naming them.
+        """
+        run = self._reopened()
+        if exp_name not in (split.name for split in run.plan.targets):
+            raise ConfigError(
+                f"there is no experiment {exp_name!r}: "
+                f"{', '.join(s.name for s in run.plan.targets) or 'none was begun'}",
+                where="exp_name",
+                next="start_scoring_checkpoint and score first",
+            )
+        chosen = []
+        for model_id in self._known(run, model_ids):
+            try:
+                for split in (TRAIN, exp_name):
+                    fed.refuse_missing(run, model_id, split)
+                chosen.append(model_id)
+            except ModelIDException as error:
+                if not allow_skip:
+                    raise
+                log.warning("skipped: %s", error.what)
+        if not chosen:
+            raise ModelIDException(
+                f"no checkpoint has all rows and targets of {exp_name!r}", where="finalize_scores"
+            )
+        run = self._run = feeding.extended(run, lambda plan: feeding.with_ensemble(plan, chosen))
+        prepare_scores(run)
+        cells = [c for m in chosen for c in _kernel_cells(run.plan, m)]
+        for model_id in chosen:
+            prepare_checkpoint(run, model_id)
+            cells += [*run.plan.featurize_cells(model_id, exp_name)]
+            cells.append(PreconditionCell(model_id, exp_name))
+        self._complete(run, [*cells, *run.plan.score_cells(exp_name)])
+        self._next = {TRAIN: 0}
+        self.scores = Results(run).scores(exp_name)
+        return self.scores
+
+    # ----------------------------------------------------------------------------------------
+
+    def _feed(self, split: str, batch: tuple[Any, ...], inds: Any, num_samples: int | None) -> None:
+        loaded = self._loaded
+        if loaded is None:
+            raise ModelIDException("no checkpoint is loaded", next="load_checkpoint first")
+        size = examples_in(batch)
+        rows = _rows(inds, num_samples, first=self._next[split])
+        if num_samples is not None:
+            self._next[split] += num_samples
+        run = self._run or self._register(self._created(batch))
+        feeding.refuse_rows(rows, size, run.plan.split(split))
+        feed = loaded.feeds.get(split)
+        if feed is None:
+            feed = loaded.feeds[split] = fed.Feed(run, loaded.model_id, split, loaded.digest)
+        left = ~feed.done()[rows]
+        if not left.any():
+            return
+        if not left.all():
+            keep = torch.from_numpy(np.flatnonzero(left))
+            batch = pytree.tree_map_only(Tensor, lambda t: t[keep.to(t.device)], batch)
+        rows = rows[left]
+        inputs = fed.row_digests(batch, len(rows))
+        batch = pytree.tree_map_only(Tensor, lambda t: t.to(self.device), batch)
+        project, compute = loaded.computing(run.plan, self.task)
+        grads = torch.zeros(len(rows), run.plan.store_dim, device=self.device)
+        f = compute(batch, adding(project, grads))
+        q = model_outputs.out_to_loss(self.task, self.model, batch, f).reshape(len(rows)).float()
+        grads /= math.sqrt(run.plan.parameters)
+        what = f"checkpoint {loaded.model_id}"
+        refuse_unusable(grads, q, rows=rows.tolist(), split=split, what=what)
+        feed.write(rows, grads, q, inputs)
+
+    def _created(self, batch: tuple[Any, ...]) -> Run:
+        """The run, made with what the first batch shows; or the one that another process made."""
+        if not Run.exists(self.save_dir):
+            first = pytree.tree_map_only(Tensor, lambda t: t[:2].to(self.device), batch)
+            spec = self._wanted.spec()
+            parameters = select_params(self.model, spec.featurize.params)
+            way, why = coverage.choose(
+                self.model,
+                self.task,
+                {TRAIN: first},
+                params=spec.featurize.params,
+                asked=spec.featurize.gradients,
+            )
+            if why:
+                log.warning("gradients by %s, %s", way, why)
+            plan = feeding.new_plan(
+                spec,
+                rows=self.train_set_size,
+                parameters=sum(shape.numel() for shape in parameters.values()),
+                model=self._model_digest(),
+                gradients=way,
+            )
+            feeding.created(self.save_dir, plan)
+        return self._opened()
+
+    def _opened(self) -> Run:
+        run = Run.open(self.save_dir)
+        self._wanted.refuse_other(run, self.train_set_size, self._model_digest())
+        return run
+
+    def _reopened(self) -> Run:
+        """The run as it is now, with our λ; whatever else other processes added meanwhile."""
+        self._run = feeding.extended(self._opened(), self._wanted.with_lambda)
+        return self._run
+
+    def _register(self, run: Run) -> Run:
+        loaded = self._loaded
+        assert loaded
+        run = feeding.extended(
+            run, lambda plan: feeding.with_checkpoint(plan, loaded.model_id, loaded.path)
+        )
+        checkpoints.refuse_other_weights(run, loaded.model_id, loaded.digest, publish=True)
+        for other in checkpoints.twins(run, loaded.model_id, loaded.digest):
+            log.warning("model_ids %d and %d have the same weights", other, loaded.model_id)
+        prepare_checkpoint(run, loaded.model_id)
+        self._run = run
+        return run
+
+    def _known(self, run: Run, model_ids: Iterable[int] | None) -> list[int]:
+        there = [c.model_id for c in run.plan.checkpoints]
+        asked = there if model_ids is None else list(dict.fromkeys(model_ids))
+        unknown = [m for m in asked if m not in there]
+        if unknown or not asked:
+            raise ModelIDException(
+                f"model_id {unknown[0]} was never featurized; there are {there}"
+                if unknown
+                else "no checkpoint was featurized",
+                where=str(self.save_dir),
+                next="load_checkpoint and featurize first",
+            )
+        return sorted(asked)
+
+    def _complete(self, run: Run, cells: Sequence[Cell]) -> None:
+        """Have the worker run what is not done; several processes may."""
+        with worker.own_numerics():
+            worker.run_cells(
+                str(run.layout.run_dir),
+                run.plan.fingerprint,
+                str(self.device),
+                [cell.id for cell in cells],
+            )
+        done = run.receipts.done(cells)
+        missing = [cell for cell in cells if cell not in done]
+        failures = run.receipts.failures(missing)
+        if failures:
+            cell, failure = next(iter(failures.items()))
+            raise CellsFailed(failure.error, where=cell.id)
+        if missing:
+            raise CellsFailed(f"{len(missing)} cells are not done", where=missing[0].id)
+
+    def _model_digest(self) -> str:
+        return digest([repr(self.model), type(self.task).__qualname__])
+
+
+class _Loaded:
+    """The checkpoint in the model, and what was made for it."""
+
+    def __init__(
+        self, model: nn.Module, checkpoint: Mapping[str, Tensor] | str | Path, model_id: int
+    ) -> None:
+        self.path = "" if isinstance(checkpoint, Mapping) else str(checkpoint)
+        state = (
+            dict(checkpoint)
+            if isinstance(checkpoint, Mapping)
+            else checkpoints.read_state_dict(Path(checkpoint))
+        )
+        checkpoints.check_fit(state, model, where=self.path or f"model_id {model_id}")
+        self.model_id, self.digest = model_id, checkpoints.content_digest(state)
+        model.load_state_dict(state)
+        self._model = model.eval()
+        self.feeds: dict[str, fed.Feed] = {}
+        self._computing: Any = None
+
+    def computing(self, plan: Plan, model_output: model_outputs.ModelOutput) -> Any:
+        """The projector and the gradient computer."""
+        if self._computing is None:
+            project = projector(plan, self.model_id, self._model)
+            self._computing = project, gradients(plan, self._model, model_output, project)
+        return self._computing
+
+
+def _rows(inds: Any, num_samples: int | None, *, first: int) -> NDArray[np.int64]:
+    if (inds is None) == (num_samples is None):
+        raise ConfigError(
+            "exactly one of inds and num_samples is to be given",
+            where="featurize, score",
+            next="inds: the batch's rows; num_samples: how many there are, in order",
+        )
+    if num_samples is not None:
+        return np.arange(first, first + num_samples)
+    rows = np.asarray(inds.cpu() if isinstance(inds, Tensor) else inds).reshape(-1)
+    return rows.astype(np.int64)
+
+
+def _kernel_cells(plan: Plan, model_id: int) -> list[Cell]:
+    return [*plan.featurize_cells(model_id, TRAIN), GramCell(model_id), KernelCell(model_id)]
