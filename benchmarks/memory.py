@@ -9,9 +9,9 @@ and backward by activations only) and the per-sample gradients of the largest la
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import torch
 from featurize import DIM, by_activations, featurizing, training_step
@@ -54,7 +54,9 @@ def run(way: str) -> None:
         "vmap": featurizing(case, batch, DIM, VmapGradients),
     }
     ways[way]()
-    print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    # Not getrusage: its peak may be that of the process this one was forked from.
+    status = Path("/proc/self/status").read_text()
+    print(1024 * int(status.split("VmHWM:")[1].split()[0]))
 
 
 if __name__ == "__main__":

@@ -30,18 +30,18 @@ ROWS = CHUNK_BYTES // (2 * COLUMNS)
 Way = tuple[Callable[[], None], Callable[[], None]]  # write, read
 
 
-def main() -> dict:
+def main(directory: str | None = None) -> dict:
     values = np.random.default_rng(0).standard_normal((ROWS, COLUMNS)).astype(np.float16)
-    with tempfile.TemporaryDirectory(dir=sys.argv[1] if len(sys.argv) > 1 else None) as name:
-        directory = Path(name)
-        ways = {FLOOR: plain_file(directory, values)}
+    with tempfile.TemporaryDirectory(dir=directory) as name:
+        at = Path(name)
+        ways = {FLOOR: plain_file(at, values)}
         for compression in ("none", "zstd"):
-            ways[f"store, {compression}"] = store(directory, values, compression)
+            ways[f"store, {compression}"] = store(at, values, compression)
         seconds: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
         for _ in range(ROUNDS):
             for way, (write, read) in ways.items():
                 seconds[way].append((timed(write), timed(read)))
-        sizes = {way: size(directory / way.replace(" ", "_")) for way in ways}
+        sizes = {way: size(at / way.replace(" ", "_")) for way in ways}
     return report(seconds, sizes, values.nbytes * CHUNKS)
 
 
@@ -108,4 +108,4 @@ def report(
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

@@ -27,7 +27,7 @@ from trak_dist.errors import CellsFailed, ConfigError, ModelIDException
 from trak_dist.ops import model_outputs
 from trak_dist.ops.gradients import examples_in, select_params
 from trak_dist.plan import Plan, digest
-from trak_dist.stages import checkpoints, coverage, fed, feeding
+from trak_dist.stages import checkpoints, coverage, fed, feeding, state_dicts
 from trak_dist.stages.featurize import refuse_unusable
 from trak_dist.stages.session import adding, as_batch, gradients, open_device, projector
 from trak_dist.store.prepare import prepare_checkpoint, prepare_scores
@@ -135,7 +135,7 @@ class TRAKer:
             raise ConfigError(
                 f"model_id {model_id!r} is not a whole number of at least 0", where="model_id"
             )
-        self._loaded = _Loaded(self.model, checkpoint, model_id)
+        self._loaded = _Loaded(self.model, checkpoint, model_id, self._loaded)
         self._next = {TRAIN: 0}
         if self._run:
             self._register(self._run)
@@ -407,17 +407,25 @@ class _Loaded:
     """The checkpoint in the model, and what was made for it."""
 
     def __init__(
-        self, model: nn.Module, checkpoint: Mapping[str, Tensor] | str | Path, model_id: int
+        self,
+        model: nn.Module,
+        checkpoint: Mapping[str, Tensor] | str | Path,
+        model_id: int,
+        before: _Loaded | None,
     ) -> None:
         self.path = "" if isinstance(checkpoint, Mapping) else str(checkpoint)
         state = (
-            dict(checkpoint)
-            if isinstance(checkpoint, Mapping)
-            else checkpoints.read_state_dict(Path(checkpoint))
+            checkpoint if isinstance(checkpoint, Mapping) else state_dicts.read(Path(checkpoint))
         )
-        checkpoints.check_fit(state, model, where=self.path or f"model_id {model_id}")
-        self.model_id, self.digest = model_id, checkpoints.content_digest(state)
-        model.load_state_dict(state)
+        where = self.path or f"model_id {model_id}"
+        self.fitted = state_dicts.fitted(state, model, where=where)
+        if before is not None:
+            state_dicts.refuse_otherwise_absent(self.fitted, before.fitted.absent, where=where)
+        elif self.fitted.said:
+            log.info("checkpoints: %s", self.fitted.said)
+        self.model_id = model_id
+        self.digest = checkpoints.content_digest(self.fitted.state)
+        self.fitted.load_into(model)
         self._model = model.eval()
         self.feeds: dict[str, fed.Feed] = {}
         self._computing: Any = None

@@ -43,6 +43,18 @@ class Meeting(nn.Module):
         return self.last(x - 0.5 * x.mean(0) if len(x) > 1 else 0.5 * x)
 
 
+class Branching(nn.Module):
+    """A value decides the way, which neither hooks nor torch.func can follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = nn.Linear(tiny.FEATURES, tiny.CLASSES)
+        self.slope = nn.Parameter(torch.tensor([0.2]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.pow(x.abs(), self.slope) if x.abs().max().item() > 0 else x)
+
+
 class OfTrak:
     """A model output written for TRAK."""
 
@@ -57,8 +69,11 @@ class Halved(trak_dist.ImageClassification):
     def get_batch_output(self, *arguments: object) -> Tensor:
         return super().get_batch_output(*arguments) / 2
 
+    def get_output(self, *arguments: object) -> Tensor:
+        return 2 * super().get_output(*arguments)
 
-MODELS = {"plain": tiny.net, "squashed": Squashed, "meeting": Meeting}
+
+MODELS = {"plain": tiny.net, "squashed": Squashed, "meeting": Meeting, "branching": Branching}
 OUTPUTS = {"plain": trak_dist.ImageClassification, "trak": OfTrak, "halved": Halved}
 
 
@@ -124,10 +139,10 @@ def test_hooks_and_vmap_give_the_same_scores_and_other_fingerprints(
 WHY = {
     "+problem.model=squashed": "slope (in torch.pow)",
     "+problem.output=trak": "OfTrak has no get_batch_output",
-    "+problem.model=meeting": "first.bias has other gradients than by vmap on the first examples "
-    "of 'train' (difference ",
-    "+problem.output=halved": "0.bias has other gradients than by vmap on the first examples of "
-    "'train' (difference ",
+    "+problem.model=meeting": "first.bias has other gradients than one by one on the first "
+    "examples of 'train' (difference ",
+    "+problem.output=halved": "0.bias has other gradients than one by one on the first "
+    "examples of 'train' (difference ",
 }
 
 
@@ -142,6 +157,15 @@ def test_auto_falls_back_to_vmap_and_says_why(
     assert open_run(tmp_path / "run").plan.gradients == "vmap"
 
 
+def test_what_neither_hooks_nor_vmap_can_do_goes_one_by_one(
+    launch: Launch, tmp_path: Path, arguments: list[str]
+) -> None:
+    ended = launch(*arguments, f"run_dir={tmp_path / 'run'}", "+problem.model=branching")
+    assert ended.code == 0, ended.err
+    assert "gradients by loop, not by hooks: slope (in torch.pow), not by vmap: " in ended.out
+    assert open_run(tmp_path / "run").plan.gradients == "loop"
+
+
 @pytest.mark.parametrize("change", WHY)
 def test_hooks_that_were_asked_for_and_would_be_wrong_are_refused(
     launch: Launch, tmp_path: Path, arguments: list[str], change: str
@@ -150,7 +174,7 @@ def test_hooks_that_were_asked_for_and_would_be_wrong_are_refused(
     ended = launch(*arguments, f"run_dir={tmp_path / 'run'}", change, asked)
     assert ended.code == 2
     assert f"error: hooks can't compute the gradients: {WHY[change]}" in ended.err
-    assert "  where: featurize.gradients\n  next:  featurize.gradients=vmap, " in ended.err
+    assert "  where: featurize.gradients\n  next:  featurize.gradients=auto, " in ended.err
     assert not (tmp_path / "run/plan.json").exists()
 
 

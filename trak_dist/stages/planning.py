@@ -32,11 +32,9 @@ from trak_dist.ops.gradients import (
 )
 from trak_dist.plan import Checkpoint, Plan, Source, Split, planned_cell_rows
 from trak_dist.problem import MapDataset, Problem, Rendered
-from trak_dist.stages import coverage
+from trak_dist.stages import coverage, state_dicts
 from trak_dist.stages.checkpoints import (
-    check_fit,
     content_digest,
-    read_state_dict,
     refuse_other_weights,
     refuse_twins,
 )
@@ -213,7 +211,9 @@ def refuse_scored(run: Run, plan: Plan) -> None:
         )
 
 
-def check_checkpoints(plan: Plan, problem: Problem, run: Run | None) -> None:
+def check_checkpoints(
+    plan: Plan, problem: Problem, run: Run | None, tell: Callable[[str], None]
+) -> None:
     """Read every checkpoint of the ensemble that is not ours to train, before anything is queued.
 
     Raises
@@ -222,12 +222,18 @@ def check_checkpoints(plan: Plan, problem: Problem, run: Run | None) -> None:
         If one is missing, unreadable, unfit, not the one featurized before, or there twice.
     """
     seen: dict[str, int] = {}
+    told = set[str]()
+    absent: frozenset[str] | None = None
     for checkpoint in plan.checkpoints:
         if checkpoint.trained or checkpoint.model_id not in plan.model_ids:
             continue
-        state = read_state_dict(Path(checkpoint.path))
-        check_fit(state, problem.model, where=checkpoint.path)
-        digest = content_digest(state)
+        state = state_dicts.read(Path(checkpoint.path))
+        fitted = state_dicts.fitted(state, problem.model, where=checkpoint.path)
+        absent = fitted.absent if absent is None else absent
+        state_dicts.refuse_otherwise_absent(fitted, absent, where=checkpoint.path)
+        if fitted.said:
+            told.add(fitted.said)
+        digest = content_digest(fitted.state)
         if digest in seen:
             raise CheckpointError(
                 f"model_ids {seen[digest]} and {checkpoint.model_id} have the same weights "
@@ -239,6 +245,8 @@ def check_checkpoints(plan: Plan, problem: Problem, run: Run | None) -> None:
         if run and checkpoint in run.plan.checkpoints:
             refuse_other_weights(run, checkpoint.model_id, digest, publish=False)
             refuse_twins(run, checkpoint.model_id, digest)
+    for said in sorted(told):
+        tell(f"checkpoints: {said}")
 
 
 def _chosen_gradients(

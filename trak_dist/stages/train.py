@@ -17,7 +17,7 @@ from trak_dist.cells import FULL, TRAIN, MarginsCell, Rows, TrainCell
 from trak_dist.errors import NonFiniteGradient, ProblemError
 from trak_dist.ops import draws
 from trak_dist.ops.gradients import outputs
-from trak_dist.stages import checkpoints
+from trak_dist.stages import checkpoints, state_dicts
 from trak_dist.stages.outcome import Outcome
 from trak_dist.stages.reduce import require
 from trak_dist.stages.session import Session
@@ -61,8 +61,8 @@ def margins(session: Session, cell: MarginsCell) -> Outcome:
     run = session.run
     require(run, [TrainCell(cell.subset, cell.seed)], needed_by=cell)
     path = run.layout.checkpoint(run.layout.trained_checkpoint(cell.subset, cell.seed))
-    state = checkpoints.read_state_dict(path)
-    checkpoints.check_fit(state, session.problem.model, where=str(path))
+    model = session.problem.model
+    state = state_dicts.fitted(state_dicts.read(path), model, where=str(path)).state
     hint = "ground_truth.seeds or .subsets of what is finished evaluates without this model"
     found = outputs_of(session, state, cell.targets, where=cell.id, hint=hint)
     return Outcome(contents.write(run, cell, {"margins": found[None]}))
@@ -89,8 +89,7 @@ def fit(
         dataset = Subset(dataset, rows.tolist())  # type: ignore[arg-type]
     state = problem.train_checkpoint(dataset, seed, session.device)
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    checkpoints.check_fit(state, problem.model, where=where)
-    return state
+    return state_dicts.fitted(state, problem.model, where=where).state
 
 
 def outputs_of(
@@ -105,7 +104,7 @@ def outputs_of(
     """
     problem = session.problem
     model = copy.deepcopy(problem.model)  # the session's own holds a checkpoint of the ensemble
-    model.load_state_dict(state)
+    model.load_state_dict(state, strict=False)  # it fits: what it lacks is frozen, or tied
     model.to(session.device).eval()
     batches = session.batches(targets, Rows(0, session.run.plan.split(targets).rows))
     with torch.no_grad():

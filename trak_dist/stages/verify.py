@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from trak_dist.cells import STAGE_CELLS, Cell, EvaluateCell, ReportCell, TrainCell
 from trak_dist.errors import CheckpointError, StoreError
-from trak_dist.stages.checkpoints import content_digest, read_state_dict
+from trak_dist.stages.checkpoints import content_digest
+from trak_dist.stages.state_dicts import read
 from trak_dist.store import contents
 from trak_dist.store.receipts import Receipt
 from trak_dist.store.run import Run
@@ -28,7 +29,7 @@ def damaged_cells(run: Run) -> Iterator[tuple[Cell, list[str]]]:
 def _damages(run: Run, cell: Cell, receipt: Receipt) -> Iterator[str]:
     if isinstance(cell, TrainCell):
         path = run.layout.checkpoint(run.layout.trained_checkpoint(cell.subset, cell.seed))
-        found = content_digest(read_state_dict(path))
+        found = content_digest(read(path))
         if found != receipt.digests.get("checkpoint"):
             written = receipt.digests.get("checkpoint")
             yield f"checkpoint: digest {found}, the receipt says {written}"
