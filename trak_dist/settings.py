@@ -66,11 +66,13 @@ def check_overrides(overrides: Sequence[str]) -> None:
     """
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            groups = [o for o in overrides if is_group(_key(o))]
-            groups += [o for o in overrides if _key(o) == "hydra.searchpath"]
-            known = compose(config_name="config", overrides=groups)
-            _refuse_unknown(overrides, known)
-            compose(config_name="config", overrides=list(overrides))
+            try:
+                compose(config_name="config", overrides=list(overrides))
+            except (HydraException, OmegaConfBaseException):
+                groups = [o for o in overrides if is_group(_key(o))]
+                groups += [o for o in overrides if _key(o) == "hydra.searchpath"]
+                _refuse_unknown(overrides, compose(config_name="config", overrides=groups))
+                raise
     except (HydraException, OmegaConfBaseException) as error:
         raise _not_composed(error) from None
 

@@ -200,8 +200,13 @@ def _job(session: Session, cell: Cell) -> dict[str, Any]:
         **machine.process(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "python": platform.python_version(),
-        **{name: version(name) for name in ("trak_dist", "torch", "numpy", "zarr")},
+        **_versions(),
     }
+
+
+@functools.cache  # reading them takes as long as a small cell
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("trak_dist", "torch", "numpy", "zarr")}
 
 
 def _failure(session: Session, cell: Cell, error: Exception) -> Failure:

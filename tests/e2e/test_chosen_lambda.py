@@ -18,6 +18,8 @@ from trak_dist.ops import lds
 from trak_dist.stages import report
 from trak_dist.store.run import Run
 
+pytestmark = pytest.mark.slow
+
 SUBSETS, SEEDS = 6, 2
 TRUTH = (f"ground_truth.subsets={SUBSETS}", f"ground_truth.seeds={SEEDS}")
 SWEEP = ("-m", "reduce.lambda_reg=1.0,auto")
@@ -132,7 +134,6 @@ def test_kernels_page_and_printed_lds_say_where_lambda_is_from(made: Made) -> No
     assert flattered[0].startswith(f"LDS:    val {own} (95 %, λ chosen on these targets), with λ")
 
 
-@pytest.mark.slow
 def test_repeated_nothing_is_computed_again(fork: Made, command, attempts: list[str]) -> None:
     for again in ((*SWEEP, *TRUTH), ("-m", "reduce.lambda_reg=auto")):
         ended = command(*again)
@@ -153,7 +154,6 @@ def test_the_members_models_are_those_of_the_run(made: Made) -> None:
     assert open_run(made.member).receipts("train") == open_run(made.run).receipts("train")
 
 
-@pytest.mark.slow
 def test_another_lambda_by_hand_is_not_said_to_be_chosen(fork: Made, command) -> None:
     member = fork.member
     ended = command("-m", "reduce.lambda_reg=7.5")
@@ -182,7 +182,6 @@ def test_without_a_run_there_is_nothing_to_choose_from(tmp_path, command, way: t
     assert not (tmp_path / "run/plan.json").exists()
 
 
-@pytest.mark.slow
 def test_without_an_evaluation_of_each_target_set_neither(fork: Made, command) -> None:
     before = Run.open(fork.run).plan
     (fork.run / "receipts/evaluate/evaluate_test.json").unlink()
@@ -300,7 +299,6 @@ def test_fewer_models_train_nothing_and_more_later_only_new_ones(
     assert masks(fork.run).shape == (7, 24)
 
 
-@pytest.mark.slow
 def test_the_figures_of_fewer_models_are_those_of_a_run_that_never_had_more(
     fork: Made, tmp_path: Path, command
 ) -> None:
@@ -311,7 +309,6 @@ def test_the_figures_of_fewer_models_are_those_of_a_run_that_never_had_more(
     assert pages(fork.run) == pages(other)
 
 
-@pytest.mark.slow
 def test_a_member_may_hold_itself_against_fewer_than_the_run(
     fork: Made, command, attempts: list[str]
 ) -> None:
@@ -334,7 +331,6 @@ REFUSED = (
 )
 
 
-@pytest.mark.slow
 def test_members_with_another_alpha_are_refused(fork: Made, command, attempts) -> None:
     before, there = masks(fork.run), [*(fork.run / "sweeps").iterdir()]
     for where in ((), (f"run_dir={fork.member}",), ("-m", "reduce.lambda_reg=5")):
@@ -347,7 +343,6 @@ def test_members_with_another_alpha_are_refused(fork: Made, command, attempts) -
     np.testing.assert_array_equal(masks(fork.run), before)
 
 
-@pytest.mark.slow
 def test_a_run_may_not_differ_from_its_members_ground_truth(fork: Made, command) -> None:
     """Its own is put aside; that of the member is made of the same files."""
     assert command("ground_truth.subsets=0", "stage=plan").code == 0
@@ -355,7 +350,6 @@ def test_a_run_may_not_differ_from_its_members_ground_truth(fork: Made, command)
     assert (ended.code, ended.err) == (2, REFUSED)
 
 
-@pytest.mark.slow
 def test_killed_trainings_of_a_member_are_gone_on_with_by_the_run(
     fork: Made, command, attempts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,8 @@ from trak_dist.stages import report
 from trak_dist.store.receipts import Receipt
 from trak_dist.store.run import Run
 
+pytestmark = pytest.mark.slow
+
 ROWS, TARGETS, REMOVE, SEEDS = 24, (0, 5), (2, 4), 2  # of six targets
 ASKED = (
     *("counterfactuals.targets=2", "counterfactuals.remove=[2,4]"),
@@ -198,7 +200,6 @@ def test_outputs_are_those_of_models_trained_here(made: Made) -> None:
         np.testing.assert_allclose(found[cell]["outputs"], outputs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_other_target_sets_lose_the_same_random_rows(plain: Path, command, trained) -> None:
     ended = command("targets=all", *ASKED, "counterfactuals.remove=[3]")
     assert ended.code == 0, ended.err
@@ -257,7 +258,6 @@ def test_receipt_page_and_last_lines_say_the_same(finished: Path, command) -> No
     assert "LDS" not in ended.out
 
 
-@pytest.mark.slow
 def test_they_stand_beside_a_ground_truth(plain: Path, command, attempts: list[str]) -> None:
     truth = ("ground_truth.subsets=3", "ground_truth.seeds=1")
     assert command(*truth).code == 0
@@ -296,7 +296,6 @@ def test_killed_amid_retraining_it_goes_on_to_the_same_outputs(
     assert figures(plain) == figures(made.run)
 
 
-@pytest.mark.slow
 def test_lost_receipts_cost_their_own_models_alone(
     made: Made, finished: Path, command, attempts: list[str]
 ) -> None:
@@ -348,7 +347,6 @@ def test_more_or_fewer_later_retrain_only_the_new_ones(
     assert figures(finished) == figures(made.run)
 
 
-@pytest.mark.slow
 def test_a_checkpoint_that_joins_makes_them_anew_of_the_new_scores(
     finished: Path, command, trained: Trained
 ) -> None:
@@ -437,7 +435,6 @@ def test_settings_that_make_no_counterfactuals(plain, command, asked: str, said:
     assert ended.err.startswith(f"error: the configuration is not valid:\n  {said}")
 
 
-@pytest.mark.slow
 def test_stage_evaluate_makes_them_and_needs_scores(
     plain: Path, command, attempts: list[str]
 ) -> None:

@@ -17,6 +17,8 @@ from trak_dist.errors import CheckpointError
 from trak_dist.stages import featurize
 from trak_dist.store.run import Run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def run(launch: Launch, tiny_run: list[str], tmp_path: Path) -> Callable:

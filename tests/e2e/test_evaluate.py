@@ -31,6 +31,8 @@ from trak_dist.ops import lds
 from trak_dist.stages import report
 from trak_dist.stages.datamodeling import LAMBDAS
 
+pytestmark = pytest.mark.slow
+
 OWN = 11  # this run's λ is the one at this place of the curves
 SUBSETS, SEEDS, TARGETS, ROWS, DIM = 8, 2, 6, 24, 128
 MODULE = ("problem._target_=tiny_trained.problem", "cluster=debug", "targets=val")
@@ -221,7 +223,6 @@ def test_the_curve_of_one_checkpoint_is_that_of_a_run_of_one(
     assert found["lds"] == pytest.approx(of_one["by_lambda"][OWN], abs=1e-3)
 
 
-@pytest.mark.slow
 def test_the_curve_of_a_smaller_dimension_is_that_of_a_run_folded_to_it(
     made: Path, command, bring, tmp_path: Path
 ) -> None:
@@ -374,7 +375,6 @@ def test_a_zip_cut_short_is_refused_like_any_other_garbage(command, bring, tmp_p
     assert ended.err.startswith("error: not a readable array: ")
 
 
-@pytest.mark.slow
 def test_files_that_changed_since_planning_are_refused_until_they_are_brought_again(
     command, bring, tmp_path: Path
 ) -> None:

@@ -28,6 +28,8 @@ from trak_dist.store import atomic, contents
 from trak_dist.store.receipts import Receipts
 from trak_dist.store.run import Run
 
+pytestmark = pytest.mark.slow
+
 SUBSETS, SEEDS, ROWS = 5, 2, 24
 TRUTH = (f"ground_truth.subsets={SUBSETS}", f"ground_truth.seeds={SEEDS}")
 MODELS = [(subset, seed) for subset in range(SUBSETS) for seed in range(SEEDS)]

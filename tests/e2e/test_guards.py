@@ -20,6 +20,8 @@ from trak_dist import ImageClassification, Problem, Rendered, open_run, worker
 from trak_dist.errors import PlanMismatch
 from trak_dist.store.run import Run
 
+pytestmark = pytest.mark.slow
+
 SOURCE = "import dataclasses, tiny\n\n\ndef problem(directory):\n    return {}\n"
 AS_IS = "tiny.problem(directory)"
 
@@ -67,7 +69,6 @@ def test_a_checkpoint_swapped_under_a_finished_run_is_noticed(
     assert "model_id 0 has other weights than those it was first featurized with" in ended.err
 
 
-@pytest.mark.slow
 def test_an_edited_problem_file_goes_on_where_the_user_accepts_it(edited) -> None:
     assert edited(SOURCE.format(AS_IS)).code == 0
     mended = SOURCE.format("dataclasses.replace(tiny.problem(directory), render=None)")
@@ -124,7 +125,6 @@ def test_an_output_that_ignores_its_weights_is_refused(run_problem) -> None:
     assert "functional_call(model, (weights, buffers), inputs)" in ended.err
 
 
-@pytest.mark.slow
 def test_traks_own_model_output_gives_the_same_scores(run_problem, tmp_path: Path) -> None:
     assert run_problem().code == 0
     ended = run_problem(
@@ -163,7 +163,6 @@ class Tied(nn.Module):
         return self.out(self.again(self.inner(x).tanh()))
 
 
-@pytest.mark.slow
 def test_more_checkpoints_are_trained_for_a_finished_run_with_tied_weights(
     run_problem, tmp_path: Path
 ) -> None:
@@ -195,7 +194,6 @@ def test_of_two_that_extend_a_run_at_once_one_is_told(launch, tiny_run, tmp_path
     assert [s.name for s in Run.open(tmp_path / "run").plan.targets] == ["val", "one"]
 
 
-@pytest.mark.slow
 def test_all_target_sets_are_added_where_all_are_asked_for(
     launch, tiny_run, tmp_path: Path
 ) -> None:
@@ -214,7 +212,6 @@ def test_reading_stages_hold_given_keys_against_the_plan(launch, tiny_run, stage
     assert "reduce.lambda_reg: 1.0 in the plan, 5.0 now" in ended.err
 
 
-@pytest.mark.slow
 def test_lost_metadata_of_an_array_is_made_again(launch, tiny_run, tmp_path: Path) -> None:
     assert launch(*tiny_run).code == 0
     expected = open_run(tmp_path / "run").scores("val")
@@ -226,7 +223,6 @@ def test_lost_metadata_of_an_array_is_made_again(launch, tiny_run, tmp_path: Pat
     np.testing.assert_array_equal(open_run(tmp_path / "run").scores("val"), expected)
 
 
-@pytest.mark.slow
 def test_relative_paths_of_a_problem_mean_the_same_from_anywhere(
     launch, tiny_run, tmp_path: Path, monkeypatch
 ) -> None:

@@ -14,6 +14,8 @@ from trak_dist import open_run
 from trak_dist.errors import ConfigError
 from trak_dist.ops import draws
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("asked", "said"),
@@ -30,7 +32,6 @@ def test_counterfactuals_that_tell_nothing_are_refused(
     assert f"  counterfactuals.{said}\n" in ended.err
 
 
-@pytest.mark.slow
 def test_published_masks_are_those_the_models_were_trained_on(fork: Made, command) -> None:
     shutil.rmtree(fork.run / "sweeps")
     assert command("ground_truth.subsets=0").code == 0
@@ -76,7 +77,6 @@ def test_a_member_of_the_same_lambda_says_that_it_was_chosen(fork: Made, command
     assert "λ chosen on these targets" in command("-m", "reduce.lambda_reg=auto").out
 
 
-@pytest.mark.slow
 def test_a_new_member_is_told_of_no_alpha_that_was_not_given(command, tmp_path: Path) -> None:
     assert command(*given(tmp_path / "run"), "targets=val").code == 0
     truth = ("-m", "ground_truth.subsets=3", "ground_truth.seeds=1")

@@ -22,6 +22,8 @@ from trak_dist.stages.verify import damaged_cells
 from trak_dist.store.receipts import Receipt
 from trak_dist.store.run import Run
 
+pytestmark = pytest.mark.slow
+
 BAD = "featurize/1/train/8-16"
 
 
@@ -62,7 +64,6 @@ def scores(run_dir: Path, targets: str) -> np.ndarray:
     return found.view(np.uint32)
 
 
-@pytest.mark.slow
 def test_an_added_target_set_costs_only_itself(command, tmp_path: Path) -> None:
     assert command("run", "targets=val").code == 0
     before, val = started(tmp_path / "run"), scores(tmp_path / "run", "val")
@@ -83,7 +84,6 @@ def test_an_added_target_set_costs_only_itself(command, tmp_path: Path) -> None:
         )
 
 
-@pytest.mark.slow
 def test_an_added_checkpoint_rescores_but_recomputes_no_gradient_and_no_kernel(
     command, tmp_path: Path
 ) -> None:
@@ -160,7 +160,6 @@ def test_a_worker_whose_plan_is_superseded_at_work_publishes_nothing_and_stops(
     assert "the plan was superseded" in failure.error
 
 
-@pytest.mark.slow
 def test_a_worker_of_a_smaller_ensemble_does_not_write_over_the_scores_of_a_larger_one(
     command, tmp_path: Path
 ) -> None:

@@ -22,6 +22,8 @@ from trak_dist.ops import kernel, lds, ranking
 from trak_dist.stages import report
 from trak_dist.store.run import Run
 
+pytestmark = pytest.mark.slow
+
 ROWS, TARGETS, MODELS, LAMBDA = 30, 7, 5, 0.3
 
 
@@ -135,7 +137,6 @@ def test_pages_of_it_come_with_the_rest(made: Path, fork: Path, command) -> None
     assert verified.code == 0, verified.out
 
 
-@pytest.mark.slow
 def test_the_paper_s_kernel_and_another_ensemble_have_their_own(
     fork: Path, command, made: Path
 ) -> None:
@@ -149,7 +150,6 @@ def test_the_paper_s_kernel_and_another_ensemble_have_their_own(
     assert not (fork / "store.zarr/scores/train").exists()
 
 
-@pytest.mark.slow
 def test_it_can_be_switched_off_again(fork: Path, command, attempts: list[str]) -> None:
     assert command("self_influence=true").code == 0
     attempts.clear()
@@ -253,7 +253,6 @@ def test_without_wrong_or_right_labels_there_is_no_auc(
     assert "labels:" not in ended.out
 
 
-@pytest.mark.slow
 def test_a_limit_cuts_the_flags_with_the_rows(made: Path, tmp_path: Path, command) -> None:
     small = (*given(made)[:2], *given(made)[4:], f"run_dir={tmp_path / 'run'}", "limit=12")
     ended = command(*small, "self_influence=true", "checkpoints.use=[0]")
@@ -282,7 +281,6 @@ def test_halves_are_the_scores_of_ensembles_of_every_other_checkpoint(
     assert np.abs(halves[:, 0] - halves[:, 1]).max() > 0.1 * np.abs(halves).max()
 
 
-@pytest.mark.slow
 def test_of_an_even_number_no_checkpoint_is_left_out(fork: Path, command) -> None:
     ended = command("-m", "stage=reduce", "checkpoints.use=[1,2,3,4],[1,3],[2,4]")
     assert ended.code == 0, ended.err
@@ -292,7 +290,6 @@ def test_of_an_even_number_no_checkpoint_is_left_out(fork: Path, command) -> Non
     np.testing.assert_allclose(halves[:, 1], there[2, 4].scores("val"), rtol=1e-6)
 
 
-@pytest.mark.slow
 def test_of_many_targets_halves_are_kept_for_spread_ones(
     made: Path, tmp_path: Path, command, monkeypatch
 ) -> None:
@@ -350,7 +347,6 @@ def test_the_report_says_how_many_top_rows_the_halves_share(
     assert "Would another ensemble say the same?" in (fork / "report/val.html").read_text()
 
 
-@pytest.mark.slow
 def test_damaged_halves_and_self_influence_are_found_and_mended(
     fork: Path, command, attempts: list[str]
 ) -> None:

@@ -20,6 +20,8 @@ from trak_dist.plan import Plan
 from trak_dist.stages import featurize, reduce
 from trak_dist.store.run import Run
 
+pytestmark = pytest.mark.slow
+
 Command = Callable[..., Ended]
 
 
@@ -98,7 +100,6 @@ def test_dimensions_in_any_order_cost_one_featurize_pass(
     assert summary(ended) == [[f"proj_dim={k}", "done", str(there[k])] for k in order]
 
 
-@pytest.mark.slow
 def test_members_have_the_scores_of_separate_runs(run, tmp_path: Path) -> None:
     assert run("run", "-m", "proj_dim=8,16").code == 0
     there = members(tmp_path / "run")
@@ -110,7 +111,6 @@ def test_members_have_the_scores_of_separate_runs(run, tmp_path: Path) -> None:
     assert np.abs(folded - direct).max() < 5e-3 * np.abs(direct).max(), "float16's rounding"
 
 
-@pytest.mark.slow
 def test_a_member_is_a_run_directory_whose_arrays_are_in_the_one_store(run, tmp_path: Path) -> None:
     assert run("run", "-m", "proj_dim=16,8").code == 0
     (name,) = Run.open(tmp_path / "run").layout.members()
@@ -136,7 +136,6 @@ def test_a_member_is_a_run_directory_whose_arrays_are_in_the_one_store(run, tmp_
     assert f"sweep  1 members in {tmp_path / 'run/sweeps'}: {name}\n" in of_base
 
 
-@pytest.mark.slow
 def test_dimensions_that_do_not_divide_share_what_they_can(run, computed, tmp_path: Path) -> None:
     ended = run("run", "-m", "proj_dim=12,3,5,10,8")
     assert ended.code == 0, ended.err
@@ -147,7 +146,6 @@ def test_dimensions_that_do_not_divide_share_what_they_can(run, computed, tmp_pa
     ]
 
 
-@pytest.mark.slow
 def test_a_finished_run_lends_its_grads(run, computed, tmp_path: Path) -> None:
     assert run("run", "proj_dim=16").code == 0
     before = scores(tmp_path / "run")
@@ -159,7 +157,6 @@ def test_a_finished_run_lends_its_grads(run, computed, tmp_path: Path) -> None:
     np.testing.assert_array_equal(scores(tmp_path / "run"), before)
 
 
-@pytest.mark.slow
 def test_projections_that_do_not_fold(run, computed, tmp_path: Path) -> None:
     ended = run("run", "-m", "projection=gaussian,sjlt,identity", "proj_dim=4,8")
     assert ended.code == 0, ended.err
@@ -185,7 +182,6 @@ def test_a_store_dim_that_is_given_is_taken(run, computed) -> None:
 # Reduce and ensembles ---------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_other_lambdas_and_scales_cost_no_gradient_and_no_gram(
     run, computed, tmp_path: Path
 ) -> None:
@@ -206,7 +202,6 @@ def test_other_lambdas_and_scales_cost_no_gradient_and_no_gram(
     assert len({scores(Path(row[2])).tobytes() for row in summary(ended)}) == 4
 
 
-@pytest.mark.slow
 def test_ensembles_compute_each_checkpoint_once(run, computed, tmp_path: Path) -> None:
     ended = run("run", "-m", "checkpoints.use=[0],[0,2],[2,0]", "proj_dim=8")
     assert ended.code == 0, ended.err
@@ -220,7 +215,6 @@ def test_ensembles_compute_each_checkpoint_once(run, computed, tmp_path: Path) -
     np.testing.assert_array_equal(scores(second), scores(tmp_path / "separate"))
 
 
-@pytest.mark.slow
 def test_a_new_checkpoint_joins_only_the_runs_that_are_asked_for(
     run, computed, tmp_path: Path
 ) -> None:
@@ -326,7 +320,6 @@ def test_hydras_directories_never_meet(run, tmp_path: Path) -> None:
 # What is refused --------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_another_reduce_is_refused_and_told_how_to_keep_both(run, tmp_path: Path) -> None:
     assert run("run", "proj_dim=8").code == 0
     base = Run.open(tmp_path / "run")
@@ -412,7 +405,6 @@ def test_each_option_of_a_swept_group_is_looked_at(run, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
 def test_all_ways_to_write_a_sweep(run, tmp_path: Path) -> None:
     ended = run("run", "--multirun", "proj_dim=range(4,13,4)", "stage=plan")
     assert ended.code == 0, ended.err
@@ -459,7 +451,6 @@ def test_a_missing_checkpoint_is_left_out_by_every_member(run, tmp_path: Path, m
     assert all(Run.open(p).receipts.done(open_run(p).plan.cells_of(ScoreCell)) for p in found)
 
 
-@pytest.mark.slow
 def test_stages_that_look_find_each_member(run, tmp_path: Path) -> None:
     assert run("run", "-m", "proj_dim=8,4").code == 0
     ended = run("run", "-m", "proj_dim=8,2,4", "stage=verify")
@@ -478,7 +469,6 @@ def test_run_directories_with_odd_names(run, odd_path: Path) -> None:
     assert set(members(Path(quoted.replace("\\'", "'")))) == {4, 8}
 
 
-@pytest.mark.slow
 def test_local_workers_make_the_same(run, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     for name in ("debug", "local"):

@@ -16,6 +16,8 @@ from trak_dist.stages.status import read_status
 from trak_dist.store.jobs import Jobs
 from trak_dist.store.run import Run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def sweep(slurm_run: list[str]) -> list[str]:
@@ -81,7 +83,6 @@ def test_all_members_are_submitted_at_once_and_featurize_once(
     assert len(fake_slurm.calls("sbatch")) == 21
 
 
-@pytest.mark.slow
 def test_members_of_different_lambdas_share_the_grams_of_the_first(
     launch: Launch, sweep, fake_slurm: FakeSlurm, tmp_path: Path
 ) -> None:

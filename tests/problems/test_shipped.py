@@ -156,7 +156,7 @@ def test_cifar2_runs_from_files_to_report(launch, cifar_files: Path, tmp_path: P
         *(
             "problem=cifar2",
             f"problem.root={cifar_files}",
-            "checkpoints.train=2",
+            "checkpoints.train=1",
             "cluster=debug",
         ),
         *("cluster=debug", f"run_dir={tmp_path / 'run'}", "proj_dim=64"),
