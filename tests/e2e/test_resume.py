@@ -20,6 +20,8 @@ from trak_dist.store import arrays, contents
 from trak_dist.store.receipts import Receipts
 from trak_dist.store.run import Run
 
+pytestmark = pytest.mark.slow
+
 TESTS = Path(tiny.__file__).parent
 STAGES = ("featurize", "reduce", "report")
 
@@ -200,7 +202,6 @@ def test_a_cell_that_fails_leaves_the_others_to_run_and_is_all_that_runs_again(
     np.testing.assert_array_equal(scores(tmp_path / "run"), scores(made["report"]))
 
 
-@pytest.mark.slow
 def test_debug_and_local_give_the_same_scores_to_the_last_bit(
     made, tmp_path: Path, command, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,8 @@ from trak_dist.executors import batch
 from trak_dist.executors.batch import Batch
 from trak_dist.store.run import Run
 
+pytestmark = pytest.mark.slow
+
 TEMPLATE = Path(__file__).parent.parent.parent / "launch" / "array.sbatch"
 REQUEUE = """\
 code=$?

@@ -28,6 +28,8 @@ from trak_dist.executors import batch
 from trak_dist.executors import slurm as executor
 from trak_dist.store.jobs import Jobs
 
+pytestmark = pytest.mark.slow
+
 MISSING = (
     "{} is not there: this machine has no Slurm commands\n"
     "  next:  launch where sbatch and squeue work, or use cluster=local"
@@ -654,7 +656,6 @@ def test_where_there_is_room_for_one_task_beside_it_it_stays_and_submits_one_by_
 # Settings that can't be right ---------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_more_time_than_the_partition_gives(launch, slurm_run, fake_slurm) -> None:
     fake_slurm.answer(
         partitions="PartitionName=cpu Default=NO MaxTime=00:30:00 State=UP\n"
@@ -755,7 +756,6 @@ def test_a_surrounding_job_is_hidden_from_slurms_commands(
     assert surrounding <= os.environ.keys()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("profile", ["generic", "apptainer", "preemptible"])
 def test_the_profiles_compose_where_no_slurm_is(
     launch, slurm_run, fake_slurm, tmp_path: Path, monkeypatch, profile: str

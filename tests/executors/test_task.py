@@ -21,6 +21,8 @@ from trak_dist.cells import parse_cell
 from trak_dist.store.jobs import Attempt, Jobs
 from trak_dist.store.run import Run
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 FIRST = ["featurize/0/train/0-8", "featurize/0/train/8-16", "featurize/0/train/16-24"]
 KERNEL = ["gram/0", "kernel/0", "precondition/0/val", "precondition/0/test"]
@@ -372,7 +374,6 @@ def started(waiting_run: Run, tmp_path: Path) -> Iterator[Callable[[int], subpro
         process.wait()
 
 
-@pytest.mark.slow
 def test_warned_a_task_ends_after_its_cell_and_asks_for_another_go(
     started, waiting_run: Run, tmp_path: Path
 ) -> None:
