@@ -516,6 +516,43 @@ def test_gradients_one_by_one_are_those_of_hooks(checkpoints: str, tmp_path: Pat
     assert open_run(tmp_path / "loop").plan.gradients == "loop"
 
 
+class OfTraksBatches(AbstractModelOutput):
+    """Written for TRAK's iterative computer: of a batch, by the model with its weights in it."""
+
+    @staticmethod
+    def get_output(model, weights, buffers, images, labels):
+        logits = model(images)
+        index = torch.arange(logits.shape[0])
+        correct = logits[index, labels]
+        others = logits.clone()
+        others[index, labels] = torch.tensor(-torch.inf)
+        return correct - others.logsumexp(dim=-1)
+
+    def get_out_to_loss_grad(self, model, weights, buffers, batch):
+        images, labels = batch
+        p = torch.softmax(model(images), -1)[torch.arange(len(labels)), labels]
+        return (1 - p).clone().detach().unsqueeze(-1)
+
+
+def test_an_output_written_for_traks_iterative_computer_runs_as_it_is(
+    checkpoints: str, tmp_path: Path
+) -> None:
+    wanted = whole(checkpoints, tmp_path / "run")
+    fed = TRAKer(
+        model=small_cnn.net(),
+        task=OfTraksBatches(),
+        train_set_size=TRAIN,
+        save_dir=tmp_path / "theirs",
+        device="cpu",
+        gradient_computer=IterativeGradientComputer,
+        proj_dim=64,
+        use_half_precision=False,
+        lambda_reg=0.5,
+    )
+    featurized(fed, checkpoints).finalize_features()
+    assert oracle.column_errors(scored(fed, checkpoints), wanted.astype(float)).max() < 1e-3
+
+
 def test_a_model_that_can_not_be_traced_is_looped_over_and_that_is_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -103,7 +103,8 @@ class TRAKer:
         log.setLevel(logging_level)
         self.device = open_device("auto" if device is None else str(device))
         self.model = model.to(self.device)
-        self.task = feeding.model_output(task)
+        self.task = feeding.model_output(task, gradient_computer)
+        self._output = type(self.task if isinstance(task, str) else task).__qualname__
         self.save_dir = Path(save_dir).absolute()
         self.train_set_size = train_set_size
         self._wanted = feeding.Wanted(
@@ -400,7 +401,7 @@ class TRAKer:
             raise CellsFailed(f"{len(missing)} cells are not done", where=missing[0].id)
 
     def _model_digest(self) -> str:
-        return digest([repr(self.model), type(self.task).__qualname__])
+        return digest([repr(self.model), self._output])
 
 
 class _Loaded:

@@ -3,63 +3,89 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import oracle
+import parity
 import pytest
 import small_cnn
 import torch
 from trak import TRAKer
 from trak.projectors import NoOpProjector
 
+import trak_dist
 from trak_dist import open_run
 
-CHECKPOINTS, LAMBDA = 3, 0.05
+PROCESSES = 3
 
 
-def reference_scores(path: Path) -> np.ndarray:
+def reference_scores(path: Path, case: parity.Case) -> np.ndarray:
     """The loop of traker's own quickstart, in batches of 15."""
-    problem = small_cnn.problem(str(path / "checkpoints"))
-    states = [torch.load(c) for c in problem.checkpoints]
-    train, targets = problem.train, problem.targets["val"]
     traker = TRAKer(
-        model=small_cnn.net(),
-        task="image_classification",
-        train_set_size=len(train),
-        save_dir=str(path / "reference"),
-        device="cpu",
         projector=NoOpProjector(device="cpu"),
-        use_half_precision=False,
-        lambda_reg=LAMBDA,
         logging_level=logging.ERROR,
+        **parity.arguments(case, str(path / "reference")),
     )
-    for model_id, state in enumerate(states):
+    for model_id, state in enumerate(case.states):
         traker.load_checkpoint(state, model_id=model_id)
-        for start in range(0, len(train), 15):
-            batch = (train.images[start : start + 15], train.labels[start : start + 15])
+        for start in range(0, parity.TRAIN, 15):
+            batch = tuple(t[start : start + 15] for t in case.train)
             traker.featurize(batch=batch, num_samples=len(batch[0]))
     traker.finalize_features()
-    for model_id, state in enumerate(states):
-        traker.start_scoring_checkpoint("val", state, model_id, num_targets=len(targets))
-        traker.score(batch=(targets.images, targets.labels), num_samples=len(targets))
+    for model_id, state in enumerate(case.states):
+        traker.start_scoring_checkpoint("val", state, model_id, num_targets=parity.TARGETS)
+        traker.score(batch=case.targets, num_samples=parity.TARGETS)
     return np.array(traker.finalize_scores(exp_name="val"))
+
+
+def assert_equal(ours: np.ndarray, theirs: np.ndarray) -> None:
+    assert ours.shape == theirs.shape == (parity.TRAIN, parity.TARGETS)
+    errors = oracle.column_errors(ours, theirs.astype(np.float64))
+    print(f"relative errors against traker: {errors}")
+    assert errors.max() <= 1e-3
 
 
 @pytest.mark.filterwarnings("ignore:::trak")
 def test_scores_equal_those_of_the_reference_implementation(launch, tmp_path: Path) -> None:
-    small_cnn.write_checkpoints(tmp_path / "checkpoints", CHECKPOINTS)
+    small_cnn.write_checkpoints(tmp_path / "checkpoints", parity.CHECKPOINTS)
     ended = launch(
         *("problem._target_=small_cnn.problem", f"run_dir={tmp_path / 'run'}", "cluster=debug"),
         *(f"+problem.directory={tmp_path / 'checkpoints'}", "projection=identity"),
         *("featurize.dtype=float32", "featurize.batch_rows=10", "featurize.cell_rows=20"),
         *("reduce.kernel_scale=mean_abs", "reduce.lambda_unit=absolute"),
-        f"reduce.lambda_reg={LAMBDA}",
+        f"reduce.lambda_reg={parity.LAMBDA}",
     )
     assert ended.code == 0, ended.err
-    ours = open_run(tmp_path / "run").scores("val")
-    theirs = reference_scores(tmp_path)
-    assert ours.shape == theirs.shape == (60, 7)
-    errors = oracle.column_errors(ours, theirs.astype(np.float64))
-    print(f"relative errors against traker: {errors}")
-    assert errors.max() <= 1e-3
+    assert_equal(
+        open_run(tmp_path / "run").scores("val"), reference_scores(tmp_path, parity.image())
+    )
+
+
+@pytest.mark.parametrize("name", parity.CASES)
+@pytest.mark.filterwarnings("ignore:::trak")
+def test_scores_of_traker_equal_those_of_the_reference_implementation(
+    name: str, tmp_path: Path
+) -> None:
+    case = parity.CASES[name]()
+    save_dir = str(tmp_path / "run")
+    command = [sys.executable, parity.__file__, name, save_dir]
+    processes = [
+        subprocess.Popen([*command, str(part), str(PROCESSES)], stderr=subprocess.PIPE, text=True)
+        for part in range(PROCESSES)
+    ]
+    for process in processes:
+        _, error = process.communicate(timeout=300)
+        assert process.returncode == 0, error
+    traker = trak_dist.TRAKer(
+        projector=trak_dist.NoOpProjector(), **parity.arguments(case, save_dir)
+    )
+    traker.finalize_features()
+    for model_id in (1, 2, 0):
+        traker.start_scoring_checkpoint("val", case.states[model_id], model_id, parity.TARGETS)
+        for rows in (torch.tensor([6, 0, 3]), torch.tensor([5, 1, 4, 2])):
+            traker.score(batch=tuple(t[rows] for t in case.targets), inds=rows)
+    assert_equal(traker.finalize_scores("val"), reference_scores(tmp_path, case))
+    assert open_run(save_dir).plan.gradients == "hooks"

@@ -68,11 +68,9 @@ class LoopGradients:
     """`torch.autograd`, one example after the other: slow, for what torch.func can't trace."""
 
     def __init__(self, model: nn.Module, model_output: ModelOutput, params: Sequence[str]) -> None:
-        selected = select_params(model, params)
-        self._weights = {n: p.detach() for n, p in model.named_parameters()}
-        for name in selected:
-            self._weights[name].requires_grad_()
-        self._selected = {n: self._weights[n] for n in selected}
+        # The model's own parameters, for an output that calls the model as it is.
+        self._weights = dict(model.named_parameters())
+        self._selected = {n: self._weights[n] for n in select_params(model, params)}
         self._buffers = {n: b.detach() for n, b in model.named_buffers()}
         self._model = model
         self._output = model_output.get_output

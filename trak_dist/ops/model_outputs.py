@@ -64,8 +64,7 @@ class _Classification(ABC):
         self, model: nn.Module, weights: Weights, buffers: Weights, *example: Any
     ) -> Float[Tensor, ""]:
         """F of one example: its class's logit minus the log-sum-exp of the others."""
-        alone = pytree.tree_map_only(Tensor, lambda t: t.unsqueeze(0), example)
-        return self.get_batch_output(model, weights, buffers, alone).squeeze(0)
+        return self.get_batch_output(model, weights, buffers, _alone(example)).squeeze(0)
 
     def get_batch_output(
         self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
@@ -117,6 +116,33 @@ class TextClassification(_Classification):
         labels = inputs.pop("labels")
         found = functional_call(model, state, (), inputs)
         return getattr(found, "logits", found), labels
+
+
+class OfBatches:
+    """A model output written for TRAK's `IterativeGradientComputer`, one example at a time.
+
+    That computer gives a batch, and the model with its weights in it.
+    """
+
+    def __init__(self, output: ModelOutput) -> None:
+        self._output = output
+
+    def get_output(
+        self, model: nn.Module, weights: Weights, buffers: Weights, *example: Any
+    ) -> Float[Tensor, ""]:
+        """F of one example, from a batch of one."""
+        return self._output.get_output(model, weights, buffers, *_alone(example)).reshape(())
+
+    def get_out_to_loss_grad(
+        self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
+    ) -> Float[Tensor, " batch"]:
+        """Q of each example, as it is written."""
+        return self._output.get_out_to_loss_grad(model, weights, buffers, batch)
+
+
+def _alone(example: tuple[Any, ...]) -> tuple[Any, ...]:
+    batch: tuple[Any, ...] = pytree.tree_map_only(Tensor, lambda t: t.unsqueeze(0), example)
+    return batch
 
 
 def out_to_loss(

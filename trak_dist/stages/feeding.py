@@ -21,7 +21,12 @@ from trak_dist.compat import (
 )
 from trak_dist.config import FeaturizeConfig, ReduceConfig, Spec
 from trak_dist.errors import ConfigError, PlanMismatch
-from trak_dist.ops.model_outputs import ImageClassification, ModelOutput, TextClassification
+from trak_dist.ops.model_outputs import (
+    ImageClassification,
+    ModelOutput,
+    OfBatches,
+    TextClassification,
+)
 from trak_dist.plan import Checkpoint, Plan, Source, Split, differences, planned_cell_rows
 from trak_dist.store.run import Run
 
@@ -34,8 +39,10 @@ TASKS: Mapping[str, type[Any]] = {
 PROJ_DIM = 2048
 
 
-def model_output(task: str | ModelOutput) -> ModelOutput:
+def model_output(task: str | ModelOutput, gradient_computer: type[Any]) -> ModelOutput:
     """The model output that `TRAKer(task=…)` names, or is.
+
+    With `IterativeGradientComputer` one without a form for batches is taken as TRAK takes it there.
 
     Raises
     ------
@@ -52,7 +59,8 @@ def model_output(task: str | ModelOutput) -> ModelOutput:
             next="an object with get_output and get_out_to_loss_grad, as in docs/your-problem.md",
         )
     assert not isinstance(task, str)
-    return task
+    iterative = gradient_computer is IterativeGradientComputer
+    return OfBatches(task) if iterative and not hasattr(task, "get_batch_output") else task
 
 
 @dataclass(frozen=True, kw_only=True)
