@@ -25,7 +25,8 @@ FILES = (
     *("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin"),
 )
 WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel, of torch.compile
-ADAPTER = ".default."  # in a PEFT model's names, but not in those that it saves
+# In a PEFT model's names, but not in those that it saves.
+ADAPTER = (".modules_to_save.default.", ".default.")
 _SAVE = "save model.state_dict() with torch.save, or safetensors"
 
 
@@ -189,7 +190,7 @@ def _renamed(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[St
     while prefix := _foreign_prefix(renamed, own):
         renamed = {name.removeprefix(prefix): tensor for name, tensor in renamed.items()}
         left_out += prefix
-    adapters = {name.replace(ADAPTER, "."): name for name in own if ADAPTER in name}
+    adapters = {name.replace(p, "."): name for p in reversed(ADAPTER) for name in own if p in name}
     renamed = {
         name if name in own else adapters.get(name, name): tensor
         for name, tensor in renamed.items()
