@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import re
 from pathlib import Path
 
 import feeding
@@ -437,8 +438,14 @@ def test_a_task_that_is_none_is_refused(tmp_path: Path) -> None:
 def test_a_singular_gram_is_told_with_a_lambda_to_try(checkpoints: str, tmp_path: Path) -> None:
     fed = traker(checkpoints, str(tmp_path / "run"), lambda_reg=0.0)
     featurized(fed, checkpoints)
-    with pytest.raises(CellsFailed, match="λ = 0 with proj_dim 64 > 60 train rows"):
+    with pytest.raises(CellsFailed, match="λ = 0 with proj_dim 64 > 60 train rows") as told:
         fed.finalize_features()
+    proposed = re.search(r"TRAKer\(lambda_reg=(\S+)\)", str(told.value))
+    assert proposed
+    fed = traker(checkpoints, str(tmp_path / "run"), lambda_reg=float(proposed[1]))
+    fed.finalize_features()
+    found = open_run(tmp_path / "run").receipts("kernel").values()
+    assert [r.facts["lambda_absolute"] for r in found] == [float(proposed[1]) / 64] * 3
 
 
 # Gradients and outputs ------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from trak_dist.plan import Plan, digest
 from trak_dist.stages import checkpoints, coverage, fed, feeding, state_dicts
 from trak_dist.stages.featurize import refuse_unusable
 from trak_dist.stages.session import adding, as_batch, gradients, open_device, projector
+from trak_dist.store import contents
 from trak_dist.store.prepare import prepare_checkpoint, prepare_scores
 from trak_dist.store.results import Results
 from trak_dist.store.run import Run
@@ -396,7 +397,11 @@ class TRAKer:
         failures = run.receipts.failures(missing)
         if failures:
             cell, failure = next(iter(failures.items()))
-            raise CellsFailed(failure.error, where=cell.id)
+            raise CellsFailed(
+                failure.error,
+                where="" if cell.id in failure.error else cell.id,
+                next=_larger_lambda(run, cell.model_id) if isinstance(cell, KernelCell) else "",
+            )
         if missing:
             raise CellsFailed(f"{len(missing)} cells are not done", where=missing[0].id)
 
@@ -450,6 +455,12 @@ def _rows(inds: Any, num_samples: int | None, *, first: int) -> NDArray[np.int64
         return np.arange(first, first + num_samples)
     rows = np.asarray(inds.cpu() if isinstance(inds, Tensor) else inds).reshape(-1)
     return rows.astype(np.int64)
+
+
+def _larger_lambda(run: Run, model_id: int) -> str:
+    diagonal = float(contents.read(run, GramCell(model_id), "gram").diagonal().mean())
+    tried = diagonal * feeding.units_of_lambda(run.plan.spec)
+    return f"here TRAKer(lambda_reg={tried:.2g}): the mean of XᵀX's diagonal, in TRAK's units"
 
 
 def _kernel_cells(plan: Plan, model_id: int) -> list[Cell]:

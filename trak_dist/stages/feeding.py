@@ -156,12 +156,17 @@ class Wanted:
             )
 
     def _with_lambda(self, spec: Spec) -> Spec:
-        """λ in units of TRAK, whose dense projections have no factor 1/√k."""
         if not self.lambda_reg:
             return spec
-        units = 1 if spec.projection.kind == "identity" else spec.proj_dim
-        reduce = replace(spec.reduce, lambda_reg=self.lambda_reg / units, lambda_unit="absolute")
-        return replace(spec, reduce=reduce)
+        absolute = self.lambda_reg / units_of_lambda(spec)
+        return replace(
+            spec, reduce=replace(spec.reduce, lambda_reg=absolute, lambda_unit="absolute")
+        )
+
+
+def units_of_lambda(spec: Spec) -> int:
+    """How much larger λ is in TRAK's units: its dense projections have no factor 1/√k."""
+    return 1 if spec.projection.kind == "identity" else spec.proj_dim
 
 
 def new_plan(spec: Spec, *, rows: int, parameters: int, model: str, gradients: str) -> Plan:

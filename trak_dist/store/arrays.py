@@ -110,10 +110,8 @@ def write_rows(path: Path, start: int, values: NDArray[Any]) -> str:
     assert start % step == 0 and (len(values) % step == 0 or start + len(values) == array.shape[0])
     assert values.dtype == array.dtype and values.shape[1:] == array.shape[1:]
     with atomic.told(path), ThreadPoolExecutor(max_workers=1) as beside:
-        digest = beside.submit(
-            content_digest, values
-        )  # the processor is free while the disk writes
         array[start : start + len(values)] = values
+        digest = beside.submit(content_digest, values)  # while the disk writes
         for block in range(start // step, -(-(start + len(values)) // step)):
             for file in _chunk_files(path, array, block):
                 atomic.fsync_file(file)
