@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 from trak_dist import ImageClassification, TRAKer
 from trak_dist.problems import fashion_mnist
+from trak_dist.problems.images import LabelledImages
 from trak_dist.problems.networks import resnet9
 from trak_dist.problems.training import classifier_trainer
 
@@ -71,8 +72,8 @@ def attributed(
         for model_id, ckpt in enumerate(ckpts):
             traker.load_checkpoint(ckpt, model_id=model_id)
             for batch in loader_train:
-                batch = [x.to(DEVICE) for x in batch]
-                traker.featurize(batch=batch, num_samples=batch[0].shape[0])
+                on_device = [x.to(DEVICE) for x in batch]
+                traker.featurize(batch=on_device, num_samples=batch[0].shape[0])
         traker.finalize_features()
     with timed("scored"):
         for model_id, ckpt in enumerate(ckpts):
@@ -80,8 +81,8 @@ def attributed(
                 exp_name="quickstart", checkpoint=ckpt, model_id=model_id, num_targets=len(ds_val)
             )
             for batch in loader_val:
-                batch = [x.to(DEVICE) for x in batch]
-                traker.score(batch=batch, num_samples=batch[0].shape[0])
+                on_device = [x.to(DEVICE) for x in batch]
+                traker.score(batch=on_device, num_samples=batch[0].shape[0])
         return traker.finalize_scores(exp_name="quickstart")
 
 
@@ -91,7 +92,7 @@ def datasets(train: int) -> tuple[TensorDataset, TensorDataset]:
     return two_classes(problem.train, train), two_classes(problem.targets["val"], TARGETS)
 
 
-def two_classes(images: fashion_mnist.LabelledImages, count: int) -> TensorDataset:
+def two_classes(images: LabelledImages, count: int) -> TensorDataset:
     rows = np.flatnonzero(np.isin(images.labels, (PULLOVER, COAT)))[:count].tolist()
     pixels = torch.stack([images[row][0] for row in rows])
     padded = torch.nn.functional.pad(pixels, (2, 2, 2, 2), value=float(pixels.min()))
@@ -116,7 +117,7 @@ def outputs(state: dict[str, Tensor], ds: TensorDataset) -> np.ndarray:
 
 
 def draw(scores: np.ndarray, ds_train: TensorDataset, ds_val: TensorDataset, path: Path) -> None:
-    """A row for each of two pullovers and two coats: the target, then the images with the top scores."""
+    """A row for each of two pullovers and two coats: the target, then the strongest images."""
     targets = [int(t) for c in (0, 1) for t in (ds_val.tensors[1] == c).nonzero()[:2]]
     names = ("pullover", "coat")
     figure, axes = plt.subplots(len(targets), 11, figsize=(13, 5.6))
