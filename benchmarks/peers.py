@@ -23,7 +23,7 @@ from trak.gradient_computers import FunctionalGradientComputer
 from trak.modelout_functions import ImageClassificationModelOutput
 from trak.projectors import BasicProjector, ProjectionType
 
-DIMS, ROUNDS = (512, 2048, 4096), 3
+DIMS, ROUNDS = (512, 2048, 4096), 2
 
 Batch = tuple[Tensor, Tensor]
 
