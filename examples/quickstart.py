@@ -65,6 +65,7 @@ def attributed(
         model=resnet9(2),
         task="image_classification",
         proj_dim=512,
+        lambda_reg=10,  # fewer train images than dimensions
         train_set_size=len(ds_train),
         save_dir=directory / "trak_results",
     )
@@ -147,9 +148,9 @@ def timed(what: str) -> Iterator[None]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path, nargs="?", default=Path("runs/quickstart"))
-    parser.add_argument("--train", type=int, default=500)
-    parser.add_argument("--epochs", type=int, default=6)
-    parser.add_argument("--subsets", type=int, default=12)
+    parser.add_argument("--train", type=int, default=400)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--subsets", type=int, default=10)
     given = parser.parse_args()
     given.directory.mkdir(parents=True, exist_ok=True)
     main(given.directory, given.train, given.epochs, given.subsets)
