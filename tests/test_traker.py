@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import random
@@ -30,6 +31,7 @@ from trak_dist import (
     ProjectionType,
     TRAKer,
     open_run,
+    worker,
 )
 from trak_dist.errors import (
     CellsFailed,
@@ -37,6 +39,7 @@ from trak_dist.errors import (
     ConfigError,
     NonFiniteGradient,
     PlanMismatch,
+    ProblemError,
 )
 
 TRAIN, TARGETS = feeding.TRAIN, 7
@@ -187,6 +190,13 @@ def test_num_samples_counts_on_and_each_checkpoint_begins_anew(
     )
 
 
+def test_targets_may_follow_after_scores_were_finalized(checkpoints: str, tmp_path: Path) -> None:
+    fed = featurized(traker(checkpoints, str(tmp_path / "run")), checkpoints)
+    wanted, targets = scored(fed, checkpoints), small_cnn.problem(checkpoints).targets["val"]
+    fed.score(batch=batch(targets, np.arange(3)), num_samples=3)  # they are there already
+    assert np.array_equal(fed.finalize_scores(exp_name="val"), wanted)
+
+
 def test_the_process_keeps_its_random_numbers_and_threads(checkpoints: str, tmp_path: Path) -> None:
     fed = featurized(traker(checkpoints, str(tmp_path / "run")), checkpoints)
     torch.set_num_threads(2)
@@ -279,6 +289,65 @@ def test_other_weights_under_a_known_id_are_refused(checkpoints: str, tmp_path: 
         traker(checkpoints, str(tmp_path / "run")).start_scoring_checkpoint("a", second, 0, 3)
 
 
+def test_after_a_refusal_nothing_is_fed_until_a_checkpoint_is_loaded(
+    checkpoints: str, tmp_path: Path
+) -> None:
+    fed = featurized(traker(checkpoints, str(tmp_path / "run")), checkpoints, range(10))
+    some = batch(small_cnn.problem(checkpoints).train, np.arange(10, 14))
+    with pytest.raises(CheckpointError, match="has other weights"):
+        fed.load_checkpoint(states(checkpoints)[0], model_id=1)
+    with pytest.raises(ModelIDException, match="no checkpoint is loaded"):
+        fed.featurize(some, num_samples=4)
+    with pytest.raises(CheckpointError, match="not a state dict of named tensors: keys"):
+        fed.load_checkpoint({"model": states(checkpoints)[0], "epoch": 3}, model_id=1)
+    fed.load_checkpoint(states(checkpoints)[1], model_id=1)
+    with pytest.raises(ConfigError, match="3 rows for a batch of 4"):
+        fed.featurize(some, num_samples=3)
+    fed.featurize(batch(small_cnn.problem(checkpoints).train, np.arange(4)), num_samples=4)
+
+
+def test_other_parameters_with_gradients_are_refused(checkpoints: str, tmp_path: Path) -> None:
+    featurized(traker(checkpoints, str(tmp_path / "run")), checkpoints)
+    model = small_cnn.net()
+    model[0].requires_grad_(False)
+    with pytest.raises(PlanMismatch, match="parameters that X"):
+        TRAKer(model, "image_classification", TRAIN, tmp_path / "run", device="cpu")
+
+
+def test_scores_of_other_experiments_stay(checkpoints: str, tmp_path: Path) -> None:
+    fed = featurized(traker(checkpoints, str(tmp_path / "run")), checkpoints)
+    first = scored(fed, checkpoints, "first")
+    fed.load_checkpoint(small_cnn.state(9), model_id=9)
+    train = small_cnn.problem(checkpoints).train
+    fed.featurize(batch(train, np.arange(TRAIN)), num_samples=TRAIN)
+    fed.start_scoring_checkpoint("second", small_cnn.state(9), 9, TARGETS)
+    targets = batch(small_cnn.problem(checkpoints).targets["val"], np.arange(TARGETS))
+    fed.score(targets, num_samples=TARGETS)
+    fed.finalize_scores("second", model_ids=[9])
+    there = zarr.open_array(tmp_path / "run/store.zarr/scores/first", mode="r")[:]
+    assert np.array_equal(there, first)
+
+
+def test_a_checkpoint_that_another_process_brings_meanwhile_does_no_harm(
+    checkpoints: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = whole(checkpoints, tmp_path / "alone")
+    fed = featurized(traker(checkpoints, str(tmp_path / "run")), checkpoints)
+    run_cells, interruptions = worker.run_cells, [3, 2]
+
+    def interrupted(run_dir: str, fingerprint: str, device: str, cells: list[str]) -> object:
+        if interruptions and any(cell.startswith("score/") for cell in cells):
+            other = traker(checkpoints, str(tmp_path / "run"))
+            other.load_checkpoint(small_cnn.state(10 + len(interruptions)), interruptions.pop() + 5)
+        return run_cells(run_dir, fingerprint, device, cells)
+
+    monkeypatch.setattr(worker, "run_cells", interrupted)
+    scored_by = functools.partial(fed.finalize_scores, model_ids=[0, 1, 2])
+    monkeypatch.setattr(fed, "finalize_scores", scored_by)
+    assert np.array_equal(scored(fed, checkpoints), wanted)
+    assert not interruptions
+
+
 def test_the_same_weights_under_two_ids_are_told(
     checkpoints: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -307,6 +376,25 @@ def test_padding_makes_no_other_example() -> None:
     assert np.array_equal(row_digests((short,), 2), row_digests((long,), 2))
     other = torch.tensor([[5, 6, 7], [8, 0, 9]])
     assert not np.array_equal(row_digests((short,), 2)[1], row_digests((other,), 2)[1])
+
+
+def test_what_the_attention_mask_masks_is_padding() -> None:
+    from trak_dist.stages.fed import row_digests
+
+    def text(ids: list[list[int]], mask: list[list[int]]) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+    right = text([[5, 6, 7, 1], [8, 9, 1, 1]], [[1, 1, 1, 0], [1, 1, 0, 0]])
+    left = text([[1, 1, 5, 6, 7], [1, 1, 1, 8, 9]], [[0, 0, 1, 1, 1], [0, 0, 0, 1, 1]])
+    wanted = row_digests((right,), 2)
+    assert np.array_equal(row_digests((left,), 2), wanted)
+    ids, mask, labels = right["input_ids"], right["attention_mask"], torch.tensor([0, 1])
+    tuples = [
+        (i, 0 * i, m, labels) for i, m in ((ids, mask), (left["input_ids"], left["attention_mask"]))
+    ]
+    assert np.array_equal(*(row_digests(t, 2) for t in tuples))
+    other = text([[5, 6, 7, 1], [8, 3, 1, 1]], [[1, 1, 1, 0], [1, 1, 0, 0]])
+    assert not np.array_equal(row_digests((other,), 2)[1], wanted[1])
 
 
 def test_a_gradient_that_is_not_finite_is_named_and_nothing_kept(
@@ -581,6 +669,35 @@ def test_frozen_parameters_are_left_out(checkpoints: str, tmp_path: Path) -> Non
     assert open_run(tmp_path / "run").plan.parameters == left
 
 
+@pytest.mark.parametrize("kind", [iter, set, reversed])
+def test_grad_wrt_may_be_any_iterable(kind, checkpoints: str, tmp_path: Path) -> None:
+    names = ["5.weight", "0.weight"]
+    for _ in range(2):
+        fed = traker(checkpoints, str(tmp_path / "run"), grad_wrt=kind(names))
+        featurized(fed, checkpoints)
+    assert set(open_run(tmp_path / "run").plan.spec.featurize.params) == set(names)
+
+
+def test_a_single_row_may_have_no_gradient(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(72, 5), nn.ReLU(), nn.Linear(5, 4))
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    state["1.bias"] -= 100.0  # no neuron of the first layer is alive
+    fed = TRAKer(
+        model,
+        "image_classification",
+        8,
+        tmp_path / "run",
+        device="cpu",
+        grad_wrt=["1.*"],
+        proj_dim=4,
+    )
+    fed.load_checkpoint(state, 0)
+    images = small_cnn.Images(8, seed=1)
+    with pytest.raises(ProblemError, match="all gradients of the 4 rows are zero"):
+        fed.featurize(batch(images, np.arange(4)), num_samples=4)
+    fed.featurize(batch(images, np.arange(1)), num_samples=1)
+
+
 def test_grad_wrt_names_the_parameters(checkpoints: str, tmp_path: Path) -> None:
     featurized(traker(checkpoints, str(tmp_path / "run"), grad_wrt=["5.weight"]), checkpoints)
     assert open_run(tmp_path / "run").plan.parameters == 36 * small_cnn.CLASSES
@@ -659,6 +776,8 @@ def test_traker_scores_more_targets_with_a_run_of_the_command_line(
     wanted = open_run(tmp_path / "run").scores("val")
     assert oracle.column_errors(found, wanted.astype(float)).max() < 1e-4
     assert launch(*arguments[:4], f"run_dir={tmp_path / 'run'}").code == 0
+    with pytest.raises(ConfigError, match="model_id 3 is not of this run, whose problem brings"):
+        fed.load_checkpoint(small_cnn.state(7), model_id=3)
 
 
 def test_the_log_level_is_the_one_asked_for(checkpoints: str, tmp_path: Path) -> None:

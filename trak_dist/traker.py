@@ -28,12 +28,14 @@ from trak_dist.ops import model_outputs
 from trak_dist.ops.gradients import examples_in, select_params
 from trak_dist.plan import Plan, digest
 from trak_dist.stages import checkpoints, coverage, fed, feeding, state_dicts
-from trak_dist.stages.featurize import refuse_unusable
+from trak_dist.stages.featurize import refuse_all_zero, refuse_unusable
 from trak_dist.stages.session import adding, as_batch, gradients, open_device, projector
 from trak_dist.store import contents
 from trak_dist.store.prepare import prepare_checkpoint, prepare_scores
 from trak_dist.store.results import Results
 from trak_dist.store.run import Run
+
+ATTEMPTS = 10  # at scores, while other processes change the plan
 
 log = logging.getLogger("trak_dist")
 
@@ -51,7 +53,7 @@ class TRAKer:
     train_set_size : int
         n, the number of train rows.
     save_dir : path
-        The run directory. What is there is gone on with; it is never overwritten.
+        The run directory. What is there is gone on with; grads are never overwritten.
     device : str or torch.device, optional
         Where gradients and kernels are computed; a GPU if there is one.
     gradient_computer : type
@@ -115,7 +117,7 @@ class TRAKer:
             proj_dim=proj_dim,
             use_half_precision=use_half_precision,
             projector_seed=projector_seed,
-            grad_wrt=grad_wrt,
+            grad_wrt=None if grad_wrt is None else sorted(set(grad_wrt)),
             lambda_reg=lambda_reg,
         )
         self._run = self._opened() if Run.exists(self.save_dir) else None
@@ -137,10 +139,12 @@ class TRAKer:
             raise ConfigError(
                 f"model_id {model_id!r} is not a whole number of at least 0", where="model_id"
             )
-        self._loaded = _Loaded(self.model, checkpoint, model_id, self._loaded)
-        self._next = {TRAIN: 0}
+        before, self._loaded = self._loaded, None
+        loaded = _Loaded(self.model, checkpoint, model_id, before)
         if self._run:
-            self._register(self._run)
+            self._register(self._run, loaded)
+        self._loaded = loaded
+        self._next = {TRAIN: 0}
 
     def featurize(
         self,
@@ -210,6 +214,7 @@ class TRAKer:
         ConfigError
             If `exp_name` can't be a name, or has another number of targets.
         """
+        self._experiment = ""
         self._known(self._reopened(), [model_id])
         self.load_checkpoint(checkpoint, model_id)
         assert self._run
@@ -276,17 +281,28 @@ class TRAKer:
             raise ModelIDException(
                 f"no checkpoint has all rows and targets of {exp_name!r}", where="finalize_scores"
             )
-        run = self._run = feeding.extended(run, lambda plan: feeding.with_ensemble(plan, chosen))
-        prepare_scores(run)
-        cells = [c for m in chosen for c in _kernel_cells(run.plan, m)]
-        for model_id in chosen:
-            prepare_checkpoint(run, model_id)
-            cells += [*run.plan.featurize_cells(model_id, exp_name)]
-            cells.append(PreconditionCell(model_id, exp_name))
-        self._complete(run, [*cells, *run.plan.score_cells(exp_name)])
-        self._next = {TRAIN: 0}
+        for again in reversed(range(ATTEMPTS)):
+            run = self._reopened()
+            run = feeding.extended(run, lambda plan: feeding.with_ensemble(plan, chosen))
+            try:
+                self._score(run, exp_name)
+                break
+            except CellsFailed:  # because another process brought a checkpoint or a λ meanwhile?
+                if not again or Run.open(self.save_dir).plan == run.plan:
+                    raise
+        self._run, self._next = run, {TRAIN: 0}
         self.scores = Results(run).scores(exp_name)
         return self.scores
+
+    def _score(self, run: Run, exp_name: str) -> None:
+        prepare_scores(run, [exp_name])
+        cells: list[Cell] = []
+        for model_id in run.plan.model_ids:
+            prepare_checkpoint(run, model_id)
+            cells += _kernel_cells(run.plan, model_id)
+            cells += run.plan.featurize_cells(model_id, exp_name)
+            cells.append(PreconditionCell(model_id, exp_name))
+        self._complete(run, [*cells, *run.plan.score_cells(exp_name)])
 
     # ----------------------------------------------------------------------------------------
 
@@ -295,30 +311,44 @@ class TRAKer:
         if loaded is None:
             raise ModelIDException("no checkpoint is loaded", next="load_checkpoint first")
         size = examples_in(batch)
-        rows = _rows(inds, num_samples, first=self._next[split])
-        if num_samples is not None:
-            self._next[split] += num_samples
-        run = self._run or self._register(self._created(batch))
+        first = self._next.get(split, 0)
+        rows = _rows(inds, num_samples, first=first)
+        run = self._run or self._register(self._created(batch), loaded)
         feeding.refuse_rows(rows, size, run.plan.split(split))
         feed = loaded.feeds.get(split)
         if feed is None:
             feed = loaded.feeds[split] = fed.Feed(run, loaded.model_id, split, loaded.digest)
         left = ~feed.done()[rows]
-        if not left.any():
-            return
-        if not left.all():
+        if left.any():
             keep = torch.from_numpy(np.flatnonzero(left))
             batch = pytree.tree_map_only(Tensor, lambda t: t[keep.to(t.device)], batch)
-        rows = rows[left]
+            self._compute(run, loaded, feed, rows[left], batch)
+        if num_samples is not None:
+            self._next[split] = first + num_samples
+
+    def _compute(
+        self, run: Run, loaded: _Loaded, feed: fed.Feed, rows: NDArray[np.int64], batch: Any
+    ) -> None:
         inputs = fed.row_digests(batch, len(rows))
         batch = pytree.tree_map_only(Tensor, lambda t: t.to(self.device), batch)
         project, compute = loaded.computing(run.plan, self.task)
         grads = torch.zeros(len(rows), run.plan.store_dim, device=self.device)
-        f = compute(batch, adding(project, grads))
-        q = model_outputs.out_to_loss(self.task, self.model, batch, f).reshape(len(rows)).float()
+        with worker.own_numerics():
+            worker.fix_kernels(self.device)
+            f = compute(batch, adding(project, grads))
+            q = model_outputs.out_to_loss(self.task, self.model, batch, f)
+        if q.numel() != len(rows):
+            raise ConfigError(
+                f"a batch of {len(rows)} examples gave {q.numel()} values of out-to-loss",
+                where="get_out_to_loss_grad",
+                next="one value for each example",
+            )
+        q = q.reshape(len(rows)).to(self.device, torch.float32)
         grads /= math.sqrt(run.plan.parameters)
         what = f"checkpoint {loaded.model_id}"
-        refuse_unusable(grads, q, rows=rows.tolist(), split=split, what=what)
+        refuse_unusable(grads, q, rows=rows.tolist(), split=feed.split, what=what)
+        if not feed.begun and len(rows) > 1:  # a single one may have none
+            refuse_all_zero(grads)
         feed.write(rows, grads, q, inputs)
 
     def _created(self, batch: tuple[Any, ...]) -> Run:
@@ -327,13 +357,15 @@ class TRAKer:
             first = pytree.tree_map_only(Tensor, lambda t: t[:2].to(self.device), batch)
             spec = self._wanted.spec()
             parameters = select_params(self.model, spec.featurize.params)
-            way, why = coverage.choose(
-                self.model,
-                self.task,
-                {TRAIN: first},
-                params=spec.featurize.params,
-                asked=spec.featurize.gradients,
-            )
+            with worker.own_numerics():
+                worker.fix_kernels(self.device)
+                way, why = coverage.choose(
+                    self.model,
+                    self.task,
+                    {TRAIN: first},
+                    params=spec.featurize.params,
+                    asked=spec.featurize.gradients,
+                )
             if why:
                 log.warning("gradients by %s, %s", way, why)
             plan = feeding.new_plan(
@@ -348,17 +380,23 @@ class TRAKer:
 
     def _opened(self) -> Run:
         run = Run.open(self.save_dir)
-        self._wanted.refuse_other(run, self.train_set_size, self._model_digest())
+        chosen = select_params(self.model, run.plan.spec.featurize.params)
+        parameters = sum(shape.numel() for shape in chosen.values())
+        self._wanted.refuse_other(run, self.train_set_size, parameters, self._model_digest())
         return run
 
     def _reopened(self) -> Run:
         """The run as it is now, with our λ; whatever else other processes added meanwhile."""
+        if not Run.exists(self.save_dir):
+            raise ModelIDException(
+                "nothing was featurized",
+                where=str(self.save_dir),
+                next="load_checkpoint and featurize first",
+            )
         self._run = feeding.extended(self._opened(), self._wanted.with_lambda)
         return self._run
 
-    def _register(self, run: Run) -> Run:
-        loaded = self._loaded
-        assert loaded
+    def _register(self, run: Run, loaded: _Loaded) -> Run:
         run = feeding.extended(
             run, lambda plan: feeding.with_checkpoint(plan, loaded.model_id, loaded.path)
         )
@@ -400,10 +438,16 @@ class TRAKer:
             raise CellsFailed(
                 failure.error,
                 where="" if cell.id in failure.error else cell.id,
-                next=_larger_lambda(run, cell.model_id) if isinstance(cell, KernelCell) else "",
+                next=_larger_lambda(run, cell.model_id)
+                if isinstance(cell, KernelCell) and "λ" in failure.error
+                else "",
             )
         if missing:
-            raise CellsFailed(f"{len(missing)} cells are not done", where=missing[0].id)
+            raise CellsFailed(
+                f"{len(missing)} cells are not done",
+                where=missing[0].id,
+                next="the same call again",
+            )
 
     def _model_digest(self) -> str:
         return digest([repr(self.model), self._output])
@@ -419,19 +463,22 @@ class _Loaded:
         model_id: int,
         before: _Loaded | None,
     ) -> None:
-        self.path = "" if isinstance(checkpoint, Mapping) else str(checkpoint)
-        state = (
-            checkpoint if isinstance(checkpoint, Mapping) else state_dicts.read(Path(checkpoint))
-        )
+        self.path = "" if isinstance(checkpoint, Mapping) else str(Path(checkpoint).absolute())
         where = self.path or f"model_id {model_id}"
-        self.fitted = state_dicts.fitted(state, model, where=where)
+        state = (
+            state_dicts.named(checkpoint, where=where)
+            if isinstance(checkpoint, Mapping)
+            else state_dicts.read(Path(checkpoint))
+        )
+        fitted = state_dicts.fitted(state, model, where=where)
         if before is not None:
-            state_dicts.refuse_otherwise_absent(self.fitted, before.fitted.absent, where=where)
-        elif self.fitted.said:
-            log.info("checkpoints: %s", self.fitted.said)
+            state_dicts.refuse_otherwise_absent(fitted, before.absent, where=where)
+        elif fitted.said:
+            log.info("checkpoints: %s", fitted.said)
         self.model_id = model_id
-        self.digest = checkpoints.content_digest(self.fitted.state)
-        self.fitted.load_into(model)
+        self.absent: frozenset[str] = fitted.absent
+        self.digest = checkpoints.content_digest(fitted.state)
+        fitted.load_into(model)
         self._model = model.eval()
         self.feeds: dict[str, fed.Feed] = {}
         self._computing: Any = None

@@ -183,9 +183,14 @@ def _fix_numerics(session: Session, cell: Cell) -> None:
     np.random.seed(seed)  # noqa: NPY002
     torch.manual_seed(seed)
     torch.set_num_threads(spec.featurize.threads if featurizes else spec.reduce.threads)
+    fix_kernels(session.device)
+
+
+def fix_kernels(device: torch.device) -> None:
+    """Have torch take kernels that give the same bits each time, and float32 where it says so."""
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
-    if session.device.type == "cuda":  # on the CPU it only costs the import of inductor, 1.4 s
+    if device.type == "cuda":  # on the CPU it only costs the import of inductor, 1.4 s
         # Scatter-adds sum in any order otherwise; a warning where there is no such kernel.
         torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.allow_tf32 = False

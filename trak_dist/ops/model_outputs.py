@@ -20,6 +20,8 @@ from torch.utils import _pytree as pytree
 Weights = Mapping[str, Tensor]
 State = tuple[dict[str, Tensor], dict[str, Tensor]]
 
+OF_TEXT = ("input_ids", "token_type_ids", "attention_mask", "labels")  # as TRAK's batches have them
+
 
 class ModelOutput(Protocol):
     """A model output function and the derivative of the loss with respect to it."""
@@ -108,14 +110,20 @@ class TextClassification(_Classification):
     def _logits(
         self, model: nn.Module, state: State, batch: Sequence[Any]
     ) -> tuple[Float[Tensor, "batch classes"], Int64[Tensor, " batch"]]:
-        if len(batch) == 1:
-            inputs = dict(batch[0])
-        else:
-            names = ("input_ids", "token_type_ids", "attention_mask", "labels")
-            inputs = dict(zip(names, batch, strict=True))
+        inputs = dict(batch[0] if len(batch) == 1 else zip(OF_TEXT, batch, strict=True))
         labels = inputs.pop("labels")
         found = functional_call(model, state, (), inputs)
         return getattr(found, "logits", found), labels
+
+
+def attention_mask(batch: Sequence[Any]) -> Tensor | None:
+    """Where a batch of texts is not padding, (batch, tokens); None if it does not say so."""
+    inputs = batch[0] if len(batch) == 1 else dict(zip(OF_TEXT, batch, strict=False))
+    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
+    if isinstance(mask, Tensor) and isinstance(ids, Tensor) and mask.shape == ids.shape:
+        return mask if mask.ndim == 2 and not mask.is_floating_point() else None
+    return None
 
 
 class OfBatches:

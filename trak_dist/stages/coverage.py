@@ -132,7 +132,7 @@ def _gathered(
     grads = {n: torch.zeros(size, *shape, dtype=torch.float64) for n, shape in shapes.items()}
 
     def take(name: str, rows: slice, values: Tensor) -> None:
-        grads[name][rows] += values
+        grads[name][rows] += values.cpu()
 
     f = compute(batch, take)
     return grads, f

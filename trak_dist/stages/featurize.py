@@ -62,6 +62,7 @@ def featurize(session: Session, cell: FeaturizeCell) -> Outcome:
         what=f"checkpoint {cell.model_id} ({path})",
         where=cell.id,
     )
+    refuse_all_zero(grads, where=cell.id)
     stored, scale = row_format.encode(grads, spec.featurize.dtype)
     arrays = {"grads": stored, "row_scale": scale, "out_to_loss": out_to_loss}
     digests = contents.write(
@@ -97,13 +98,7 @@ def refuse_unusable(
     what: str,
     where: str = "",
 ) -> None:
-    """Raise if a gradient or an out-to-loss is not finite, or if all gradients are zero.
-
-    Raises
-    ------
-    NonFiniteGradient, ProblemError
-        Naming the rows.
-    """
+    """Raise `NonFiniteGradient` if a gradient or an out-to-loss is not finite, naming the rows."""
     bad = ~(grads.isfinite().all(1) & out_to_loss.isfinite())
     if bad.any():
         found = [rows[at] for at in bad.nonzero().flatten().tolist()]
@@ -114,9 +109,13 @@ def refuse_unusable(
             where=where,
             next="look there for NaN, and for labels that are no class, then run it again",
         )
+
+
+def refuse_all_zero(grads: Float[Tensor, "rows k"], *, where: str = "") -> None:
+    """Raise `ProblemError` if all gradients are zero."""
     if not grads.any():
         raise ProblemError(
-            f"all gradients of the {len(rows)} rows are zero",
+            f"all gradients of the {len(grads)} rows are zero",
             where=where,
             next="the model output must depend on the weights that it is given: "
             "functional_call(model, (weights, buffers), inputs)",

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from trak_dist.cells import TRAIN, FeaturizeCell
 from trak_dist.errors import MissingInputs, MixedRun, ModelIDException
 from trak_dist.ops import rows as row_format
+from trak_dist.ops.model_outputs import attention_mask
 from trak_dist.stages.outcome import Outcome, grads_facts
 from trak_dist.store import contents, parts
 from trak_dist.store.parts import Part
@@ -32,9 +33,10 @@ class Feed:
     """What one process feeds into one checkpoint's split."""
 
     def __init__(self, run: Run, model_id: int, split: str, checkpoint_digest: str) -> None:
-        self._run, self._model_id, self._split = run, model_id, split
+        self._run, self._model_id, self.split = run, model_id, split
         self._directory = run.layout.parts(run.plan, model_id, split)
         self._checkpoint_digest = checkpoint_digest
+        self.begun = False  # by this process
         self._seen: set[str] = set()
         self._done = np.zeros(run.plan.split(split).rows, bool)
 
@@ -42,11 +44,12 @@ class Feed:
         """Which rows (n,) are there, in cells or in parts of any process."""
         if self._done.all():
             return self._done
-        cells = list(self._run.plan.featurize_cells(self._model_id, self._split))
+        listed = parts.listed(self._directory)  # first: what is gathered meanwhile is in cells
+        cells = list(self._run.plan.featurize_cells(self._model_id, self.split))
         for cell in self._run.receipts.done(cells):
             assert isinstance(cell, FeaturizeCell)
             self._done[cell.rows.start : cell.rows.stop] = True
-        for path in parts.listed(self._directory):
+        for path in listed:
             if path.name not in self._seen:
                 try:
                     self._done[parts.rows_of(path)] = True
@@ -69,22 +72,28 @@ class Feed:
         arrays = {name: tensor.cpu().numpy() for name, tensor in tensors.items()}
         facts = grads_facts(plan, self._checkpoint_digest)
         part = Part({"rows": rows, "inputs": inputs, **arrays}, facts)
-        parts.write(self._directory, part)
+        self._seen.add(parts.write(self._directory, part).name)
+        self._done[rows] = True
+        self.begun = True
 
 
 def row_digests(batch: Sequence[Any], size: int) -> NDArray[np.uint8]:
     """(size, 16) digests of examples, to tell whether each checkpoint was shown the same ones.
 
-    Zeros at the ends of whole numbers are left out: the same text is padded in one batch and not
-    in another.
+    Padding is left out, since the same text is padded in one batch and not in another: what an
+    attention mask masks, and zeros at the ends of other whole numbers.
     """
-    leaves = [t for t in pytree.tree_leaves(tuple(batch)) if isinstance(t, Tensor)]
+    leaves = [t.detach().cpu() for t in pytree.tree_leaves(tuple(batch)) if isinstance(t, Tensor)]
+    mask = attention_mask(batch)
+    mask = None if mask is None else mask.detach().cpu().bool()
     found = np.empty((size, 16), np.uint8)
     for row in range(size):
         sha = hashlib.sha256()
         for leaf in leaves:
-            value = leaf[row].detach().cpu().contiguous()
-            if value.ndim and not value.is_floating_point():
+            value = leaf[row].contiguous()
+            if mask is not None and leaf.shape == mask.shape:
+                value = value[mask[row]]
+            elif value.ndim and not value.is_floating_point():
                 filled = value.reshape(-1, value.shape[-1]).any(0).nonzero()
                 value = value[..., : int(filled[-1]) + 1 if len(filled) else 0].contiguous()
             sha.update(str((value.dtype, tuple(value.shape))).encode())

@@ -117,11 +117,11 @@ class Wanted:
             dim = self.proj_dim
         if self.projector is None and self.projector_seed:
             projection = replace(projection, seed=self.projector_seed)
-        if self.grad_wrt is not None:
+        if self.grad_wrt is not None and set(self.grad_wrt) != set(featurize.params):
             featurize = replace(featurize, params=tuple(self.grad_wrt))
         if not self.use_half_precision:
             featurize = replace(featurize, dtype="float32")
-        if not planned:
+        if not planned or self.gradient_computer is IterativeGradientComputer:
             featurize = replace(featurize, gradients=self.gradient_computer.gradients)
         if dim < 1:
             raise ConfigError(f"proj_dim {dim} is not at least 1", where="proj_dim")
@@ -136,13 +136,15 @@ class Wanted:
         """`plan` with our λ; its checkpoints stay."""
         return replace(plan, spec=self._with_lambda(plan.spec))
 
-    def refuse_other(self, run: Run, rows: int, model: str) -> None:
+    def refuse_other(self, run: Run, rows: int, parameters: int, model: str) -> None:
         """Raise `PlanMismatch` if the run is not one that these arguments belong to."""
         plan = run.plan
         found = differences(asdict(plan.spec), asdict(self.spec(plan.spec)))
         told = {k: v for k, v in found.items() if not k.startswith("reduce.lambda_")}
         if rows != plan.train.rows:
             told["train_set_size"] = (plan.train.rows, rows)
+        if parameters != plan.parameters:
+            told["parameters that require gradients"] = (plan.parameters, parameters)
         if model != plan.source.model:
             told["the model, or the model output"] = (plan.source.model, model)
         if told:
@@ -184,9 +186,22 @@ def new_plan(spec: Spec, *, rows: int, parameters: int, model: str, gradients: s
 
 
 def with_checkpoint(plan: Plan, model_id: int, path: str) -> Plan:
-    """`plan` with a checkpoint, in order of `model_id`; the ensemble is all of them again."""
+    """`plan` with a checkpoint, in order of `model_id`; the ensemble is all of them again.
+
+    Raises
+    ------
+    ConfigError
+        If it is the plan of a problem, which brings its checkpoints itself.
+    """
     if any(c.model_id == model_id for c in plan.checkpoints):
         return plan
+    if not plan.train.fed:
+        raise ConfigError(
+            f"model_id {model_id} is not of this run, whose problem brings its checkpoints: "
+            f"{[c.model_id for c in plan.checkpoints]}",
+            where="model_id",
+            next="launch the run with that checkpoint in its problem, or feed another save_dir",
+        )
     joined = [*plan.checkpoints, Checkpoint(model_id, path, trained=False)]
     return replace(plan, checkpoints=tuple(sorted(joined, key=lambda c: c.model_id)), use=())
 

@@ -219,19 +219,26 @@ def check_split(problem: Problem, split: Split, limit: int) -> None:
 
 
 def open_device(name: str) -> torch.device:
-    """The device called `auto`, `cpu` or `cuda`.
+    """The device called `auto`, `cpu`, `cuda` or `cuda:<index>`.
 
     Raises
     ------
     DeviceError
-        If `cuda` is asked for and not there, or a GPU was granted that torch does not see.
+        If what is asked for is not there, or a GPU was granted that torch does not see.
     """
     cuda = torch.cuda.is_available()
-    if name == "cuda" and not cuda:
+    if name.startswith("cuda"):
+        if not cuda or (torch.device(name).index or 0) >= torch.cuda.device_count():
+            raise DeviceError(
+                f"device {name} was asked for, torch sees {torch.cuda.device_count() or 'no'} "
+                "CUDA device",
+                where="cluster.device",
+                next="cluster.device=cpu, or run where there is a GPU",
+            )
+        return torch.device(name)
+    if name not in ("auto", "cpu"):
         raise DeviceError(
-            "device cuda was asked for, torch sees no CUDA device",
-            where="cluster.device",
-            next="cluster.device=cpu, or run where there is a GPU",
+            f"device {name} is not one of cpu, cuda", where="device", next="device='cpu'"
         )
     granted = os.environ.get("SLURM_STEP_GPUS") or os.environ.get("SLURM_JOB_GPUS")
     if name == "auto" and granted and not cuda and torch.version.cuda:
@@ -240,4 +247,4 @@ def open_device(name: str) -> torch.device:
             where="cluster.device",
             next="leave the node out (cluster.exclude), or compute without: cluster.device=cpu",
         )
-    return torch.device("cuda" if cuda and name != "cpu" else "cpu")
+    return torch.device("cuda" if cuda and name == "auto" else "cpu")

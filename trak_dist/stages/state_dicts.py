@@ -49,13 +49,23 @@ def read(path: Path) -> State:
     if path.suffix == ".safetensors":
         stored: State = _told(path, lambda: safetensors.torch.load_file(path))
         return stored
-    loaded: Any = _told(path, lambda: _load(path))
-    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
-        loaded = loaded["state_dict"]  # Lightning's, beside the optimiser's
-    if not isinstance(loaded, dict) or not all(isinstance(v, Tensor) for v in loaded.values()):
-        found = f"keys {list(loaded)[:5]}" if isinstance(loaded, dict) else type(loaded).__name__
+    return named(_told(path, lambda: _load(path)), where=str(path))
+
+
+def named(loaded: Any, *, where: str) -> State:
+    """The named tensors of what a checkpoint holds: itself, or Lightning's beside the optimiser's.
+
+    Raises
+    ------
+    CheckpointError
+        If it holds anything else.
+    """
+    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, Mapping) or not all(isinstance(v, Tensor) for v in loaded.values()):
+        found = f"keys {list(loaded)[:5]}" if isinstance(loaded, Mapping) else type(loaded).__name__
         raise CheckpointError(
-            f"not a state dict of named tensors: {found}", where=str(path), next=_SAVE
+            f"not a state dict of named tensors: {found}", where=where, next=_SAVE
         )
     return dict(loaded)
 

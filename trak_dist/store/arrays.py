@@ -6,10 +6,12 @@ reads as NaN; a writer owns whole chunks and never touches metadata.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import shutil
 import tempfile
+import uuid
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -89,9 +91,8 @@ def replace(path: Path, spec: ArraySpec) -> None:
     if _there(path):
         if _described(_open(path, mode="r"), spec.compression) == spec:
             return
-        discarded = path.with_name(f".{path.name}.discarded")
-        shutil.rmtree(discarded, ignore_errors=True)
-        with atomic.told(path):
+        discarded = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        with atomic.told(path), contextlib.suppress(FileNotFoundError):  # by another process
             path.rename(discarded)
         shutil.rmtree(discarded, ignore_errors=True)
     ensure(path, spec)

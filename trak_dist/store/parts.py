@@ -35,7 +35,7 @@ class Part:
     facts: Mapping[str, Any]
 
 
-def write(directory: Path, part: Part) -> None:
+def write(directory: Path, part: Part) -> Path:
     """Publish a part.
 
     Raises
@@ -52,6 +52,7 @@ def write(directory: Path, part: Part) -> None:
         if directory.exists():
             raise
         atomic.write(path, content)  # all rows were done, and the directory was discarded just now
+    return path
 
 
 def listed(directory: Path) -> list[Path]:
@@ -64,11 +65,16 @@ def rows_of(path: Path) -> NDArray[np.int64]:
 
     Raises
     ------
+    CorruptChunk
+        If it can't be read.
     FileNotFoundError
         If it was discarded.
     """
-    with safetensors.safe_open(path, framework="numpy") as file:
-        rows: NDArray[np.int64] = file.get_tensor("rows")
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            rows: NDArray[np.int64] = file.get_tensor("rows")
+    except safetensors.SafetensorError as error:
+        raise _damaged(path, error) from error
     return rows
 
 
@@ -90,11 +96,15 @@ def read(path: Path) -> Part:
             raise ValueError("its content is not what was written")
         return Part(arrays, json.loads(told["facts"]))
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise CorruptChunk(
-            f"a part is damaged: {error}",
-            where=str(path),
-            next="remove it, and featurize its rows again",
-        ) from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> CorruptChunk:
+    return CorruptChunk(
+        f"a part is damaged: {error}",
+        where=str(path),
+        next="remove it, and featurize its rows again",
+    )
 
 
 def discard(directory: Path) -> None:

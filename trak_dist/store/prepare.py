@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from trak_dist.plan import CHUNK_BYTES, Plan, Split
@@ -22,7 +22,7 @@ def prepare(run: Run) -> None:
     plan, layout = run.plan, run.layout
     for model_id in plan.model_ids:
         prepare_checkpoint(run, model_id)
-    prepare_scores(run)
+    prepare_scores(run, run.plan.scored())
     for split in plan.targets:
         for seed in range(plan.ground_truth.seeds if plan.ground_truth.subsets else 0):
             path = layout.margins(split.name, seed)
@@ -37,9 +37,9 @@ def prepare_checkpoint(run: Run, model_id: int) -> None:
         _ensure_groups(run, path)
 
 
-def prepare_scores(run: Run) -> None:
-    """The same for scores; those of another ensemble are replaced."""
-    for path, spec in _score_arrays(run):
+def prepare_scores(run: Run, names: Iterable[str]) -> None:
+    """The same for scores of target sets; those of another ensemble are replaced."""
+    for path, spec in _score_arrays(run, names):
         arrays.replace(path, spec)
         _ensure_groups(run, path)
 
@@ -97,10 +97,10 @@ def _margins(plan: Plan, split: Split) -> ArraySpec:
     return ArraySpec(shape=shape, chunks=(1, split.rows), dtype="float32")
 
 
-def _score_arrays(run: Run) -> Iterator[tuple[Path, ArraySpec]]:
+def _score_arrays(run: Run, names: Iterable[str]) -> Iterator[tuple[Path, ArraySpec]]:
     """`scores` (n_train, targets); `halves` (n_train, 2, some targets); both cut alike."""
     plan, layout = run.plan, run.layout
-    for name in plan.scored():
+    for name in names:
         yield layout.scores(name), _scores(plan, name, plan.score_columns(name))
         if shown := plan.halves(name):
             yield layout.halves(name), _scores(plan, name, 2, len(shown))
