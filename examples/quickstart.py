@@ -95,7 +95,7 @@ def datasets(train: int) -> tuple[TensorDataset, TensorDataset]:
 
 
 def two_classes(images: LabelledImages, count: int) -> TensorDataset:
-    rows = np.flatnonzero(np.isin(images.labels, (PULLOVER, COAT)))[:count].tolist()
+    rows = np.flatnonzero(np.isin(images.labels.numpy(), (PULLOVER, COAT)))[:count].tolist()
     pixels = torch.stack([images[row][0] for row in rows])
     padded = torch.nn.functional.pad(pixels, (2, 2, 2, 2), value=float(pixels.min()))
     labels = torch.tensor([int(images[row][1] == COAT) for row in rows])

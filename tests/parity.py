@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import small_cnn
-import tiny_bert
 import torch
 from torch import Tensor, nn
 
@@ -45,6 +44,8 @@ def image() -> Case:
 
 
 def text() -> Case:
+    import tiny_bert  # of a library that takes seconds to import
+
     return Case(
         "text_classification",
         tiny_bert.Logits,

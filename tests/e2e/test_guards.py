@@ -109,7 +109,11 @@ class Averaged(ImageClassification):
 
 class Deaf(ImageClassification):
     def get_output(self, model: nn.Module, weights, buffers, image, label) -> torch.Tensor:
-        return super().get_output(model, dict(model.named_parameters()), buffers, image, label)
+        batch = (image.unsqueeze(0), label.unsqueeze(0))
+        own = dict(model.named_parameters())
+        return super().get_batch_output(model, own, buffers, batch).squeeze(0)
+
+    get_batch_output = None
 
 
 def test_an_out_to_loss_that_is_averaged_is_refused(run_problem) -> None:
@@ -118,8 +122,24 @@ def test_an_out_to_loss_that_is_averaged_is_refused(run_problem) -> None:
     assert "get_out_to_loss_grad gave () for 2 examples of 'train'" in ended.err
 
 
-def test_an_output_that_ignores_its_weights_is_refused(run_problem) -> None:
+def test_an_output_that_ignores_its_weights_is_computed_with_the_models_own(
+    run_problem, tmp_path: Path
+) -> None:
+    wanted = run_problem(f"run_dir={tmp_path / 'wanted'}")
     ended = run_problem(model_output=Deaf())
+    assert (wanted.code, ended.code) == (0, 0)
+    assert "gradients by loop, not by hooks: Deaf has no get_batch_output, not by vmap" in ended.out
+    found, own = (open_run(tmp_path / name).scores("val") for name in ("run", "wanted"))
+    assert np.linalg.norm(found - own) < 1e-2 * np.linalg.norm(own)
+
+
+class Constant(ImageClassification):
+    def get_batch_output(self, model, weights, buffers, batch) -> torch.Tensor:
+        return 0 * super().get_batch_output(model, weights, buffers, batch)
+
+
+def test_an_output_without_any_gradient_is_refused(run_problem) -> None:
+    ended = run_problem(model_output=Constant())
     assert ended.code == 1
     assert "all gradients of the 8 rows are zero" in ended.err
     assert "functional_call(model, (weights, buffers), inputs)" in ended.err

@@ -19,7 +19,7 @@ from trak_dist import open_run
 from trak_dist.cells import STAGE_CELLS
 from trak_dist.store.run import Run
 
-KILLS = 6
+KILLS = 5
 TESTS = Path(__file__).parent.parent
 
 
