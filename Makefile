@@ -3,6 +3,8 @@ PYTHON ?= python3
 CLUSTER ?= local
 RUN_DIR ?= runs/demo
 SLURM ?= 1
+LONG ?= 0
+BUT_LONG := $(if $(filter 0,$(LONG)), and not long)
 BIN := .venv/bin
 USER_STAMP := .venv/.installed
 DEV_STAMP := .venv/.installed-dev
@@ -14,18 +16,19 @@ demo: $(USER_STAMP)
 	$(BIN)/python -m trak_dist.launch problem=mnist cluster=$(CLUSTER) run_dir=$(RUN_DIR) \
 	  ground_truth.subsets=100 ground_truth.seeds=3
 
+# LONG=1 adds the tests that take longest: before a release, and where what they test was changed.
 # SLURM=0 leaves out the tests on a real Slurm, whose packages are else installed where that can be done.
 test: check-code slurm-packages
-	$(BIN)/pytest -n auto -m "not slurm"
+	$(BIN)/pytest -n auto -m "not slurm$(BUT_LONG)"
 ifneq ($(SLURM),0)
-	$(BIN)/pytest -n 3 -m slurm
+	$(BIN)/pytest -n 3 -m "slurm$(BUT_LONG)"
 endif
 
 # What to run before a commit: the code's checks, and the tests that are fast.
 check: check-code test-fast
 
 test-fast: $(DEV_STAMP)
-	$(BIN)/pytest -n auto -m "not slow and not slurm"
+	$(BIN)/pytest -n auto -m "not slow and not slurm and not long"
 
 .PHONY: check-code
 check-code: $(DEV_STAMP)

@@ -18,7 +18,7 @@ from trak_dist.ops import lds
 from trak_dist.stages import report
 from trak_dist.store.run import Run
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 SUBSETS, SEEDS = 6, 2
 TRUTH = (f"ground_truth.subsets={SUBSETS}", f"ground_truth.seeds={SEEDS}")

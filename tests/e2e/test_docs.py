@@ -33,7 +33,7 @@ def run(command: str, cwd: Path) -> str:
     return ended.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_page_on_your_own_problem_works_as_written(tmp_path: Path) -> None:
     page = ROOT / "docs/your-problem.md"
     for block in blocks(page, "python"):

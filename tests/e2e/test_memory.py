@@ -38,7 +38,7 @@ def peak(path: Path, rows: int, stage: str) -> int:
     return int(ended.stdout.split()[-1])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its peak in /proc")
 def test_ten_times_the_rows_take_the_same_memory(tmp_path: Path) -> None:
     tiny.write_checkpoints(tmp_path / "checkpoints", count=2)

@@ -14,7 +14,7 @@ from trak_dist import open_run
 from trak_dist.errors import ConfigError
 from trak_dist.ops import draws
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 @pytest.mark.parametrize(

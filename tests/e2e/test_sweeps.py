@@ -469,6 +469,7 @@ def test_run_directories_with_odd_names(run, odd_path: Path) -> None:
     assert set(members(Path(quoted.replace("\\'", "'")))) == {4, 8}
 
 
+@pytest.mark.long
 def test_local_workers_make_the_same(run, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     for name in ("debug", "local"):

@@ -16,7 +16,7 @@ from trak_dist.stages.status import read_status
 from trak_dist.store.jobs import Jobs
 from trak_dist.store.run import Run
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture

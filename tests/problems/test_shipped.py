@@ -62,7 +62,7 @@ def test_mnist_refuses_a_network_it_does_not_have() -> None:
         mnist.problem(model="vit")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_trained_classifiers_learn_and_differ_by_seed_alone() -> None:
     problem = mnist.problem(model="cnn")
     assert problem.train_checkpoint
@@ -150,7 +150,7 @@ def test_resnet9_is_the_one_of_traks_quickstart() -> None:
     assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_cifar2_runs_from_files_to_report(launch, cifar_files: Path, tmp_path: Path) -> None:
     ended = launch(
         *(

@@ -37,7 +37,7 @@ def preempt() -> None:
     )
 
 
-@pytest.mark.parametrize("partition", ["low", "lowkill"])
+@pytest.mark.parametrize("partition", ["low", pytest.param("lowkill", marks=pytest.mark.long)])
 def test_preempted_tasks_go_on(launch, path: Path, expected: np.ndarray, partition: str) -> None:
     run = path / "run"
     asked = (*SLURM, f"cluster.partition={partition}")
@@ -51,6 +51,7 @@ def test_preempted_tasks_go_on(launch, path: Path, expected: np.ndarray, partiti
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_task_that_takes_longer_than_its_time_goes_on_until_it_is_done(
     launch, path: Path, expected: np.ndarray
 ) -> None:
@@ -65,6 +66,7 @@ def test_a_task_that_takes_longer_than_its_time_goes_on_until_it_is_done(
     assert np.array_equal(scores(run), expected)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["crash", "kill"])
 def test_a_lost_node_is_no_loss(
     launch, path: Path, expected: np.ndarray, lab: Lab, how: str
@@ -97,6 +99,7 @@ def test_a_killed_worker_begins_again(launch, path: Path, expected: np.ndarray) 
     assert np.array_equal(scores(run), expected)
 
 
+@pytest.mark.long
 def test_a_worker_that_always_dies_is_given_up_and_named(launch, path: Path) -> None:
     run = path / "run"
     assert launch(*overrides(path, "run"), *SLURM, "stage=plan").code == 0
@@ -128,6 +131,7 @@ def test_a_cancelled_task_is_submitted_again_by_the_same_command(
     assert np.array_equal(scores(run), expected)
 
 
+@pytest.mark.long
 def test_a_running_task_that_is_cancelled_stays_cancelled(launch, path: Path) -> None:
     run = path / "run"
     arguments = [*overrides(path, "run", seconds=3.0), *SLURM, "stage=featurize"]
@@ -143,6 +147,7 @@ def test_a_running_task_that_is_cancelled_stays_cancelled(launch, path: Path) ->
     assert "the task ended without a word" in ended.out
 
 
+@pytest.mark.long
 def test_the_controller_and_accounting_come_and_go(
     launch, path: Path, expected: np.ndarray, lab: Lab
 ) -> None:
@@ -187,6 +192,7 @@ def test_a_cell_that_always_fails_ends_what_waits_for_it(
     assert np.array_equal(scores(run), expected)
 
 
+@pytest.mark.long
 def test_without_accounting_all_but_decoration_works(
     launch, path: Path, expected: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -206,6 +212,7 @@ def test_without_accounting_all_but_decoration_works(
     assert np.array_equal(scores(run), expected)
 
 
+@pytest.mark.long
 def test_a_setup_line_that_fails_ends_the_task_and_is_told(launch, path: Path) -> None:
     run = path / "run"
     asked = (*SLURM, "cluster.setup=['sh -c \"echo no such module; exit 3\"']")

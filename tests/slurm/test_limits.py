@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from on_slurm import SLURM, Lab, finish, overrides, scores
 
 from trak_dist.store.jobs import Jobs
@@ -22,6 +23,7 @@ def test_arrays_and_the_queue_are_kept_below_their_limits(
     assert np.array_equal(scores(run), expected)
 
 
+@pytest.mark.long
 def test_an_array_is_split_below_the_largest_index(
     launch, path: Path, expected: np.ndarray, small_lab: Lab
 ) -> None:
@@ -35,6 +37,7 @@ def test_an_array_is_split_below_the_largest_index(
     assert np.array_equal(scores(run), expected)
 
 
+@pytest.mark.long
 def test_a_cell_that_fails_is_not_submitted_again_by_the_job_that_goes_on(
     launch, path: Path, small_lab: Lab
 ) -> None:

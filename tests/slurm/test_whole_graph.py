@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from on_slurm import SLURM, finish, overrides, running, scores, status, wait
 
 from trak_dist import open_run
@@ -48,6 +49,7 @@ def test_the_graph_runs_and_its_scores_are_those_of_the_other_executors(
     assert launch(*overrides(path, "run"), *SLURM).out.count("nothing to submit") == 1
 
 
+@pytest.mark.long
 def test_the_ground_truth_is_trained_and_held_against_the_scores(launch, path: Path) -> None:
     truth = ("+problem.trains=true", "checkpoints.train=2", "ground_truth.subsets=3")
     ended = launch(*overrides(path, "run"), *truth, *SLURM)
@@ -87,6 +89,7 @@ def test_the_same_command_submits_nothing_twice_and_cancel_ends_the_runs_own_job
     assert not status(path / "two").complete
 
 
+@pytest.mark.long
 def test_a_stage_waits_for_what_is_still_queued(launch, path: Path, expected: np.ndarray) -> None:
     arguments = [*overrides(path, "run", seconds=0.5), *SLURM]
     refused = launch(*arguments, "stage=reduce")
@@ -101,6 +104,7 @@ def test_a_stage_waits_for_what_is_still_queued(launch, path: Path, expected: np
     assert np.array_equal(scores(path / "run"), expected)
 
 
+@pytest.mark.long
 def test_checkpoints_that_are_trained_on_the_way_are_featurized_each_after_its_own_training(
     launch, path: Path, expected: np.ndarray
 ) -> None:
@@ -116,6 +120,7 @@ def test_checkpoints_that_are_trained_on_the_way_are_featurized_each_after_its_o
     assert np.array_equal(scores(path / "run"), expected)
 
 
+@pytest.mark.long
 def test_a_kernel_starts_before_another_checkpoint_is_featurized(launch, path: Path) -> None:
     arguments = [*overrides(path, "run", seconds=0.5), *SLURM, "cluster.array_parallelism=2"]
     assert launch(*arguments).code == 0
@@ -129,6 +134,7 @@ def test_a_kernel_starts_before_another_checkpoint_is_featurized(launch, path: P
     assert run.receipts("reduce")["kernel/0"].job["started"] < max(ends)
 
 
+@pytest.mark.long
 def test_the_sbatch_template_gives_the_same_scores(
     launch, path: Path, expected: np.ndarray
 ) -> None:
