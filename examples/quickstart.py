@@ -122,7 +122,7 @@ def draw(scores: np.ndarray, ds_train: TensorDataset, ds_val: TensorDataset, pat
     """A row for each of two pullovers and two coats: the target, then the strongest images."""
     targets = [int(t) for c in (0, 1) for t in (ds_val.tensors[1] == c).nonzero()[:2]]
     names = ("pullover", "coat")
-    figure, axes = plt.subplots(len(targets), 11, figsize=(13, 5.6))
+    figure, axes = plt.subplots(len(targets), 11, figsize=(13, 5.6), layout="constrained")
     for row, target in zip(axes, targets, strict=True):
         order = np.argsort(-scores[:, target])
         shown = [
