@@ -19,7 +19,7 @@ from trak_dist import open_run
 from trak_dist.cells import STAGE_CELLS
 from trak_dist.store.run import Run
 
-KILLS = 5
+KILLS = 10 if os.environ.get("LONG") == "1" else 4
 TESTS = Path(__file__).parent.parent
 
 

@@ -111,6 +111,7 @@ def test_members_have_the_scores_of_separate_runs(run, tmp_path: Path) -> None:
     assert np.abs(folded - direct).max() < 5e-3 * np.abs(direct).max(), "float16's rounding"
 
 
+@pytest.mark.long
 def test_a_member_is_a_run_directory_whose_arrays_are_in_the_one_store(run, tmp_path: Path) -> None:
     assert run("run", "-m", "proj_dim=16,8").code == 0
     (name,) = Run.open(tmp_path / "run").layout.members()
@@ -136,6 +137,7 @@ def test_a_member_is_a_run_directory_whose_arrays_are_in_the_one_store(run, tmp_
     assert f"sweep  1 members in {tmp_path / 'run/sweeps'}: {name}\n" in of_base
 
 
+@pytest.mark.long
 def test_dimensions_that_do_not_divide_share_what_they_can(run, computed, tmp_path: Path) -> None:
     ended = run("run", "-m", "proj_dim=12,3,5,10,8")
     assert ended.code == 0, ended.err
@@ -146,6 +148,7 @@ def test_dimensions_that_do_not_divide_share_what_they_can(run, computed, tmp_pa
     ]
 
 
+@pytest.mark.long
 def test_a_finished_run_lends_its_grads(run, computed, tmp_path: Path) -> None:
     assert run("run", "proj_dim=16").code == 0
     before = scores(tmp_path / "run")
@@ -157,6 +160,7 @@ def test_a_finished_run_lends_its_grads(run, computed, tmp_path: Path) -> None:
     np.testing.assert_array_equal(scores(tmp_path / "run"), before)
 
 
+@pytest.mark.long
 def test_projections_that_do_not_fold(run, computed, tmp_path: Path) -> None:
     ended = run("run", "-m", "projection=gaussian,sjlt,identity", "proj_dim=4,8")
     assert ended.code == 0, ended.err
@@ -182,6 +186,7 @@ def test_a_store_dim_that_is_given_is_taken(run, computed) -> None:
 # Reduce and ensembles ---------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_other_lambdas_and_scales_cost_no_gradient_and_no_gram(
     run, computed, tmp_path: Path
 ) -> None:
@@ -202,6 +207,7 @@ def test_other_lambdas_and_scales_cost_no_gradient_and_no_gram(
     assert len({scores(Path(row[2])).tobytes() for row in summary(ended)}) == 4
 
 
+@pytest.mark.long
 def test_ensembles_compute_each_checkpoint_once(run, computed, tmp_path: Path) -> None:
     ended = run("run", "-m", "checkpoints.use=[0],[0,2],[2,0]", "proj_dim=8")
     assert ended.code == 0, ended.err
@@ -215,6 +221,7 @@ def test_ensembles_compute_each_checkpoint_once(run, computed, tmp_path: Path) -
     np.testing.assert_array_equal(scores(second), scores(tmp_path / "separate"))
 
 
+@pytest.mark.long
 def test_a_new_checkpoint_joins_only_the_runs_that_are_asked_for(
     run, computed, tmp_path: Path
 ) -> None:
@@ -320,6 +327,7 @@ def test_hydras_directories_never_meet(run, tmp_path: Path) -> None:
 # What is refused --------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_another_reduce_is_refused_and_told_how_to_keep_both(run, tmp_path: Path) -> None:
     assert run("run", "proj_dim=8").code == 0
     base = Run.open(tmp_path / "run")
@@ -405,6 +413,7 @@ def test_each_option_of_a_swept_group_is_looked_at(run, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_all_ways_to_write_a_sweep(run, tmp_path: Path) -> None:
     ended = run("run", "--multirun", "proj_dim=range(4,13,4)", "stage=plan")
     assert ended.code == 0, ended.err
@@ -451,6 +460,7 @@ def test_a_missing_checkpoint_is_left_out_by_every_member(run, tmp_path: Path, m
     assert all(Run.open(p).receipts.done(open_run(p).plan.cells_of(ScoreCell)) for p in found)
 
 
+@pytest.mark.long
 def test_stages_that_look_find_each_member(run, tmp_path: Path) -> None:
     assert run("run", "-m", "proj_dim=8,4").code == 0
     ended = run("run", "-m", "proj_dim=8,2,4", "stage=verify")
