@@ -132,7 +132,7 @@ def draw(scores: np.ndarray, ds_train: TensorDataset, ds_val: TensorDataset, pat
             *((ds_train, train, "− {}") for train in order[:-6:-1]),
         ]
         for axis, (ds, at, title) in zip(row, shown, strict=True):
-            axis.imshow(ds.tensors[0][at][0], cmap="gray_r")
+            axis.imshow(ds.tensors[0][at][0].numpy(), cmap="gray_r")
             axis.set_title(title.format(names[ds.tensors[1][at]]), fontsize=8)
             axis.axis("off")
     figure.suptitle("Targets; then the five most helpful (+) and most harmful (−) train images")
