@@ -24,7 +24,7 @@ from trak_dist.stages import report
 from trak_dist.store.receipts import Receipt
 from trak_dist.store.run import Run
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 ROWS, TARGETS, REMOVE, SEEDS = 24, (0, 5), (2, 4), 2  # of six targets
 ASKED = (

@@ -12,6 +12,7 @@ from trak_dist.store.jobs import Jobs
 from trak_dist.store.run import Run
 
 
+@pytest.mark.long
 def test_arrays_and_the_queue_are_kept_below_their_limits(
     launch, path: Path, expected: np.ndarray, small_lab: Lab
 ) -> None:
