@@ -77,7 +77,7 @@ def test_the_same_command_submits_nothing_twice_and_cancel_ends_the_runs_own_job
     again = launch(*one)
     assert again.code == 0
     assert submitted(again.out) == []
-    assert "in the queue before, left alone: " in again.out  # of 28 cells; a slow machine has done some
+    assert "in the queue before, left alone: " in again.out  # some may be done
     ended = launch("stage=cancel", f"run_dir={path / 'two'}")
     assert ended.code == 0
     assert ended.out.startswith("cancelled: ")
