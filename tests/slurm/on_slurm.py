@@ -43,6 +43,10 @@ def status(run_dir: Path) -> Status:
     return read_status(Run.open(run_dir))
 
 
+def missing_cells(run_dir: Path) -> int:
+    return sum(len(stage.missing) for stage in status(run_dir).stages.values())
+
+
 def wait(what: str, ready: Callable[[], bool], seconds: float = 120) -> None:
     until = time.monotonic() + seconds
     while not ready():

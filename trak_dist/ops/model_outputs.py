@@ -119,11 +119,12 @@ class TextClassification(_Classification):
 def attention_mask(batch: Sequence[Any]) -> Tensor | None:
     """Where a batch of texts is not padding, (batch, tokens); None if it does not say so."""
     inputs = batch[0] if len(batch) == 1 else dict(zip(OF_TEXT, batch, strict=False))
-    mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
-    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else None
-    if isinstance(mask, Tensor) and isinstance(ids, Tensor) and mask.shape == ids.shape:
-        return mask if mask.ndim == 2 and not mask.is_floating_point() else None
-    return None
+    if not isinstance(inputs, Mapping):
+        return None
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if not isinstance(ids, Tensor) or not isinstance(mask, Tensor) or mask.shape != ids.shape:
+        return None
+    return mask if mask.ndim == 2 and not mask.is_floating_point() else None
 
 
 class OfBatches:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Sequence
 
 import torch
@@ -12,12 +11,11 @@ from torch import Tensor
 
 from trak_dist.cells import FeaturizeCell
 from trak_dist.errors import NonFiniteGradient, ProblemError
-from trak_dist.ops import model_outputs
 from trak_dist.ops import rows as row_format
 from trak_dist.ops.gradients import examples_in
 from trak_dist.stages import fed
 from trak_dist.stages.outcome import Outcome, grads_facts
-from trak_dist.stages.session import Session, adding, batch_digest, batch_in
+from trak_dist.stages.session import Session, batch_digest
 from trak_dist.store import contents
 
 
@@ -41,18 +39,19 @@ def featurize(session: Session, cell: FeaturizeCell) -> Outcome:
     done = 0
     for host_batch in session.batches(cell.split, cell.rows):
         batch_digest(inputs, host_batch)
-        batch = batch_in(spec.featurize.compute, session.to_device(host_batch))
+        batch = session.to_device(host_batch)
         size = examples_in(batch)
-        _refuse_miscounted(
-            cell, "grads", size, wanted=min(spec.featurize.batch_rows, len(cell.rows) - done)
-        )
-        f = loaded.gradients(batch, adding(loaded.projector, grads[done : done + size]))
-        q = model_outputs.out_to_loss(session.problem.model_output, loaded.model, batch, f)
-        _refuse_miscounted(cell, "out-to-loss", q.numel(), wanted=size)
-        out_to_loss[done : done + size] = q.reshape(size)  # TRAK's own classes give (size, 1)
+        wanted = min(spec.featurize.batch_rows, len(cell.rows) - done)
+        if size != wanted:
+            raise ProblemError(
+                f"a batch of {wanted} examples of {cell.split!r} holds {size}",
+                where=cell.id,
+                next="collate must keep every example",
+            )
+        rows = slice(done, done + size)
+        out_to_loss[rows] = loaded.featurize(batch, grads[rows], where=cell.id)
         done += size
     assert done == len(cell.rows)
-    grads /= math.sqrt(plan.parameters)
     path = plan.checkpoint(cell.model_id).path
     refuse_unusable(
         grads,
@@ -78,15 +77,6 @@ def featurize(session: Session, cell: FeaturizeCell) -> Outcome:
             "non_finite_rows": 0,
         },
     )
-
-
-def _refuse_miscounted(cell: FeaturizeCell, what: str, found: int, *, wanted: int) -> None:
-    if found != wanted:
-        raise ProblemError(
-            f"a batch of {wanted} examples of {cell.split!r} gave {found} values of {what}",
-            where=cell.id,
-            next="collate must keep every example; get_out_to_loss_grad must give one value each",
-        )
 
 
 def refuse_unusable(

@@ -202,8 +202,3 @@ def _mixed(
         where=cell.id,
         next="remove the parts that are wrong, and featurize their rows again",
     )
-
-
-def discard_parts(run: Run, model_id: int, split: str) -> None:
-    """Remove the parts of a checkpoint's split, all of whose cells are done."""
-    parts.discard(run.layout.parts(run.plan, model_id, split))

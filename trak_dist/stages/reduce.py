@@ -23,10 +23,9 @@ from trak_dist.cells import (
 from trak_dist.errors import MissingInputs, MixedRun, SingularGram
 from trak_dist.ops import kernel, projection
 from trak_dist.ops import rows as row_format
-from trak_dist.stages import fed
 from trak_dist.stages.outcome import Outcome
 from trak_dist.stages.session import Session
-from trak_dist.store import contents
+from trak_dist.store import contents, parts
 from trak_dist.store.receipts import Receipt
 from trak_dist.store.run import Run
 
@@ -56,7 +55,7 @@ def gram(session: Session, cell: GramCell) -> Outcome:
     total = kernel.sum_gram(blocks, plan.proj_dim, session.device)
     digests = contents.write(session.run, cell, {"gram": total.cpu().numpy()})
     if plan.train.fed:  # several processes may be here at once, and the parts are gone then
-        fed.discard_parts(session.run, cell.model_id, TRAIN)
+        parts.discard(session.run.layout.parts(plan, cell.model_id, TRAIN))
     else:
         session.run.receipts.consolidate(cell.model_id)
     digest = next(iter(receipts.values())).facts["checkpoint_digest"]
@@ -110,7 +109,7 @@ def precondition(session: Session, cell: PreconditionCell) -> Outcome:
     refuse_mixed(require(run, [train, *targets], needed_by=cell))
     factor = torch.from_numpy(contents.read(run, source, "kernel")).to(session.device)
     if plan.split(cell.targets).fed:
-        fed.discard_parts(run, cell.model_id, cell.targets)
+        parts.discard(run.layout.parts(plan, cell.model_id, cell.targets))
     dtype = getattr(torch, plan.precondition_dtype)
     result = torch.empty(plan.proj_dim, plan.split(cell.targets).rows, dtype=dtype)
     for target in targets:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, Subset
 
 from trak_dist import problem as problems
 from trak_dist.cells import Rows
-from trak_dist.errors import DatasetError, DeviceError
+from trak_dist.errors import DatasetError, DeviceError, ProblemError
 from trak_dist.ops.gradients import (
     GradientComputer,
     LoopGradients,
@@ -27,7 +28,7 @@ from trak_dist.ops.gradients import (
     select_params,
 )
 from trak_dist.ops.hooks import HookGradients
-from trak_dist.ops.model_outputs import ModelOutput
+from trak_dist.ops.model_outputs import ModelOutput, out_to_loss
 from trak_dist.ops.projection import Projector, make_projector
 from trak_dist.plan import Plan, Split
 from trak_dist.problem import MapDataset, Problem
@@ -43,7 +44,7 @@ class Session:
     def __init__(self, run: Run, device: torch.device) -> None:
         self.run = run
         self.device = device
-        self._loaded: _Loaded | None = None
+        self._loaded: Loaded | None = None
         self._checked: set[str] = set()
 
     @cached_property
@@ -65,10 +66,13 @@ class Session:
         """The examples of a split, `limit` applied."""
         return limited(self.problem.dataset(split), self.run.plan.spec.limit)
 
-    def load(self, model_id: int) -> _Loaded:
+    def load(self, model_id: int) -> Loaded:
         """The model of one checkpoint, on the device, with its gradients and its projection."""
         if self._loaded is None or self._loaded.model_id != model_id:
-            self._loaded = _Loaded(self, model_id)
+            plan, problem = self.run.plan, self.problem
+            model: nn.Module = problem.model.to(self.device).eval()
+            digest = checkpoints.load_into(self.run, model, plan.checkpoint(model_id))
+            self._loaded = Loaded(plan, model_id, digest, model, problem.model_output)
         return self._loaded
 
     def batches(self, split: str, rows: Rows) -> Iterator[tuple[Any, ...]]:
@@ -98,15 +102,39 @@ class Session:
         return _converted(batch, lambda t: t.to(self.device, non_blocking=True))
 
 
-class _Loaded:
-    def __init__(self, session: Session, model_id: int) -> None:
-        plan = session.run.plan
-        self.model_id = model_id
-        model: nn.Module = session.problem.model.to(session.device).eval()
-        self.digest = checkpoints.load_into(session.run, model, plan.checkpoint(model_id))
-        self.model = model_in(plan.spec.featurize.compute, model)
-        self.projector = projector(plan, model_id, self.model)
-        self.gradients = gradients(plan, self.model, session.problem.model_output, self.projector)
+class Loaded:
+    """A model with a checkpoint's weights, and what computes its grads as the plan has it."""
+
+    def __init__(
+        self, plan: Plan, model_id: int, digest: str, model: nn.Module, model_output: ModelOutput
+    ) -> None:
+        self.model_id, self.digest = model_id, digest
+        self._plan, self._model_output = plan, model_output
+        self._model = model_in(plan.spec.featurize.compute, model)
+        self._projector = projector(plan, model_id, self._model)
+        self._gradients = gradients(plan, self._model, model_output, self._projector)
+
+    def featurize(
+        self, batch: tuple[Any, ...], into: Float[Tensor, "batch k"], *, where: str = ""
+    ) -> Float[Tensor, " batch"]:
+        """Add X / √p of a batch on the device to rows of zeros, and give its Q.
+
+        Raises
+        ------
+        ProblemError
+            If there is not one Q for each example.
+        """
+        batch = batch_in(self._plan.spec.featurize.compute, batch)
+        f = self._gradients(batch, adding(self._projector, into))
+        into /= math.sqrt(self._plan.parameters)
+        q = out_to_loss(self._model_output, self._model, batch, f)
+        if q.numel() != len(into):
+            raise ProblemError(
+                f"a batch of {len(into)} examples gave {q.numel()} values of out-to-loss",
+                where=where,
+                next="get_out_to_loss_grad must give one value for each example",
+            )
+        return q.reshape(len(into)).to(into)  # TRAK's own classes give (size, 1)
 
 
 def gradients(
