@@ -43,8 +43,8 @@ def status(run_dir: Path) -> Status:
     return read_status(Run.open(run_dir))
 
 
-def missing_cells(run_dir: Path) -> int:
-    return sum(len(stage.missing) for stage in status(run_dir).stages.values())
+def undone_cells(run_dir: Path) -> int:
+    return sum(len(stage.cells) - len(stage.done) for stage in status(run_dir).stages.values())
 
 
 def wait(what: str, ready: Callable[[], bool], seconds: float = 120) -> None:

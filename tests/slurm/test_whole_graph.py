@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from on_slurm import SLURM, finish, missing_cells, overrides, running, scores, status, wait
+from on_slurm import SLURM, finish, overrides, running, scores, status, undone_cells, wait
 
 from trak_dist import open_run
 
@@ -75,13 +75,13 @@ def test_the_same_command_submits_nothing_twice_and_cancel_ends_the_runs_own_job
     one = [*overrides(path, "one", seconds=2.0), *SLURM]
     assert launch(*one).code == 0
     assert launch(*overrides(path, "two", seconds=2.0), *SLURM).code == 0
-    before = missing_cells(path / "one")
+    before = undone_cells(path / "one")
     again = launch(*one)
     assert again.code == 0
     assert submitted(again.out) == []
     left = re.search(r"in the queue before, left alone: (\d+) cells", again.out)
     assert left
-    assert missing_cells(path / "one") <= int(left[1]) <= before <= 28
+    assert undone_cells(path / "one") <= int(left[1]) <= before <= 28
     ended = launch("stage=cancel", f"run_dir={path / 'two'}")
     assert ended.code == 0
     assert ended.out.startswith("cancelled: ")
