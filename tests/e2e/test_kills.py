@@ -28,7 +28,7 @@ def start(path: Path, name: str, cluster: str) -> subprocess.Popen[bytes]:
         *(sys.executable, "-m", "trak_dist.launch", "problem._target_=tiny.problem"),
         *(
             f"+problem.directory={path / 'checkpoints'}",
-            "+problem.rows=800",
+            f"+problem.rows={100 * KILLS}",
             "+problem.targets=40",
         ),
         *(f"run_dir={path / name}", f"cluster={cluster}", "proj_dim=64"),

@@ -38,9 +38,11 @@ def running_lab(base: int, *options: str) -> Iterator[Lab]:
     # munged wants every directory above its socket open to all, which pytest's own are not.
     with tempfile.TemporaryDirectory(prefix="slurm-lab-") as directory:
         lab = Lab(Path(directory), ("--port", str(port), *options))
-        lab("start")
-        yield lab
-        lab("stop")
+        try:
+            lab("start")
+            yield lab
+        finally:
+            lab("stop")
 
 
 @pytest.fixture(scope="session")

@@ -113,6 +113,7 @@ def test_a_worker_that_always_dies_is_given_up_and_named(launch, path: Path) -> 
     assert "2 attempts in a row ended without a word before a cell was finished" in ended.out
 
 
+@pytest.mark.long
 def test_a_cancelled_task_is_submitted_again_by_the_same_command(
     launch, path: Path, expected: np.ndarray
 ) -> None:

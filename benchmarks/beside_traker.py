@@ -1,6 +1,6 @@
 """TRAK's quickstart on a slice of its data, by TRAK's own TRAKer and by ours: the same calls.
 
-    python benchmarks/quickstart.py
+    python benchmarks/beside_traker.py
 
 ResNet-9, one checkpoint, 100 train images and 20 targets of Fashion-MNIST's pullovers and coats,
 k = 512, float32; one thread, one process, the two take turns. Seconds of the processor.
