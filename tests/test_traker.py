@@ -424,6 +424,10 @@ SAYS = {
         lambda fed, b: fed.featurize(b, inds=[0, 1, 2, 60]),
         "row 60 is none of the 60 of 'train'",
     ),
+    "a mask instead of rows": (
+        lambda fed, b: fed.featurize(b, inds=np.ones(4, dtype=bool)),
+        "inds of dtype bool are not whole numbers",
+    ),
     "a row twice": (
         lambda fed, b: fed.featurize(b, inds=[0, 1, 2, 1]),
         "a row is there twice in one batch",

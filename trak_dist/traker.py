@@ -489,6 +489,12 @@ def _rows(inds: Any, num_samples: int | None, *, first: int) -> NDArray[np.int64
     if num_samples is not None:
         return np.arange(first, first + num_samples)
     rows = np.asarray(inds.cpu() if isinstance(inds, Tensor) else inds).reshape(-1)
+    if rows.size and rows.dtype.kind not in "iu":
+        raise ConfigError(
+            f"inds of dtype {rows.dtype} are not whole numbers",
+            where="featurize, score",
+            next="inds: the batch's rows in the train set, or among the targets",
+        )
     return rows.astype(np.int64)
 
 
