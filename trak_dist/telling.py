@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.text import Text
 
 from trak_dist import needs
-from trak_dist.cells import STAGE_CELLS, Cell, EvaluateCell, ReportCell
+from trak_dist.cells import STAGE_CELLS, Cell, EvaluateCell, FeaturizeCell, ReportCell
 from trak_dist.stages.status import Status, by_error, lines, read_status
 from trak_dist.store.run import Run
 
@@ -125,6 +125,9 @@ def verify(run: Run, *, repair: bool) -> bool:
     if not damaged:
         return True
     if repair:
+        cells = [cell for cell, _ in damaged if isinstance(cell, FeaturizeCell)]
+        if any(run.plan.split(cell.split).fed for cell in cells):
+            command = "feed the rows of these cells again, by the calls of TRAKer that did before"
         print(f"the damaged cells are queued again\nnext: {command}")
         return True
     print(f"next: {command} stage=verify repair=true")

@@ -23,10 +23,11 @@ from trak_dist import worker
 from trak_dist.cells import TRAIN, Cell, GramCell, KernelCell, PreconditionCell
 from trak_dist.compat import FunctionalGradientComputer
 from trak_dist.config import Spec
-from trak_dist.errors import CellsFailed, ConfigError, ModelIDException
+from trak_dist.errors import CellsFailed, CheckpointError, ConfigError, ModelIDException
 from trak_dist.ops import model_outputs
 from trak_dist.ops.gradients import examples_in, select_params
-from trak_dist.plan import Plan, digest
+from trak_dist.plan import Plan
+from trak_dist.problem import model_digest
 from trak_dist.stages import checkpoints, coverage, fed, feeding, state_dicts
 from trak_dist.stages.featurize import refuse_all_zero, refuse_unusable
 from trak_dist.stages.session import Loaded, as_batch, open_device
@@ -60,22 +61,21 @@ class TRAKer:
         `FunctionalGradientComputer` or `IterativeGradientComputer`.
     projector : NoOpProjector or BasicProjector, optional
         Left out: a sparse projection to `proj_dim`.
-    proj_dim, projector_seed : int
-        k ≥ 1, and the seed of the projection.
-    use_half_precision : bool
-        Store grads as float16 rows with a scale each, or as float32.
+    proj_dim, projector_seed : int, optional
+        k ≥ 1, and the seed of the projection; 2048 and 0 for a new run.
+    use_half_precision : bool, optional
+        Store grads as float16 rows with a scale each, as a new run does, or as float32.
     grad_wrt : iterable of str, optional
-        The parameters whose gradients are used; all that require gradients where left out.
-    lambda_reg : float
-        λ of (XᵀX + λI)⁻¹, in TRAK's units: its dense projections are larger by √k.
+        The parameters whose gradients are used; all that require gradients for a new run.
+    lambda_reg : float, optional
+        λ of (XᵀX + λI)⁻¹, in TRAK's units: its dense projections are larger by √k. 0 for a new run.
     load_from_save_dir, proj_max_batch_size
         Taken, and without effect: nothing here depends on them.
     saver, score_computer
         Must be left out.
 
-    Of a run that is there already, `proj_dim`, `projector_seed`, `use_half_precision`, `grad_wrt`
-    and `lambda_reg` that are left at their defaults come from the run; others must agree with it,
-    but for `lambda_reg`.
+    Those of them that are left out come from the run, where there is one already; those that are
+    given must agree with it, but for `lambda_reg`.
 
     Raises
     ------
@@ -95,30 +95,30 @@ class TRAKer:
         projector: Any = None,
         saver: None = None,
         score_computer: None = None,
-        proj_dim: int = 2048,
+        proj_dim: int | None = None,
         logging_level: int = logging.INFO,
-        use_half_precision: bool = True,
+        use_half_precision: bool | None = None,
         proj_max_batch_size: int = 32,  # noqa: ARG002
-        projector_seed: int = 0,
+        projector_seed: int | None = None,
         grad_wrt: Iterable[str] | None = None,
-        lambda_reg: float = 0.0,
+        lambda_reg: float | None = None,
     ) -> None:
         log.setLevel(logging_level)
         self.device = open_device("auto" if device is None else str(device))
-        self.model = model.to(self.device)
+        self.model = feeding.unwrapped(model).to(self.device)
         self.task = feeding.model_output(task, gradient_computer)
-        self._output = type(self.task if isinstance(task, str) else task).__qualname__
+        self._model_digest = model_digest(self.model, self.task if isinstance(task, str) else task)
         self.save_dir = Path(save_dir).absolute()
-        self.train_set_size = train_set_size
+        self.train_set_size = feeding.whole_number("train_set_size", train_set_size, least=1)
         self._wanted = feeding.Wanted(
             gradient_computer=gradient_computer,
             projector=projector,
             unsupported={"saver": saver, "score_computer": score_computer},
-            proj_dim=proj_dim,
+            proj_dim=_whole("proj_dim", proj_dim, least=1),
             use_half_precision=use_half_precision,
-            projector_seed=projector_seed,
+            projector_seed=_whole("projector_seed", projector_seed, least=0),
             grad_wrt=None if grad_wrt is None else sorted(set(grad_wrt)),
-            lambda_reg=lambda_reg,
+            lambda_reg=None if lambda_reg is None else float(lambda_reg),
         )
         self._run = self._opened() if Run.exists(self.save_dir) else None
         self._loaded: _Checkpoint | None = None
@@ -135,10 +135,7 @@ class TRAKer:
         CheckpointError
             If it does not fit the model, or other weights were featurized under this `model_id`.
         """
-        if isinstance(model_id, bool) or not isinstance(model_id, int) or model_id < 0:
-            raise ConfigError(
-                f"model_id {model_id!r} is not a whole number of at least 0", where="model_id"
-            )
+        model_id = feeding.whole_number("model_id", model_id, least=0)
         before, self._loaded = self._loaded, None
         loaded = _Checkpoint(self.model, checkpoint, model_id, before)
         if self._run:
@@ -215,6 +212,7 @@ class TRAKer:
             If `exp_name` can't be a name, or has another number of targets.
         """
         self._experiment = ""
+        num_targets = feeding.whole_number("num_targets", num_targets, least=1)
         self._known(self._reopened(), [model_id])
         self.load_checkpoint(checkpoint, model_id)
         assert self._run
@@ -313,35 +311,45 @@ class TRAKer:
         size = examples_in(batch)
         first = self._next.get(split, 0)
         rows = _rows(inds, num_samples, first=first)
-        run = self._run or self._register(self._created(batch), loaded)
+        if not size and not len(rows):
+            return
+        loaded.refuse_changed()
+        run = self._run or self._register(self._created(loaded, batch, rows), loaded)
         feeding.refuse_rows(rows, size, run.plan.split(split))
         feed = loaded.feeds.get(split)
         if feed is None:
             feed = loaded.feeds[split] = fed.Feed(run, loaded.model_id, split, loaded.digest)
+        inputs = fed.row_digests(batch, size)
         left = ~feed.done()[rows]
+        feed.refuse_others(rows[~left], inputs[~left])
         if left.any():
             keep = torch.from_numpy(np.flatnonzero(left))
             batch = pytree.tree_map_only(Tensor, lambda t: t[keep.to(t.device)], batch)
-            self._compute(run, loaded, feed, rows[left], batch)
+            in_plan = loaded.in_plan(run.plan, self.task)
+            grads, q = self._grads(run.plan, in_plan, batch, rows[left], split)
+            if not feed.begun and len(grads) > 1:  # a single one may have none
+                refuse_all_zero(grads)
+            feed.write(rows[left], grads, q, inputs[left])
         if num_samples is not None:
             self._next[split] = first + num_samples
 
-    def _compute(
-        self, run: Run, loaded: _Checkpoint, feed: fed.Feed, rows: NDArray[np.int64], batch: Any
-    ) -> None:
-        inputs = fed.row_digests(batch, len(rows))
+    def _grads(
+        self, plan: Plan, loaded: Loaded, batch: Any, rows: NDArray[np.int64], split: str
+    ) -> tuple[Tensor, Tensor]:
+        """X / √p and Q of a batch, all of them finite."""
         batch = pytree.tree_map_only(Tensor, lambda t: t.to(self.device), batch)
-        grads = torch.zeros(len(rows), run.plan.store_dim, device=self.device)
+        grads = torch.zeros(examples_in(batch), plan.store_dim, device=self.device)
         with worker.own_numerics(self.device):
-            q = loaded.in_plan(run.plan, self.task).featurize(batch, grads)
+            q = loaded.featurize(batch, grads)
         what = f"checkpoint {loaded.model_id}"
-        refuse_unusable(grads, q, rows=rows.tolist(), split=feed.split, what=what)
-        if not feed.begun and len(rows) > 1:  # a single one may have none
-            refuse_all_zero(grads)
-        feed.write(rows, grads, q, inputs)
+        refuse_unusable(grads, q, rows=rows.tolist(), split=split, what=what)
+        return grads, q
 
-    def _created(self, batch: tuple[Any, ...]) -> Run:
-        """The run, made with what the first batch shows; or the one that another process made."""
+    def _created(self, loaded: _Checkpoint, batch: tuple[Any, ...], rows: NDArray[np.int64]) -> Run:
+        """The run, made with what the first batch shows; or the one that another process made.
+
+        Two examples are computed before it is: a mistake in the batch makes no run.
+        """
         if not Run.exists(self.save_dir):
             first = pytree.tree_map_only(Tensor, lambda t: t[:2].to(self.device), batch)
             spec = self._wanted.spec()
@@ -353,22 +361,24 @@ class TRAKer:
                     params=spec.featurize.params,
                     asked=spec.featurize.gradients,
                 )
-            if why:
-                log.warning("gradients by %s, %s", way, why)
             plan = feeding.new_plan(
                 spec,
                 rows=self.train_set_size,
                 parameters=self._parameters(spec),
-                model=self._model_digest(),
+                model=self._model_digest,
                 gradients=way,
             )
+            probe = Loaded(plan, loaded.model_id, loaded.digest, self.model, self.task)
+            self._grads(plan, probe, first, rows[:2], TRAIN)
+            if why:
+                log.warning("gradients by %s, %s", way, why)
             feeding.created(self.save_dir, plan)
         return self._opened()
 
     def _opened(self) -> Run:
         run = Run.open(self.save_dir)
         parameters = self._parameters(run.plan.spec)
-        self._wanted.refuse_other(run, self.train_set_size, parameters, self._model_digest())
+        self._wanted.refuse_other(run, self.train_set_size, parameters, self._model_digest)
         return run
 
     def _reopened(self) -> Run:
@@ -438,9 +448,6 @@ class TRAKer:
     def _parameters(self, spec: Spec) -> int:
         return sum(s.numel() for s in select_params(self.model, spec.featurize.params).values())
 
-    def _model_digest(self) -> str:
-        return digest([repr(self.model), self._output])
-
 
 class _Checkpoint:
     """The checkpoint in the model, and what was made for it."""
@@ -452,13 +459,12 @@ class _Checkpoint:
         model_id: int,
         before: _Checkpoint | None,
     ) -> None:
-        self.path = "" if isinstance(checkpoint, Mapping) else str(Path(checkpoint).absolute())
-        where = self.path or f"model_id {model_id}"
-        state = (
-            state_dicts.named(checkpoint, where=where)
-            if isinstance(checkpoint, Mapping)
-            else state_dicts.read(Path(checkpoint))
-        )
+        if isinstance(checkpoint, str | Path):
+            self.path = where = str(Path(checkpoint).absolute())
+            state = state_dicts.read(Path(checkpoint))
+        else:
+            self.path, where = "", f"model_id {model_id}"
+            state = state_dicts.named(checkpoint, where=where)
         fitted = state_dicts.fitted(state, model, where=where)
         if before is not None:
             state_dicts.refuse_otherwise_absent(fitted, before.absent, where=where)
@@ -469,14 +475,36 @@ class _Checkpoint:
         self.digest = checkpoints.content_digest(fitted.state)
         fitted.load_into(model)
         self._model = model.eval()
+        self._weights = self._versions()
         self.feeds: dict[str, fed.Feed] = {}
         self._in_plan: Loaded | None = None
+
+    def refuse_changed(self) -> None:
+        """Raise `CheckpointError` if the model has other weights by now; it is to evaluate, again.
+
+        What may have been done to it meanwhile is what a script does between two checkpoints.
+        """
+        self._model.eval()
+        if self._versions() != self._weights:
+            raise CheckpointError(
+                "the model's weights were changed since load_checkpoint",
+                where=f"model_id {self.model_id}",
+                next="load_checkpoint again, and give TRAKer a model that nothing else changes",
+            )
+
+    def _versions(self) -> list[tuple[int, int]]:
+        tensors = (*self._model.parameters(), *self._model.buffers())
+        return [(t.data_ptr(), t._version) for t in tensors]  # noqa: SLF001
 
     def in_plan(self, plan: Plan, model_output: model_outputs.ModelOutput) -> Loaded:
         """The same with what computes its grads, which there is once there is a plan."""
         if self._in_plan is None:
             self._in_plan = Loaded(plan, self.model_id, self.digest, self._model, model_output)
         return self._in_plan
+
+
+def _whole(name: str, value: Any, *, least: int) -> int | None:
+    return None if value is None else feeding.whole_number(name, value, least=least)
 
 
 def _rows(inds: Any, num_samples: int | None, *, first: int) -> NDArray[np.int64]:
@@ -487,6 +515,7 @@ def _rows(inds: Any, num_samples: int | None, *, first: int) -> NDArray[np.int64
             next="inds: the batch's rows; num_samples: how many there are, in order",
         )
     if num_samples is not None:
+        num_samples = feeding.whole_number("num_samples", num_samples, least=0)
         return np.arange(first, first + num_samples)
     rows = np.asarray(inds.cpu() if isinstance(inds, Tensor) else inds).reshape(-1)
     if rows.size and rows.dtype.kind not in "iu":

@@ -167,7 +167,8 @@ def test_a_glob_that_selects_nothing_is_refused_with_the_names_there_are() -> No
     with pytest.raises(ConfigError) as caught:
         select_params(perceptron(), ["0.*", "head.*"])
     assert str(caught.value) == (
-        "'head.*' selects no parameter; there are 0.weight, 0.bias, 2.weight, 2.bias\n"
+        "'head.*' selects no parameter that requires gradients; "
+        "there are 0.weight, 0.bias, 2.weight, 2.bias\n"
         "  where: featurize.params\n"
         "  next:  featurize.params='[*.weight]' for example, or leave it out for all"
     )

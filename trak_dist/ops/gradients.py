@@ -81,13 +81,23 @@ class LoopGradients:
         for row in range(examples_in(batch)):
             example = _example(batch, row)
             with torch.enable_grad():
-                f = self._output(self._model, self._weights, self._buffers, *example).reshape(())
+                f = _scalar(self._output(self._model, self._weights, self._buffers, *example))
             found = torch.autograd.grad(f, list(self._selected.values()), allow_unused=True)
             outputs.append(f.detach())
             for name, grads in zip(self._selected, found, strict=True):
                 if grads is not None:
                     take(name, slice(row, row + 1), grads[None])
         return torch.stack(outputs)
+
+
+def _scalar(output: Tensor) -> Float[Tensor, ""]:
+    if output.numel() != 1:
+        raise ProblemError(
+            f"the output of one example has the shape {tuple(output.shape)}, not that of a number",
+            where="get_output",
+            next="give a scalar for each example; a classifier's labels are one whole number each",
+        )
+    return output.reshape(())
 
 
 def _example(batch: Sequence[Any], row: int) -> tuple[Any, ...]:
@@ -111,8 +121,8 @@ def examples_in(batch: Sequence[Any]) -> int:
             break
     raise ProblemError(
         "a batch holds no tensor with the examples first",
-        where="problem.collate",
-        next="let collate give tensors whose first dimension is the examples",
+        where="the batch",
+        next="let the collate function give tensors whose first dimension is the examples",
     )
 
 
@@ -162,7 +172,8 @@ def select_params(model: nn.Module, patterns: Sequence[str]) -> dict[str, torch.
     for pattern in patterns:
         if not fnmatch.filter(shapes, pattern):
             raise ConfigError(
-                f"{pattern!r} selects no parameter; there are {', '.join(shapes)}",
+                f"{pattern!r} selects no parameter that requires gradients; "
+                f"there are {', '.join(shapes) or 'none'}",
                 where="featurize.params",
                 next="featurize.params='[*.weight]' for example, or leave it out for all",
             )

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
+from trak_dist.errors import ProblemError
+
 Weights = Mapping[str, Tensor]
 State = tuple[dict[str, Tensor], dict[str, Tensor]]
 
@@ -174,6 +176,12 @@ def out_to_loss(
 def _margins(
     logits: Float[Tensor, "batch classes"], labels: Int64[Tensor, " batch"]
 ) -> Float[Tensor, " batch"]:
+    if labels.shape != logits.shape[:1]:
+        raise ProblemError(
+            f"labels of shape {tuple(labels.shape)} with logits of shape {tuple(logits.shape)}",
+            where="the batch",
+            next="give the number of its class for each example",
+        )
     classes = torch.arange(logits.shape[1], device=logits.device)
     is_true = classes == labels[:, None]
     if logits.dtype.itemsize < 4:  # a half type can't hold the 1 − p of a good model

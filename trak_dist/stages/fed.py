@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from trak_dist.cells import TRAIN, FeaturizeCell
-from trak_dist.errors import MissingInputs, MixedRun, ModelIDException
+from trak_dist.errors import DatasetError, MissingInputs, MixedRun, ModelIDException
 from trak_dist.ops import rows as row_format
 from trak_dist.ops.model_outputs import attention_mask
 from trak_dist.stages.outcome import Outcome, grads_facts
@@ -38,7 +38,10 @@ class Feed:
         self._checkpoint_digest = checkpoint_digest
         self.begun = False  # by this process
         self._seen: set[str] = set()
-        self._done = np.zeros(run.plan.split(split).rows, bool)
+        rows = run.plan.split(split).rows
+        self._done = np.zeros(rows, bool)
+        self._inputs = np.zeros((rows, parts.DIGEST_BYTES), np.uint8)
+        self._known = np.zeros(rows, bool)  # whether their inputs are in `_inputs`
 
     def done(self) -> NDArray[np.bool_]:
         """Which rows (n,) are there, in cells or in parts of any process."""
@@ -52,11 +55,44 @@ class Feed:
         for path in listed:
             if path.name not in self._seen:
                 try:
-                    self._done[parts.rows_of(path)] = True
+                    self._note(*parts.rows_of(path))
                 except FileNotFoundError:
                     return self.done()  # discarded: its rows are in cells by now
                 self._seen.add(path.name)
         return self._done
+
+    def _note(self, rows: NDArray[np.int64], inputs: NDArray[np.uint8]) -> None:
+        self._done[rows] = True
+        new = ~self._known[rows]
+        self._inputs[rows[new]] = inputs[new]
+        self._known[rows] = True
+
+    def refuse_others(self, rows: NDArray[np.int64], inputs: NDArray[np.uint8]) -> None:
+        """Raise `DatasetError` if rows that are done were computed from other examples.
+
+        Parameters
+        ----------
+        rows : (m,) int64
+            Rows that are done.
+        inputs : (m, 16) uint8
+            What `row_digests` gives of the examples that are brought for them now.
+        """
+        unknown = rows[~self._known[rows]]
+        cells = self._run.plan.featurize_cells(self._model_id, self.split) if len(unknown) else ()
+        for cell in cells:
+            if ((unknown >= cell.rows.start) & (unknown < cell.rows.stop)).any():
+                inputs_of_cell = contents.read(self._run, cell, "inputs")
+                self._note(np.arange(cell.rows.start, cell.rows.stop), inputs_of_cell)
+        others = rows[(self._inputs[rows] != inputs).any(1)]
+        if len(others):
+            name = "save_dir" if self.split == TRAIN else "exp_name"
+            raise DatasetError(
+                f"{len(others)} of {len(rows)} rows of {self.split!r} that are there were computed "
+                f"from other examples than these: {spans(np.sort(others))}",
+                where=f"model_id {self._model_id}",
+                next=f"the same examples as before, or another {name}; inds, if they come in "
+                "another order; no random augmentation",
+            )
 
     def write(
         self,
@@ -73,7 +109,7 @@ class Feed:
         facts = grads_facts(plan, self._checkpoint_digest)
         part = Part({"rows": rows, "inputs": inputs, **arrays}, facts)
         self._seen.add(parts.write(self._directory, part).name)
-        self._done[rows] = True
+        self._note(rows, inputs)
         self.begun = True
 
 
@@ -86,7 +122,7 @@ def row_digests(batch: Sequence[Any], size: int) -> NDArray[np.uint8]:
     leaves = [t.detach().cpu() for t in pytree.tree_leaves(tuple(batch)) if isinstance(t, Tensor)]
     mask = attention_mask(batch)
     mask = None if mask is None else mask.detach().cpu().bool()
-    found = np.empty((size, 16), np.uint8)
+    found = np.empty((size, parts.DIGEST_BYTES), np.uint8)
     for row in range(size):
         sha = hashlib.sha256()
         for leaf in leaves:
@@ -98,7 +134,7 @@ def row_digests(batch: Sequence[Any], size: int) -> NDArray[np.uint8]:
                 value = value[..., : int(filled[-1]) + 1 if len(filled) else 0].contiguous()
             sha.update(str((value.dtype, tuple(value.shape))).encode())
             sha.update(value.reshape(-1).view(torch.uint8).numpy().data)
-        found[row] = np.frombuffer(sha.digest()[:16], np.uint8)
+        found[row] = np.frombuffer(sha.digest()[: parts.DIGEST_BYTES], np.uint8)
     return found
 
 
@@ -164,7 +200,7 @@ def gather(run: Run, cell: FeaturizeCell) -> Outcome:
             raise MissingInputs(what, where=cell.id) from None
         raise
     del arrays["rows"]
-    inputs = hashlib.sha256(arrays.pop("inputs").data).hexdigest()[:32]
+    inputs = hashlib.sha256(arrays["inputs"].data).hexdigest()[:32]
     digests = contents.write(run, cell, arrays)
     counts = {"rows": size, "parts": len(used), "non_finite_rows": 0}
     return Outcome(digests, {**facts, "inputs_digest": inputs, **counts})
@@ -175,7 +211,7 @@ def _sources(paths: Sequence[Path], cell: FeaturizeCell) -> NDArray[np.int64]:
     size = len(cell.rows)
     source = np.full(size, -1)
     for index in reversed(range(len(paths))):
-        rows = parts.rows_of(paths[index]) - cell.rows.start
+        rows = parts.rows_of(paths[index])[0] - cell.rows.start
         source[rows[(rows >= 0) & (rows < size)]] = index
     missing = np.flatnonzero(source < 0) + cell.rows.start
     if len(missing):

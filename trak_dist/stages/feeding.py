@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from trak_dist.cells import TRAIN, check_name
 from trak_dist.compat import (
@@ -36,7 +38,29 @@ TASKS: Mapping[str, type[Any]] = {
     "iterative_image_classification": ImageClassification,
     "text_classification": TextClassification,
 }
-PROJ_DIM = 2048
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module in `DataParallel`, `DistributedDataParallel` or `torch.compile`."""
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model.module
+    inner = getattr(model, "_orig_mod", model)
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+def whole_number(name: str, value: Any, *, least: int) -> int:
+    """`value` as an int.
+
+    Raises
+    ------
+    ConfigError
+        If it is none, or smaller than `least`.
+    """
+    whole = hasattr(value, "__index__") and not isinstance(value, bool | np.bool_)
+    if not whole or operator.index(value) < least:
+        raise ConfigError(f"{name} {value!r} is not a whole number of at least {least}", where=name)
+    return operator.index(value)
 
 
 def model_output(task: str | ModelOutput, gradient_computer: type[Any]) -> ModelOutput:
@@ -52,11 +76,13 @@ def model_output(task: str | ModelOutput, gradient_computer: type[Any]) -> Model
     if isinstance(task, str) and task in TASKS:
         output: ModelOutput = TASKS[task]()
         return output
-    if not all(hasattr(task, name) for name in ("get_output", "get_out_to_loss_grad")):
+    methods = ("get_output", "get_out_to_loss_grad")
+    if isinstance(task, type) or not all(hasattr(task, name) for name in methods):
         raise ConfigError(
             f"task {task!r} is none of {', '.join(TASKS)}, and no model output",
             where="task",
-            next="an object with get_output and get_out_to_loss_grad, as in docs/your-problem.md",
+            next="an object with get_output and get_out_to_loss_grad, as in docs/your-problem.md; "
+            "not its class",
         )
     assert not isinstance(task, str)
     iterative = gradient_computer is IterativeGradientComputer
@@ -65,16 +91,16 @@ def model_output(task: str | ModelOutput, gradient_computer: type[Any]) -> Model
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """What the arguments of a `TRAKer` say of a run; those at their defaults say nothing."""
+    """What the arguments of a `TRAKer` say of a run; those that are None say nothing."""
 
     gradient_computer: type[Any] = FunctionalGradientComputer
     projector: Any = None
     unsupported: Mapping[str, Any]
-    proj_dim: int = PROJ_DIM
-    use_half_precision: bool = True
-    projector_seed: int = 0
+    proj_dim: int | None = None
+    use_half_precision: bool | None = None
+    projector_seed: int | None = None
     grad_wrt: Iterable[str] | None = None
-    lambda_reg: float = 0.0
+    lambda_reg: float | None = None
 
     def __post_init__(self) -> None:
         given = [name for name, value in self.unsupported.items() if value is not None]
@@ -96,7 +122,8 @@ class Wanted:
             raise ConfigError(
                 f"projector {type(self.projector).__qualname__} is not one of trak_dist's",
                 where="projector",
-                next="leave it out, or trak_dist.BasicProjector, trak_dist.NoOpProjector",
+                next="leave it out, or an object of the BasicProjector or NoOpProjector that "
+                "trak_dist exports",
             )
 
     def spec(self, planned: Spec | None = None) -> Spec:
@@ -113,14 +140,15 @@ class Wanted:
         elif isinstance(self.projector, BasicProjector):
             dim = self.projector.proj_dim
             projection = replace(projection, kind=self.projector.kind, seed=self.projector.seed)
-        if self.projector is None and self.proj_dim != PROJ_DIM:
+        if self.projector is None and self.proj_dim is not None:
             dim = self.proj_dim
-        if self.projector is None and self.projector_seed:
+        if self.projector is None and self.projector_seed is not None:
             projection = replace(projection, seed=self.projector_seed)
         if self.grad_wrt is not None and set(self.grad_wrt) != set(featurize.params):
             featurize = replace(featurize, params=tuple(self.grad_wrt))
-        if not self.use_half_precision:
-            featurize = replace(featurize, dtype="float32")
+        if self.use_half_precision is not None:
+            dtype = "float16" if self.use_half_precision else "float32"
+            featurize = replace(featurize, dtype=dtype)
         if not planned or self.gradient_computer is IterativeGradientComputer:
             featurize = replace(featurize, gradients=self.gradient_computer.gradients)
         if dim < 1:
@@ -158,7 +186,7 @@ class Wanted:
             )
 
     def _with_lambda(self, spec: Spec) -> Spec:
-        if not self.lambda_reg:
+        if self.lambda_reg is None:
             return spec
         absolute = self.lambda_reg / units_of_lambda(spec)
         return replace(

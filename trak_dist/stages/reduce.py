@@ -173,7 +173,11 @@ def _refuse_unequal(fact: str, values: Sequence[tuple[Cell, object]]) -> None:
             f"{value!r} in {', '.join(cells[:3])}{', …' if len(cells) > 3 else ''}"
             for value, cells in by_value.items()
         )
-        hint = " (random augmentation? data that changed?)" if fact == "inputs_digest" else ""
+        hint = (
+            " (random augmentation? data that changed? a loader that shuffles?)"
+            if fact == "inputs_digest"
+            else ""
+        )
         raise MixedRun(
             f"cells that belong together disagree on {fact}{hint}: {'; '.join(groups)}",
             where=min(by_value.values(), key=len)[0],

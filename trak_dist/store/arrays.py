@@ -1,7 +1,7 @@
 """Chunked arrays on Zarr v3: made aside and renamed into place, written by whole chunks.
 
 The only module that imports zarr. Every chunk carries a CRC-32C; a chunk that was never written
-reads as NaN; a writer owns whole chunks and never touches metadata.
+reads as NaN, or 0 of whole numbers; a writer owns whole chunks and never touches metadata.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ def _create(path: Path, spec: ArraySpec) -> None:
         shape=spec.shape,
         chunks=spec.chunks,
         dtype=spec.dtype,
-        fill_value=float("nan"),
+        fill_value=float("nan") if np.dtype(spec.dtype).kind == "f" else 0,
         filters=None,
         compressors=[*codecs, Crc32cCodec()],
         attributes=dict(spec.attributes),

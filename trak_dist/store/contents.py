@@ -43,7 +43,9 @@ def slabs(run: Run, cell: Cell) -> dict[str, Slab]:
             owned = {"margins": Slab(path, row, row + 1)}
         case FeaturizeCell(model_id, split, rows):
             group = layout.grads(plan, model_id, split)
-            names = ("grads", "row_scale", "out_to_loss")
+            names = ["grads", "row_scale", "out_to_loss"]
+            if plan.split(split).fed:
+                names.append("inputs")
             owned = {name: Slab(group / name, rows.start, rows.stop) for name in names}
         case GramCell(model_id):
             owned = {"gram": Slab(layout.gram(plan, model_id), 0, plan.proj_dim)}

@@ -142,7 +142,7 @@ class Layout:
         return self.receipts(plan, cell) / "failed" / self.receipt(plan, cell).name
 
     def grads(self, plan: Plan, model_id: int, split: str) -> Path:
-        """The group of `grads`, `row_scale` and `out_to_loss`."""
+        """The group of `grads`, `row_scale`, `out_to_loss`, and `inputs` where rows are fed."""
         assert split == TRAIN or any(s.name == split for s in plan.targets)
         return self._model(plan, model_id) / split
 

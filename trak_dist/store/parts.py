@@ -26,10 +26,15 @@ from trak_dist.store import atomic
 
 Arrays = Mapping[str, NDArray[Any]]
 
+DIGEST_BYTES = 16  # of what a row was computed from
+
 
 @dataclass(frozen=True)
 class Part:
-    """Some rows: `arrays` has a line for each, among them their numbers, `rows`."""
+    """Some rows: `arrays` has a line for each.
+
+    Among them are their numbers, `rows`, and digests of what they were computed from, `inputs`.
+    """
 
     arrays: Arrays
     facts: Mapping[str, Any]
@@ -60,8 +65,8 @@ def listed(directory: Path) -> list[Path]:
     return sorted(directory.glob("*.safetensors"))
 
 
-def rows_of(path: Path) -> NDArray[np.int64]:
-    """Which rows are in a part; the rest of it is not read.
+def rows_of(path: Path) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
+    """Which rows are in a part, and the digests of their inputs; the rest of it is not read.
 
     Raises
     ------
@@ -72,10 +77,9 @@ def rows_of(path: Path) -> NDArray[np.int64]:
     """
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
-            rows: NDArray[np.int64] = file.get_tensor("rows")
+            return file.get_tensor("rows"), file.get_tensor("inputs")
     except safetensors.SafetensorError as error:
         raise _damaged(path, error) from error
-    return rows
 
 
 def read(path: Path) -> Part:

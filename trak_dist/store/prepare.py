@@ -8,6 +8,7 @@ from pathlib import Path
 from trak_dist.plan import CHUNK_BYTES, Plan, Split
 from trak_dist.store import arrays
 from trak_dist.store.arrays import ArraySpec
+from trak_dist.store.parts import DIGEST_BYTES
 from trak_dist.store.run import Run
 
 
@@ -64,7 +65,10 @@ def _checkpoint_arrays(run: Run, model_id: int) -> Iterator[tuple[Path, ArraySpe
 
 
 def _grads_specs(plan: Plan, split: Split) -> dict[str, ArraySpec]:
-    """`grads` (n, k), `row_scale` (n,) and `out_to_loss` (n,), chunked alike."""
+    """`grads` (n, k), `row_scale` (n,) and `out_to_loss` (n,), chunked alike.
+
+    Where rows are fed also `inputs` (n, 16), digests of what each was computed from.
+    """
     rows, chunk = split.rows, min(split.cell_rows, split.rows)
     compression = plan.spec.store.compression
 
@@ -73,11 +77,14 @@ def _grads_specs(plan: Plan, split: Split) -> dict[str, ArraySpec]:
             shape=(rows, *columns), chunks=(chunk, *columns), dtype=dtype, compression=compression
         )
 
-    return {
+    specs = {
         "grads": row_array(plan.spec.featurize.dtype, plan.store_dim),
         "row_scale": row_array("float32"),
         "out_to_loss": row_array("float32"),
     }
+    if split.fed:
+        specs["inputs"] = row_array("uint8", DIGEST_BYTES)
+    return specs
 
 
 def _square(plan: Plan) -> ArraySpec:
