@@ -23,13 +23,14 @@ from trak_dist import worker
 from trak_dist.cells import TRAIN, Cell, GramCell, KernelCell, PreconditionCell
 from trak_dist.compat import FunctionalGradientComputer
 from trak_dist.config import Spec
-from trak_dist.errors import CellsFailed, CheckpointError, ConfigError, ModelIDException
+from trak_dist.errors import CellsFailed, ConfigError, ModelIDException
 from trak_dist.ops import model_outputs
 from trak_dist.ops.gradients import examples_in, select_params
 from trak_dist.plan import Plan
 from trak_dist.problem import model_digest
-from trak_dist.stages import checkpoints, coverage, fed, feeding, state_dicts
+from trak_dist.stages import checkpoints, coverage, fed, feeding
 from trak_dist.stages.featurize import refuse_all_zero, refuse_unusable
+from trak_dist.stages.fed_checkpoint import FedCheckpoint
 from trak_dist.stages.session import Loaded, as_batch, open_device
 from trak_dist.store import contents
 from trak_dist.store.prepare import prepare_checkpoint, prepare_scores
@@ -121,7 +122,7 @@ class TRAKer:
             lambda_reg=None if lambda_reg is None else float(lambda_reg),
         )
         self._run = self._opened() if Run.exists(self.save_dir) else None
-        self._loaded: _Checkpoint | None = None
+        self._loaded: FedCheckpoint | None = None
         self._experiment = ""
         self._next = {TRAIN: 0}
 
@@ -137,7 +138,7 @@ class TRAKer:
         """
         model_id = feeding.whole_number("model_id", model_id, least=0)
         before, self._loaded = self._loaded, None
-        loaded = _Checkpoint(self.model, checkpoint, model_id, before)
+        loaded = FedCheckpoint(self.model, checkpoint, model_id, before)
         if self._run:
             self._register(self._run, loaded)
         self._loaded = loaded
@@ -313,7 +314,7 @@ class TRAKer:
         rows = _rows(inds, num_samples, first=first)
         if not size and not len(rows):
             return
-        loaded.refuse_changed()
+        loaded.make_ready()
         run = self._run or self._register(self._created(loaded, batch, rows), loaded)
         feeding.refuse_rows(rows, size, run.plan.split(split))
         feed = loaded.feeds.get(split)
@@ -345,7 +346,9 @@ class TRAKer:
         refuse_unusable(grads, q, rows=rows.tolist(), split=split, what=what)
         return grads, q
 
-    def _created(self, loaded: _Checkpoint, batch: tuple[Any, ...], rows: NDArray[np.int64]) -> Run:
+    def _created(
+        self, loaded: FedCheckpoint, batch: tuple[Any, ...], rows: NDArray[np.int64]
+    ) -> Run:
         """The run, made with what the first batch shows; or the one that another process made.
 
         Two examples are computed before it is: a mistake in the batch makes no run.
@@ -392,7 +395,7 @@ class TRAKer:
         self._run = feeding.extended(self._opened(), self._wanted.with_lambda)
         return self._run
 
-    def _register(self, run: Run, loaded: _Checkpoint) -> Run:
+    def _register(self, run: Run, loaded: FedCheckpoint) -> Run:
         run = feeding.extended(
             run, lambda plan: feeding.with_checkpoint(plan, loaded.model_id, loaded.path)
         )
@@ -447,60 +450,6 @@ class TRAKer:
 
     def _parameters(self, spec: Spec) -> int:
         return sum(s.numel() for s in select_params(self.model, spec.featurize.params).values())
-
-
-class _Checkpoint:
-    """The checkpoint in the model, and what was made for it."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        checkpoint: Mapping[str, Tensor] | str | Path,
-        model_id: int,
-        before: _Checkpoint | None,
-    ) -> None:
-        if isinstance(checkpoint, str | Path):
-            self.path = where = str(Path(checkpoint).absolute())
-            state = state_dicts.read(Path(checkpoint))
-        else:
-            self.path, where = "", f"model_id {model_id}"
-            state = state_dicts.named(checkpoint, where=where)
-        fitted = state_dicts.fitted(state, model, where=where)
-        if before is not None:
-            state_dicts.refuse_otherwise_absent(fitted, before.absent, where=where)
-        elif fitted.said:
-            log.info("checkpoints: %s", fitted.said)
-        self.model_id = model_id
-        self.absent: frozenset[str] = fitted.absent
-        self.digest = checkpoints.content_digest(fitted.state)
-        fitted.load_into(model)
-        self._model = model.eval()
-        self._weights = self._versions()
-        self.feeds: dict[str, fed.Feed] = {}
-        self._in_plan: Loaded | None = None
-
-    def refuse_changed(self) -> None:
-        """Raise `CheckpointError` if the model has other weights by now; it is to evaluate, again.
-
-        What may have been done to it meanwhile is what a script does between two checkpoints.
-        """
-        self._model.eval()
-        if self._versions() != self._weights:
-            raise CheckpointError(
-                "the model's weights were changed since load_checkpoint",
-                where=f"model_id {self.model_id}",
-                next="load_checkpoint again, and give TRAKer a model that nothing else changes",
-            )
-
-    def _versions(self) -> list[tuple[int, int]]:
-        tensors = (*self._model.parameters(), *self._model.buffers())
-        return [(t.data_ptr(), t._version) for t in tensors]  # noqa: SLF001
-
-    def in_plan(self, plan: Plan, model_output: model_outputs.ModelOutput) -> Loaded:
-        """The same with what computes its grads, which there is once there is a plan."""
-        if self._in_plan is None:
-            self._in_plan = Loaded(plan, self.model_id, self.digest, self._model, model_output)
-        return self._in_plan
 
 
 def _whole(name: str, value: Any, *, least: int) -> int | None:

@@ -1,0 +1,75 @@
+"""The checkpoint whose rows a process feeds: in the model, and what was made for it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from trak_dist.errors import CheckpointError
+from trak_dist.ops.model_outputs import ModelOutput
+from trak_dist.plan import Plan
+from trak_dist.stages import checkpoints, state_dicts
+from trak_dist.stages.fed import Feed
+from trak_dist.stages.session import Loaded
+
+log = logging.getLogger("trak_dist")
+
+
+class FedCheckpoint:
+    """The checkpoint in the model, until another is loaded into it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        checkpoint: Mapping[str, Tensor] | str | Path,
+        model_id: int,
+        before: FedCheckpoint | None,
+    ) -> None:
+        if isinstance(checkpoint, str | Path):
+            self.path = where = str(Path(checkpoint).absolute())
+            state = state_dicts.read(Path(checkpoint))
+        else:
+            self.path, where = "", f"model_id {model_id}"
+            state = state_dicts.named(checkpoint, where=where)
+        fitted = state_dicts.fitted(state, model, where=where)
+        if before is not None:
+            state_dicts.refuse_otherwise_absent(fitted, before.absent, where=where)
+        elif fitted.said:
+            log.info("checkpoints: %s", fitted.said)
+        self.model_id = model_id
+        self.absent: frozenset[str] = fitted.absent
+        self.digest = checkpoints.content_digest(fitted.state)
+        fitted.load_into(model)
+        self._model = model.eval()
+        self._weights = self._versions()
+        self.feeds: dict[str, Feed] = {}
+        self._in_plan: Loaded | None = None
+
+    def make_ready(self) -> None:
+        """Put the model in evaluation mode: a script may have trained it meanwhile.
+
+        Raises
+        ------
+        CheckpointError
+            If its weights are no longer those that were loaded.
+        """
+        self._model.eval()
+        if self._versions() != self._weights:
+            raise CheckpointError(
+                "the model's weights were changed since load_checkpoint",
+                where=f"model_id {self.model_id}",
+                next="load_checkpoint again, and give TRAKer a model that nothing else changes",
+            )
+
+    def _versions(self) -> list[tuple[int, int]]:
+        tensors = (*self._model.parameters(), *self._model.buffers())
+        return [(t.data_ptr(), t._version) for t in tensors]  # noqa: SLF001
+
+    def in_plan(self, plan: Plan, model_output: ModelOutput) -> Loaded:
+        """The same with what computes its grads, which there is once there is a plan."""
+        if self._in_plan is None:
+            self._in_plan = Loaded(plan, self.model_id, self.digest, self._model, model_output)
+        return self._in_plan
