@@ -747,7 +747,7 @@ def test_traker_scores_more_targets_with_a_run_of_the_command_line(
     assert launch(*arguments).code == 0
     sizes = computed(monkeypatch)
     fed = TRAKer(small_cnn.net(), "image_classification", TRAIN, tmp_path / "run", device="cpu")
-    found = scored(fed, checkpoints, "again")
+    found = scored(featurized(fed, checkpoints), checkpoints, "again")
     assert sum(sizes) == 3 * TARGETS, "no train row is computed again"
     wanted = open_run(tmp_path / "run").scores("val")
     assert oracle.column_errors(found, wanted.astype(float)).max() < 1e-4

@@ -77,9 +77,11 @@ class Feed:
         inputs : (m, 16) uint8
             What `row_digests` gives of the examples that are brought for them now.
         """
+        plan = self._run.plan
+        if not plan.split(self.split).fed:
+            return  # read from a dataset, whose digests are of cells, not of rows
         unknown = rows[~self._known[rows]]
-        cells = self._run.plan.featurize_cells(self._model_id, self.split) if len(unknown) else ()
-        for cell in cells:
+        for cell in plan.featurize_cells(self._model_id, self.split) if len(unknown) else ():
             if ((unknown >= cell.rows.start) & (unknown < cell.rows.stop)).any():
                 inputs_of_cell = contents.read(self._run, cell, "inputs")
                 self._note(np.arange(cell.rows.start, cell.rows.stop), inputs_of_cell)
