@@ -18,6 +18,9 @@ demo: $(USER_STAMP)
 	$(BIN)/python -m trak_dist.launch problem=mnist cluster=$(CLUSTER) run_dir=$(RUN_DIR) \
 	  ground_truth.subsets=100 ground_truth.seeds=3
 
+# A process of tests on each core: threads of their own would only wait for each other.
+test test-fast: export OMP_NUM_THREADS = 1
+
 # LONG=1 adds the tests that take longest: before a release, and where what they test was changed.
 # SLURM=0 leaves out the tests on a real Slurm, whose packages are else installed where that can be done.
 test: check-code slurm-packages
