@@ -9,8 +9,7 @@ BIN := .venv/bin
 USER_STAMP := .venv/.installed
 DEV_STAMP := .venv/.installed-dev
 BENCH_STAMP := .venv/.installed-bench
-# What is imported gets compiled then; compiling all of torch and its like takes as long as the rest.
-INSTALL := $(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 
 .PHONY: demo test test-fast check bench clean
 
@@ -66,7 +65,8 @@ $(USER_STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "trak_dist needs Python 3.11 or later: make PYTHON=python3.12 …")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv (torch is large: some minutes the first time)"
-	$(INSTALL) .
+	@# Compiling all of torch takes as long as the rest; what of it is imported gets compiled then.
+	$(INSTALL) . --no-compile
 	@touch $@
 
 clean:
