@@ -126,9 +126,9 @@ def verify(run: Run, *, repair: bool) -> bool:
         return True
     if repair:
         cells = [cell for cell, _ in damaged if isinstance(cell, FeaturizeCell)]
-        if any(run.plan.split(cell.split).fed for cell in cells):
-            command = "feed the rows of these cells again, by the calls of TRAKer that did before"
-        print(f"the damaged cells are queued again\nnext: {command}")
+        fed = any(run.plan.split(cell.split).fed for cell in cells)
+        feed = "feed the rows of these cells again, by the calls of TRAKer that did before"
+        print(f"the damaged cells are queued again\nnext: {feed if fed else command}")
         return True
     print(f"next: {command} stage=verify repair=true")
     return False

@@ -28,7 +28,7 @@ from trak_dist.ops import model_outputs
 from trak_dist.ops.gradients import examples_in, select_params
 from trak_dist.plan import Plan
 from trak_dist.problem import model_digest
-from trak_dist.stages import checkpoints, coverage, fed, feeding
+from trak_dist.stages import checkpoints, coverage, fed, feeding, state_dicts
 from trak_dist.stages.featurize import refuse_all_zero, refuse_unusable
 from trak_dist.stages.fed_checkpoint import FedCheckpoint
 from trak_dist.stages.session import Loaded, as_batch, open_device
@@ -106,7 +106,7 @@ class TRAKer:
     ) -> None:
         log.setLevel(logging_level)
         self.device = open_device("auto" if device is None else str(device))
-        self.model = feeding.unwrapped(model).to(self.device)
+        self.model = state_dicts.unwrapped(model).to(self.device)
         self.task = feeding.model_output(task, gradient_computer)
         self._model_digest = model_digest(self.model, self.task if isinstance(task, str) else task)
         self.save_dir = Path(save_dir).absolute()
@@ -115,9 +115,9 @@ class TRAKer:
             gradient_computer=gradient_computer,
             projector=projector,
             unsupported={"saver": saver, "score_computer": score_computer},
-            proj_dim=_whole("proj_dim", proj_dim, least=1),
+            proj_dim=proj_dim,
             use_half_precision=use_half_precision,
-            projector_seed=_whole("projector_seed", projector_seed, least=0),
+            projector_seed=projector_seed,
             grad_wrt=None if grad_wrt is None else sorted(set(grad_wrt)),
             lambda_reg=None if lambda_reg is None else float(lambda_reg),
         )
@@ -450,10 +450,6 @@ class TRAKer:
 
     def _parameters(self, spec: Spec) -> int:
         return sum(s.numel() for s in select_params(self.model, spec.featurize.params).values())
-
-
-def _whole(name: str, value: Any, *, least: int) -> int | None:
-    return None if value is None else feeding.whole_number(name, value, least=least)
 
 
 def _rows(inds: Any, num_samples: int | None, *, first: int) -> NDArray[np.int64]:

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import tiny_bert
 
 from trak_dist import open_run
 
@@ -52,6 +51,8 @@ def test_the_text_example_runs(
 ) -> None:
     """With a BERT and e-mails of its own, in the forms of the packages that the example names."""
     transformers = pytest.importorskip("transformers")
+    import tiny_bert
+
     model = tmp_path / "model"
     tiny_bert.net().base_model.save_pretrained(model)
     words = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "money", "now", "patch", "attached")

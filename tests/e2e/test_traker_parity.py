@@ -1,4 +1,4 @@
-"""Scores against the reference implementation of TRAK, the package traker, without projection."""
+"""Scores against the reference implementation of TRAK, the package traker."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import oracle
@@ -14,7 +15,7 @@ import pytest
 import small_cnn
 import torch
 from trak import TRAKer
-from trak.projectors import NoOpProjector
+from trak.projectors import BasicProjector, NoOpProjector, ProjectionType
 
 import trak_dist
 from trak_dist import open_run
@@ -23,11 +24,15 @@ PROCESSES = 3
 
 
 def reference_scores(path: Path, case: parity.Case) -> np.ndarray:
+    return quickstart(TRAKer, case, path / "reference", NoOpProjector(device="cpu"))
+
+
+def quickstart(kind: type[Any], case: parity.Case, save_dir: Path, projector: object) -> np.ndarray:
     """The loop of traker's own quickstart, in batches of 15."""
-    traker = TRAKer(
-        projector=NoOpProjector(device="cpu"),
+    traker = kind(
+        projector=projector,
         logging_level=logging.ERROR,
-        **parity.arguments(case, str(path / "reference")),
+        **parity.arguments(case, str(save_dir)),
     )
     for model_id, state in enumerate(case.states):
         traker.load_checkpoint(state, model_id=model_id)
@@ -89,3 +94,22 @@ def test_scores_of_traker_equal_those_of_the_reference_implementation(
             traker.score(batch=tuple(t[rows] for t in case.targets), inds=rows)
     assert_equal(traker.finalize_scores("val"), reference_scores(tmp_path, case))
     assert open_run(save_dir).plan.gradients == "hooks"
+
+
+@pytest.mark.filterwarnings("ignore:::trak")
+def test_the_size_of_projected_scores_differs_by_the_dimension(tmp_path: Path) -> None:
+    case, dim = parity.image(), 128
+    theirs = BasicProjector(
+        grad_dim=sum(p.numel() for p in case.net().parameters()),
+        proj_dim=dim,
+        seed=0,
+        proj_type=ProjectionType.normal,
+        device="cpu",
+    )
+    reference = quickstart(TRAKer, case, tmp_path / "reference", theirs)
+    ours = quickstart(
+        trak_dist.TRAKer, case, tmp_path / "run", trak_dist.BasicProjector(proj_dim=dim)
+    )
+    ratio = np.linalg.norm(reference) / np.linalg.norm(ours) / dim
+    print(f"norm of traker's scores, per dimension: {ratio:.3f} of ours")
+    assert 0.8 < ratio < 1.25

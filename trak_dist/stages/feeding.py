@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from trak_dist.cells import TRAIN, check_name
 from trak_dist.compat import (
@@ -40,17 +39,8 @@ TASKS: Mapping[str, type[Any]] = {
 }
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module in `DataParallel`, `DistributedDataParallel` or `torch.compile`."""
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        model = model.module
-    inner = getattr(model, "_orig_mod", model)
-    assert isinstance(inner, nn.Module)
-    return inner
-
-
-def whole_number(name: str, value: Any, *, least: int) -> int:
-    """`value` as an int.
+def whole_number(name: str, value: Any, *, least: int | None = None) -> int:
+    """`value`, numpy's too, as an int.
 
     Raises
     ------
@@ -58,8 +48,9 @@ def whole_number(name: str, value: Any, *, least: int) -> int:
         If it is none, or smaller than `least`.
     """
     whole = hasattr(value, "__index__") and not isinstance(value, bool | np.bool_)
-    if not whole or operator.index(value) < least:
-        raise ConfigError(f"{name} {value!r} is not a whole number of at least {least}", where=name)
+    if not whole or (least is not None and operator.index(value) < least):
+        of = "" if least is None else f" of at least {least}"
+        raise ConfigError(f"{name} {value!r} is not a whole number{of}", where=name)
     return operator.index(value)
 
 
@@ -125,6 +116,7 @@ class Wanted:
                 next="leave it out, or an object of the BasicProjector or NoOpProjector that "
                 "trak_dist exports",
             )
+        self.spec()  # refuses numbers that are none
 
     def spec(self, planned: Spec | None = None) -> Spec:
         """The spec of a new run; or of one that is planned, with what is said otherwise."""
@@ -134,16 +126,18 @@ class Wanted:
             featurize=FeaturizeConfig(threads=threads),
             reduce=ReduceConfig(lambda_reg=0.0, lambda_unit="absolute", threads=threads),
         )
-        projection, featurize, dim = spec.projection, spec.featurize, spec.proj_dim
+        kind, seed = spec.projection.kind, spec.projection.seed
+        featurize, dim = spec.featurize, spec.proj_dim
         if isinstance(self.projector, NoOpProjector):
-            projection = replace(projection, kind="identity")
+            kind = "identity"
         elif isinstance(self.projector, BasicProjector):
-            dim = self.projector.proj_dim
-            projection = replace(projection, kind=self.projector.kind, seed=self.projector.seed)
-        if self.projector is None and self.proj_dim is not None:
-            dim = self.proj_dim
-        if self.projector is None and self.projector_seed is not None:
-            projection = replace(projection, seed=self.projector_seed)
+            kind, dim, seed = self.projector.kind, self.projector.proj_dim, self.projector.seed
+        else:
+            dim = dim if self.proj_dim is None else self.proj_dim
+            seed = seed if self.projector_seed is None else self.projector_seed
+        dim = whole_number("proj_dim", dim, least=1)
+        seed = whole_number("projector_seed", seed)
+        projection = replace(spec.projection, kind=kind, seed=seed)
         if self.grad_wrt is not None and set(self.grad_wrt) != set(featurize.params):
             featurize = replace(featurize, params=tuple(self.grad_wrt))
         if self.use_half_precision is not None:
@@ -151,8 +145,6 @@ class Wanted:
             featurize = replace(featurize, dtype=dtype)
         if not planned or self.gradient_computer is IterativeGradientComputer:
             featurize = replace(featurize, gradients=self.gradient_computer.gradients)
-        if dim < 1:
-            raise ConfigError(f"proj_dim {dim} is not at least 1", where="proj_dim")
         stored = spec.store_dim if planned and dim == spec.proj_dim else dim
         return self._with_lambda(
             replace(
@@ -249,11 +241,9 @@ def with_targets(plan: Plan, name: str, rows: int) -> Plan:
         If it is there with another number of targets, or the name can't be one.
     """
     check_name(name, what="the experiment")
-    if name == TRAIN or rows < 1:
+    if name == TRAIN:
         raise ConfigError(
-            f"an experiment can't be called {TRAIN!r}, nor have {rows} targets",
-            where="exp_name, num_targets",
-            next="another name, and at least one target",
+            f"an experiment can't be called {TRAIN!r}", where="exp_name", next="another name"
         )
     there = next((s for s in plan.targets if s.name == name), None)
     if there and there.rows != rows:

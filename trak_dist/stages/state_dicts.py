@@ -30,6 +30,15 @@ ADAPTER = (".modules_to_save.default.", ".default.")
 _SAVE = "save model.state_dict() with torch.save, or safetensors"
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module in `DataParallel`, `DistributedDataParallel` or `torch.compile`."""
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model.module
+    inner = getattr(model, "_orig_mod", model)
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
 def read(path: Path) -> State:
     """The tensors of a checkpoint.
 
