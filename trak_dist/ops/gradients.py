@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from trak_dist.errors import ConfigError, ProblemError
+from trak_dist.ops.intact import Intact, fresh
 from trak_dist.ops.model_outputs import ModelOutput
 
 Take = Callable[[str, slice, Float[Tensor, "rows ..."]], None]
@@ -49,16 +50,17 @@ class VmapGradients:
         self._weights = {n: p.detach() for n, p in model.named_parameters() if n in selected}
         self._buffers = {n: b.detach() for n, b in model.named_buffers()}
         self._frozen = {n: p.detach() for n, p in model.named_parameters() if n not in selected}
-        self._model = model
+        self._model, self._intact = model, Intact(model)
         self._gradient = torch.func.grad(model_output.get_output, argnums=1)
 
     def __call__(self, batch: Sequence[Any], take: Take) -> None:
         """See `GradientComputer`; the output is not known."""
         axes = (None, None, None, *([0] * len(batch)))
         per_sample = torch.func.vmap(self._gradient, in_dims=axes)
-        grads: dict[str, Tensor] = per_sample(
-            self._model, self._weights, {**self._buffers, **self._frozen}, *batch
-        )
+        with self._intact.kept():
+            grads: dict[str, Tensor] = per_sample(
+                self._model, self._weights, {**self._buffers, **self._frozen}, *fresh(batch)
+            )
         for name in sorted(grads):
             values = grads.pop(name)
             take(name, slice(0, len(values)), values)
@@ -72,17 +74,17 @@ class LoopGradients:
         self._weights = dict(model.named_parameters())
         self._selected = {n: self._weights[n] for n in select_params(model, params)}
         self._buffers = {n: b.detach() for n, b in model.named_buffers()}
-        self._model = model
+        self._model, self._intact = model, Intact(model)
         self._output = model_output.get_output
 
     def __call__(self, batch: Sequence[Any], take: Take) -> Float[Tensor, " batch"]:
         """See `GradientComputer`."""
         outputs = []
         for row in range(examples_in(batch)):
-            example = _example(batch, row)
-            with torch.enable_grad():
+            example = fresh(_example(batch, row))
+            with self._intact.kept(), torch.enable_grad():
                 f = _scalar(self._output(self._model, self._weights, self._buffers, *example))
-            found = torch.autograd.grad(f, list(self._selected.values()), allow_unused=True)
+                found = torch.autograd.grad(f, list(self._selected.values()), allow_unused=True)
             outputs.append(f.detach())
             for name, grads in zip(self._selected, found, strict=True):
                 if grads is not None:
