@@ -113,6 +113,9 @@ def run_cells(
                 run.receipts.fail(cell, _failure(session, cell, error))
             if isinstance(error, STOPS_WORKER):
                 return False
+    if session.took_back:
+        session.took_back = False
+        return run_cells(run_dir, fingerprint, device, cell_ids, stopped)
     return finished == len(cells)
 
 

@@ -26,14 +26,15 @@ from torch.utils import _pytree as pytree
 
 from trak_dist.errors import NotCovered, ProblemError
 from trak_dist.ops import examples
+from trak_dist.ops.batches import examples_in, fresh
 from trak_dist.ops.bundles import Bundles
 from trak_dist.ops.examples import Along, Lost, Rows
 from trak_dist.ops.following import follow, holds_examples
 from trak_dist.ops.following.call import name_of, tensors_in
-from trak_dist.ops.gradients import Take, examples_in, select_params
-from trak_dist.ops.intact import Intact, fresh
+from trak_dist.ops.gradients import Take, select_params
+from trak_dist.ops.intact import Intact
 from trak_dist.ops.layers import RULES
-from trak_dist.ops.model_outputs import ModelOutput
+from trak_dist.ops.model_outputs import ModelOutput, own_form
 from trak_dist.ops.rewriting import rewritten
 from trak_dist.ops.use import Use
 
@@ -73,9 +74,15 @@ class HookGradients:
         bundles: Callable[[str, torch.device], Bundles | None] = lambda *_: None,
     ) -> None:
         # TRAK's model outputs have no such method: it is optional.
-        output = getattr(model_output, "get_batch_output", None)
+        output = own_form(model_output, "get_batch_output")
         if output is None:
-            raise NotCovered(f"{type(model_output).__qualname__} has no get_batch_output")
+            kind = type(model_output).__qualname__
+            inherits = hasattr(model_output, "get_batch_output")
+            raise NotCovered(
+                f"{kind} overrides get_output, not get_batch_output"
+                if inherits
+                else f"{kind} has no get_batch_output"
+            )
         self._output: Callable[..., Tensor] = output
         self._model, self._intact = model, Intact(model)
         self._weights = {n: p.detach() for n, p in model.named_parameters()}

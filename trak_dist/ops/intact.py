@@ -1,24 +1,17 @@
-"""Batches and models as they were, whatever a forward pass does to them."""
+"""Models as they were, whatever a forward pass does to them."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 from torch.utils import checkpoint as checkpointing
 
 from trak_dist.errors import ProblemError
-
-
-def fresh(batch: Sequence[Any]) -> tuple[Any, ...]:
-    """A copy of a batch's tensors, for a model that may change its input in place."""
-    copied: tuple[Any, ...] = pytree.tree_map_only(Tensor, torch.clone, tuple(batch))
-    return copied
 
 
 def copied(model: nn.Module) -> nn.Module:

@@ -24,10 +24,10 @@ from trak_dist.errors import (
     ProblemError,
 )
 from trak_dist.ops import kernel
+from trak_dist.ops.batches import Batch, examples_in
 from trak_dist.ops.gradients import (
     LoopGradients,
     activation_bytes,
-    examples_in,
     select_params,
 )
 from trak_dist.plan import Checkpoint, Plan, Source, Split, planned_cell_rows
@@ -38,20 +38,14 @@ from trak_dist.stages.checkpoints import (
     refuse_other_weights,
     refuse_twins,
 )
-from trak_dist.stages.session import (
-    adding,
-    as_batch,
-    batch_in,
-    check_split,
-    gradients,
-    limited,
-    model_in,
-    probe,
-    projector,
-)
+from trak_dist.stages.loaded import adding, batch_in, gradients, model_in, projector
+from trak_dist.stages.session import as_batch, check_split, limited, probe
 from trak_dist.store.layout import Layout
 from trak_dist.store.receipts import Receipts
 from trak_dist.store.run import Run
+
+
+PLANNING_BYTES = 2**30  # of activations that are kept where a run is planned
 
 
 def make_plan(
@@ -252,9 +246,24 @@ def check_checkpoints(
 def _chosen_gradients(
     problem: Problem, spec: Spec, splits: Sequence[Split], asked: str
 ) -> tuple[str, str]:
-    batches = {s.name: _first_batch(problem, problem.dataset(s.name)) for s in splits}
+    batches = {s.name: _whole_batches(problem, s, spec) for s in splits}
     params = spec.featurize.params
     return coverage.choose(problem.model, problem.model_output, batches, params=params, asked=asked)
+
+
+def _whole_batches(problem: Problem, split: Split, spec: Spec) -> list[Batch]:
+    """Two batches of rows from all over a split, which have each other's in another order.
+
+    As many rows as a worker's batches have, unless their activations are too large to keep here.
+    """
+    dataset = limited(problem.dataset(split.name), spec.limit)
+    collate = problem.collate or torch.utils.data.default_collate
+    held = activation_bytes(
+        problem.model.eval(), problem.model_output, _first_batch(problem, dataset)
+    )
+    rows = split.spread(min(spec.featurize.batch_rows, max(2, PLANNING_BYTES // max(1, held))))
+    others = [row if i % 2 else min(row + 1, split.rows - 1) for i, row in enumerate(rows)]
+    return [as_batch(collate([dataset[row] for row in some])) for some in (rows, others[::-1])]
 
 
 def _first_batch(problem: Problem, dataset: MapDataset) -> tuple[Any, ...]:
@@ -333,7 +342,7 @@ def trial_rate(plan: Plan) -> float:
     size = examples_in(batch)
     project = projector(plan, 0, problem.model)
     model = model_in(compute_in, problem.model.eval())
-    compute = gradients(plan, model, problem.model_output, project)
+    compute = gradients(plan, plan.gradients, model, problem.model_output, project)
     seconds = 0.0
     for _ in range(2):
         started = time.perf_counter()
