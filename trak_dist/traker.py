@@ -339,7 +339,7 @@ class TRAKer:
         if num_samples is not None:
             self._next[split] = first + num_samples
 
-    def _grads(  # noqa: PLR0913
+    def _grads(
         self,
         plan: Plan,
         loaded: Loaded,
@@ -374,7 +374,7 @@ class TRAKer:
                 way, why = coverage.choose(
                     self.model,
                     self.task,
-                    {TRAIN: [whole, turned]},
+                    {TRAIN: whole, f"{TRAIN}, turned": turned},
                     params=spec.featurize.params,
                     asked=spec.featurize.gradients,
                 )

@@ -25,7 +25,7 @@ Grads = Mapping[str, Float[Tensor, "rows ..."]]
 
 
 def tolerance(model: nn.Module) -> float:
-    """Relative difference that rounding alone may make, in the coarsest type of a model's weights."""
+    """Relative difference that rounding may make, in the coarsest type of a model's weights."""
     eps = max(
         (torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()),
         default=torch.finfo(torch.float32).eps,
@@ -89,7 +89,7 @@ def refuse_random(
 def collected(
     compute: GradientComputer, batch: Batch, rows: Sequence[int], shapes: Mapping[str, torch.Size]
 ) -> tuple[Grads, Float[Tensor, " batch"] | None]:
-    """The float64 gradients of some rows of a batch, in the order of `rows`; and f, if it is known."""
+    """The float64 gradients of some rows of a batch, in their order; and f, if it is known."""
     grads, _, f = weighed(compute, batch, rows, None, shapes)
     return grads, f
 
@@ -127,7 +127,7 @@ def summed(
     weights: Float[Tensor, " batch"],
     take: Take,
 ) -> None:
-    """Hand over the gradient of Σ wᵢ fᵢ as that of one example: one backward pass of torch's own."""
+    """Hand over the gradient of Σ wᵢ fᵢ, as that of one example, from one plain backward pass."""
     output: Callable[..., Tensor] | None = own_form(model_output, "get_batch_output")
     assert output is not None
     selected = select_params(model, params)

@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from trak_dist.errors import ConfigError, ProblemError
 from trak_dist.ops.batches import examples_in, fresh, rows_of

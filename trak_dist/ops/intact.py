@@ -105,7 +105,7 @@ def _activations_kept() -> Iterator[None]:
 
 class _Called:
     @staticmethod
-    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:  # noqa: ARG004, FBT001
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:  # noqa: ARG004
         return function(*args)
 
 

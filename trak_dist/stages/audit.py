@@ -7,7 +7,6 @@ own (`ops.audit`). Both are projected, so that what is compared is what is store
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import random
@@ -37,7 +36,6 @@ from trak_dist.ops import audit
 from trak_dist.ops.batches import Batch, rows_of
 from trak_dist.ops.model_outputs import own_form
 from trak_dist.stages.loaded import Loaded, adding, batch_in
-from trak_dist.store import atomic
 from trak_dist.store.run import Run
 
 ROWS = 2  # of each cell
@@ -119,7 +117,7 @@ class Audit:
             "largest_difference": self.largest,
         }
 
-    def _check_alone(  # noqa: PLR0913, PLR0917
+    def _check_alone(
         self,
         loaded: Loaded,
         batch: Batch,
@@ -198,7 +196,7 @@ def _next(loaded: Loaded) -> str:
 
 def way(run: Run, model_id: int) -> str:
     """How a checkpoint's gradients are computed: as planned, unless an audit failed."""
-    return "loop" if run.layout.distrusted(model_id).exists() else run.plan.gradients
+    return "loop" if run.receipts.distrusted(model_id) else run.plan.gradients
 
 
 def distrust(run: Run, cell: FeaturizeCell, error: WrongGradient) -> None:
@@ -209,13 +207,13 @@ def distrust(run: Run, cell: FeaturizeCell, error: WrongGradient) -> None:
     """
     why = f"{cell.id}: {error.what}"
     log.warning("checkpoint %d goes one by one, by loop: %s", cell.model_id, error.what)
-    atomic.write_once(run.layout.distrusted(cell.model_id), json.dumps({"why": why}).encode())
+    run.receipts.distrust(cell.model_id, why=why)
     for home in (run.layout.base, *(run.layout.sweeps / name for name in run.layout.members())):
         take_back(Run.open(home), cell.model_id, why=why)
 
 
 def take_back(run: Run, model_id: int, *, why: str) -> None:
-    """Make cells of a checkpoint missing that were not computed by the loop, and what needs them."""
+    """Make missing what of a checkpoint was not computed by the loop, and what was made of it."""
     plan = run.plan
     if model_id not in plan.model_ids:
         return
@@ -230,9 +228,9 @@ def take_back(run: Run, model_id: int, *, why: str) -> None:
     ]
     if not stale:
         return
-    kernels = [GramCell(model_id), KernelCell(model_id)]
-    targets = [PreconditionCell(model_id, split.name) for split in plan.targets]
+    after: list[Cell] = [GramCell(model_id), KernelCell(model_id)]
+    after += [PreconditionCell(model_id, split.name) for split in plan.targets]
     made = (ScoreCell, CounterfactualCell, EvaluateCell, ReportCell)
-    after: list[Cell] = [*kernels, *targets, *(c for kind in made for c in plan.cells_of(kind))]
+    after += [cell for kind in made for cell in plan.cells_of(kind)]
     for one in (*run.receipts.done(after), *stale):
         run.receipts.revoke(one, why=why)

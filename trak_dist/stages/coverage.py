@@ -32,7 +32,7 @@ VMAP_BYTES = 2**30  # what a batch's gradients may take here; a worker has its o
 def choose(
     model: nn.Module,
     model_output: ModelOutput,
-    batches: Mapping[str, Sequence[Batch]],
+    batches: Mapping[str, Batch],
     *,
     params: Sequence[str],
     asked: str,
@@ -44,7 +44,7 @@ def choose(
     model, model_output
         What is to be planned.
     batches : mapping
-        Some whole batches of each split.
+        Whole batches, by what they are of.
     params : sequence of str
         Globs that select parameters.
     asked : str
@@ -58,9 +58,8 @@ def choose(
         If no way can be right.
     """
     moved = _moved(model)
-    for split, wholes in batches.items():
-        for batch in wholes:
-            refuse_unfit(moved, model_output, params, batch, where=split)
+    for name, batch in batches.items():
+        refuse_unfit(moved, model_output, params, batch, where=name)
     reasons: list[str] = []
     for way in ("hooks", "vmap") if asked == "auto" else (asked,):
         why = "" if way == "loop" else _objection(moved, model_output, batches, params, way)
@@ -90,7 +89,7 @@ def refuse_unfit(
     Parameters
     ----------
     where : str
-        The split, for the message.
+        What it is of, for the message.
     """
     rows = _some(examples_in(batch))
     kind = type(model_output).__qualname__
@@ -103,7 +102,7 @@ def refuse_unfit(
         raise
     except Exception as error:  # whatever the user's model and output do
         raise ProblemError(
-            f"the model output can't be computed on examples of {where!r}, one by one and as a "
+            f"the model output can't be computed on examples of {where}, one by one and as a "
             f"batch: {_text(error)}",
             where=f"{kind}, {type(model).__qualname__}",
             next="see docs/your-problem.md on what a batch holds and what a model output gives",
@@ -112,7 +111,7 @@ def refuse_unfit(
     if not torch.allclose(q.float(), own.float(), rtol=close, atol=close, equal_nan=True):
         at = int((q.float() - own.float()).abs().nan_to_num(torch.inf).argmax())
         raise ProblemError(
-            f"the out-to-loss of an example of {where!r} depends on its companions: "
+            f"the out-to-loss of an example of {where} depends on its companions: "
             f"{float(q[at]):.6g} in a batch of {examples_in(batch)}, {float(own[at]):.6g} alone",
             where=f"{kind}, {type(model).__qualname__}",
             next="an example's loss must be its own: no statistics of the batch "
@@ -123,27 +122,22 @@ def refuse_unfit(
 def _objection(
     model: nn.Module,
     output: ModelOutput,
-    batches: Mapping[str, Sequence[Batch]],
+    batches: Mapping[str, Batch],
     params: Sequence[str],
     way: str,
 ) -> str:
     """What speaks against hooks or vmap; empty if nothing."""
     p = sum(shape.numel() for shape in select_params(model, params).values())
-    for split, wholes in batches.items():
-        for whole in wholes:
-            batch = (
-                whole if way == "hooks" else rows_of(whole, slice(max(2, VMAP_BYTES // (4 * p))))
-            )
-            try:
-                why = _difference(model, output, batch, params, way)
-            except NotCovered as error:
-                return error.what
-            except (
-                Exception
-            ) as error:  # whatever a rule, a trace, or the user's batched output does
-                return f"{_text(error)} on examples of {split!r}"
-            if why:
-                return f"{why} on examples of {split!r}"
+    for name, whole in batches.items():
+        batch = whole if way == "hooks" else rows_of(whole, slice(max(2, VMAP_BYTES // (4 * p))))
+        try:
+            why = _difference(model, output, batch, params, way)
+        except NotCovered as error:
+            return error.what
+        except Exception as error:  # whatever a rule, a trace, or the user's batched output does
+            why = _text(error)
+        if why:
+            return f"{why} on examples of {name}"
     return ""
 
 
@@ -181,7 +175,7 @@ def _difference(
     return ""
 
 
-def _exact(  # noqa: PLR0913, PLR0917
+def _exact(
     model: nn.Module,
     output: ModelOutput,
     params: Sequence[str],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 
@@ -74,7 +75,7 @@ def _computed(session: Session, cell: FeaturizeCell) -> Outcome:
                 batch,
                 grads[rows],
                 out_to_loss[rows],
-                lambda row, first=first: f"row {first + row} of {cell.split!r}",
+                functools.partial(_named, cell.split, first),
             )
         done += size
     assert done == len(cell.rows)
@@ -106,6 +107,10 @@ def _computed(session: Session, cell: FeaturizeCell) -> Outcome:
             **checks.facts(),
         },
     )
+
+
+def _named(split: str, first: int, row: int) -> str:
+    return f"row {first + row} of {split!r}"
 
 
 def refuse_unusable(

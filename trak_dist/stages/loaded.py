@@ -38,7 +38,7 @@ class Loaded:
         How: `hooks`, `vmap` or `loop`; the plan's, unless that was found to be wrong.
     """
 
-    def __init__(  # noqa: PLR0913
+    def __init__(
         self,
         plan: Plan,
         model_id: int,

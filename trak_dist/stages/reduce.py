@@ -51,7 +51,7 @@ def gram(session: Session, cell: GramCell) -> Outcome:
     """
     plan = session.run.plan
     cells = list(plan.featurize_cells(cell.model_id, TRAIN))
-    if session.run.layout.distrusted(cell.model_id).exists():  # what was published meanwhile too
+    if session.run.receipts.distrusted(cell.model_id):  # what was published meanwhile too
         audit.take_back(session.run, cell.model_id, why="an audit of its checkpoint failed")
     receipts = require(session.run, cells, needed_by=cell)
     refuse_mixed(receipts)
