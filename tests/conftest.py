@@ -15,6 +15,10 @@ from trak_dist import worker
 from trak_dist.launch import main
 
 
+def pytest_report_header() -> str:
+    return f"instructions: {torch.backends.cpu.get_cpu_capability()}"
+
+
 @pytest.fixture(autouse=True)
 def _leave_threads_as_they_were() -> object:
     threads = torch.get_num_threads()
