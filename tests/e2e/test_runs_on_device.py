@@ -135,7 +135,7 @@ def test_launcher_in_bfloat16(launch: Launch, checkpoints: str, tmp_path: Path) 
     assert np.array_equal(first, second)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_worker_processes_compute_what_one_does(
     launch: Launch, checkpoints: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
