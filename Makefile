@@ -1,4 +1,8 @@
+<<<<<<< HEAD
 # make demo | test | test-fast | test-instructions | check | bench | clean. Each sets itself up in .venv first.
+=======
+# make demo | test | test-fast | check | bench | gpu | clean. Each sets itself up first, in .venv or .venv-gpu.
+>>>>>>> gpu
 PYTHON ?= python3
 CLUSTER ?= local
 RUN_DIR ?= runs/demo
@@ -9,9 +13,15 @@ BIN := .venv/bin
 USER_STAMP := .venv/.installed
 DEV_STAMP := .venv/.installed-dev
 BENCH_STAMP := .venv/.installed-bench
+GPU_BIN := .venv-gpu/bin
+GPU_STAMP := .venv-gpu/.installed
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 
+<<<<<<< HEAD
 .PHONY: demo test test-fast test-instructions check bench clean
+=======
+.PHONY: demo test test-fast check bench gpu clean
+>>>>>>> gpu
 
 demo: $(USER_STAMP)
 	$(BIN)/python -m trak_dist.launch problem=mnist cluster=$(CLUSTER) run_dir=$(RUN_DIR) \
@@ -62,6 +72,16 @@ endif
 bench: $(BENCH_STAMP)
 	$(BIN)/python -W ignore benchmarks/bench.py bench.json
 
+# The same numbers on a GPU as on the CPU, and the times there; PYTHON=… for a torch of yours.
+# Its warnings are shown: torch says there what of a model it can't repeat bit by bit.
+gpu: $(GPU_STAMP)
+	TEST_DEVICE=cuda $(GPU_BIN)/python -m pytest -W default -m device \
+	  tests/ops tests/contracts/test_projectors.py tests/e2e/test_runs_on_device.py
+	$(GPU_BIN)/python -W ignore benchmarks/featurize.py --device cuda
+
+$(GPU_STAMP): pyproject.toml constraints.txt .ci/gpu
+	@.ci/gpu $(PYTHON)
+
 $(DEV_STAMP): pyproject.toml constraints.txt $(USER_STAMP)
 	$(INSTALL) '.[dev]'
 	@touch $@
@@ -79,4 +99,4 @@ $(USER_STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info runs
+	rm -rf .venv .venv-gpu build dist *.egg-info runs

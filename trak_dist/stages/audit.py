@@ -103,6 +103,9 @@ class Audit:
         rows = [row - self.seen for row in sorted(self.rows) if 0 <= row - self.seen < size]
         whole = self.batches == self.batch
         self.seen, self.batches = self.seen + size, self.batches + 1
+        # What is not finite is refused later, with all its rows; asking each batch would wait for it.
+        if not (rows or whole) or not grads.isfinite().all():
+            return
         batch = batch_in(loaded.plan.spec.featurize.compute, batch)
         for row in rows:
             self._check_alone(loaded, batch, row, grads, out_to_loss, name)

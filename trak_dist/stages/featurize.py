@@ -69,14 +69,8 @@ def _computed(session: Session, cell: FeaturizeCell) -> Outcome:
             )
         rows, first = slice(done, done + size), cell.rows.start + done
         out_to_loss[rows] = loaded.featurize(batch, grads[rows])
-        if grads[rows].isfinite().all():
-            checks.check(
-                loaded,
-                batch,
-                grads[rows],
-                out_to_loss[rows],
-                functools.partial(_named, cell.split, first),
-            )
+        name = functools.partial(_named, cell.split, first)
+        checks.check(loaded, batch, grads[rows], out_to_loss[rows], name)
         done += size
     assert done == len(cell.rows)
     path = plan.checkpoint(cell.model_id).path

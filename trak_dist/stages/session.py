@@ -181,7 +181,7 @@ def open_device(name: str) -> torch.device:
                 where="cluster.device",
                 next="cluster.device=cpu, or run where there is a GPU",
             )
-        return torch.device(name)
+        return _gpu(name)
     if name not in ("auto", "cpu"):
         raise DeviceError(
             f"device {name} is not one of cpu, cuda", where="device", next="device='cpu'"
@@ -193,4 +193,10 @@ def open_device(name: str) -> torch.device:
             where="cluster.device",
             next="leave the node out (cluster.exclude), or compute without: cluster.device=cpu",
         )
-    return torch.device("cuda" if cuda and name == "auto" else "cpu")
+    return _gpu("cuda") if cuda and name == "auto" else torch.device("cpu")
+
+
+def _gpu(name: str) -> torch.device:
+    # Buffers with which cuBLAS has one order of sums; it reads this when it is first used.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    return torch.device(name)
