@@ -1,8 +1,5 @@
-<<<<<<< HEAD
-# make demo | test | test-fast | test-instructions | check | bench | clean. Each sets itself up in .venv first.
-=======
-# make demo | test | test-fast | check | bench | gpu | clean. Each sets itself up first, in .venv or .venv-gpu.
->>>>>>> gpu
+# make demo | test | test-fast | test-instructions | check | bench | gpu | clean. Each sets itself up first,
+# in .venv or .venv-gpu.
 PYTHON ?= python3
 CLUSTER ?= local
 RUN_DIR ?= runs/demo
@@ -17,11 +14,7 @@ GPU_BIN := .venv-gpu/bin
 GPU_STAMP := .venv-gpu/.installed
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 
-<<<<<<< HEAD
-.PHONY: demo test test-fast test-instructions check bench clean
-=======
-.PHONY: demo test test-fast check bench gpu clean
->>>>>>> gpu
+.PHONY: demo test test-fast test-instructions check bench gpu clean
 
 demo: $(USER_STAMP)
 	$(BIN)/python -m trak_dist.launch problem=mnist cluster=$(CLUSTER) run_dir=$(RUN_DIR) \

@@ -18,7 +18,7 @@ from trak_dist.ops.bundles import Bundles, has_bundles
 from trak_dist.ops.gradients import VmapGradients, select_params
 from trak_dist.ops.hooks import HookGradients
 from trak_dist.ops.projection import Projector, make_projector
-from trak_dist.stages.session import adding
+from trak_dist.stages.loaded import adding
 
 BATCH, DIM = 3, 96
 
