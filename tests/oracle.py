@@ -99,7 +99,8 @@ def _grads(model: nn.Module, names: Sequence[str], examples: Any) -> tuple[Matri
     rows, out_to_loss = [], []
     for i in range(len(examples)):
         features, label = examples[i]
-        logits = model(features.double()[None])[0]
+        inputs = features.double() if features.is_floating_point() else features
+        logits = model(inputs[None].clone())[0]
         margin, q = margin_and_out_to_loss(logits, int(label))
         grads = torch.autograd.grad(margin, [parameters[n] for n in names])
         rows.append(np.concatenate([g.numpy().ravel() for g in grads]))

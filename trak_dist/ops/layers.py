@@ -29,13 +29,13 @@ def embedding(  # noqa: PLR0913, PLR0917
     input: Tensor,
     weight: Tensor,
     padding_idx: int | None = None,
-    max_norm: float | None = None,
+    max_norm: float | None = None,  # noqa: ARG001  (what was renormalised is what is looked up)
     norm_type: float = 2.0,  # noqa: ARG001
     scale_grad_by_freq: bool = False,
     sparse: bool = False,  # noqa: ARG001
 ) -> Iterable[Use]:
     """Rows of a table."""
-    if max_norm is not None or scale_grad_by_freq:
+    if scale_grad_by_freq:
         return
     size = len(weight)
 
