@@ -45,20 +45,34 @@ def test_the_page_on_your_own_problem_works_as_written(tmp_path: Path) -> None:
     assert outputs[-1].startswith("(1500, 297) [")
 
 
-def test_the_regression_of_the_page_gives_gradients_of_the_prediction() -> None:
+def test_by_the_regression_of_the_page_a_step_on_a_helpful_example_lowers_the_error() -> None:
     (source,) = (b for b in blocks(ROOT / "docs/your-problem.md", "python") if "Regression" in b)
     names: dict[str, type] = {}
     exec(source, names)
-    output, model = names["Regression"](), torch.nn.Linear(3, 1)
-    batch = (torch.randn(5, 3), torch.randn(5))
+    output, model = names["Regression"](), torch.nn.Linear(3, 1).double()
+    batch = (torch.randn(5, 3, dtype=torch.float64), torch.randn(5, dtype=torch.float64))
     hooks = HookGradients(model, output, ["weight"], piece_elements=10)
-    for compute in (VmapGradients(model, output, ["weight"]), hooks):
-        grads = gathered(compute, model, batch, ["weight"])["weight"]
-        assert torch.equal(grads[:, 0], batch[0])
+    by_vmap, grads = (
+        gathered(compute, model, batch, ["weight"])["weight"][:, 0]
+        for compute in (VmapGradients(model, output, ["weight"]), hooks)
+    )
+    torch.testing.assert_close(grads, by_vmap)
     q = output.get_out_to_loss_grad(model, dict(model.named_parameters()), {}, batch)
-    torch.testing.assert_close(q, batch[1] - model(batch[0])[:, 0])
-    f = output.get_batch_output(model, dict(model.named_parameters()), {}, batch)
-    torch.testing.assert_close(output.get_out_to_loss_from_output(f, batch), q)
+    scores = (q[:, None] * grads @ grads.T).detach()
+
+    def errors() -> torch.Tensor:
+        return (batch[1] - model(batch[0])[:, 0]).abs().detach()
+
+    before = errors()
+    assert (before[:, None] * scores != 0).all()
+    for row in range(5):
+        loss = (batch[1][row] - model(batch[0][row : row + 1])[0, 0]).square() / 2
+        step = 1e-6 * torch.autograd.grad(loss, model.weight)[0]
+        with torch.no_grad():
+            model.weight -= step
+        torch.testing.assert_close((before - errors()) / 1e-6, scores[row], rtol=1e-3, atol=1e-6)
+        with torch.no_grad():
+            model.weight += step
 
 
 @pytest.mark.slow
