@@ -10,6 +10,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar, get_args, get_type_hints
+from unicodedata import category
 
 from trak_dist.errors import ConfigError
 
@@ -30,6 +31,7 @@ SET_BY_US = {
 MIN_SUBSETS = 3  # rankings of two agree or disagree by chance alone
 GRADIENTS = ("auto", "hooks", "vmap", "loop")
 COMPUTE = ("model", "bfloat16")
+ONE_LINE = {"one_line": True}  # of a batch script, where another line would be a command
 PROJECTIONS = ("sjlt", "rademacher", "gaussian", "identity")
 
 
@@ -147,18 +149,18 @@ class ClusterConfig:
     kind: str = field(default="local", metadata={"choices": ("debug", "local", "slurm")})
     device: str = field(default="auto", metadata={"choices": DEVICES})
     workers: int = field(default=0, metadata={"min": 0})
-    memory_gb: float = field(default=0.0, metadata={"min": 0})
+    memory_gb: float = field(default=0.0, metadata={"min": 0, "below": 2**40})
 
 
 @dataclass(frozen=True, kw_only=True)
 class CpuJobsConfig:
     """Where jobs without a GPU go, if elsewhere; empty means: where the others go."""
 
-    partition: str = ""
-    account: str = ""
-    qos: str = ""
-    constraint: str = ""
-    exclude: str = ""
+    partition: str = field(default="", metadata=ONE_LINE)
+    account: str = field(default="", metadata=ONE_LINE)
+    qos: str = field(default="", metadata=ONE_LINE)
+    constraint: str = field(default="", metadata=ONE_LINE)
+    exclude: str = field(default="", metadata=ONE_LINE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,15 +169,15 @@ class SlurmConfig:
 
     kind: str = field(default="slurm", metadata={"choices": ("slurm",)})
     device: str = field(default="auto", metadata={"choices": DEVICES})
-    partition: str = ""
-    account: str = ""
-    qos: str = ""
-    constraint: str = ""
-    exclude: str = ""
+    partition: str = field(default="", metadata=ONE_LINE)
+    account: str = field(default="", metadata=ONE_LINE)
+    qos: str = field(default="", metadata=ONE_LINE)
+    constraint: str = field(default="", metadata=ONE_LINE)
+    exclude: str = field(default="", metadata=ONE_LINE)
     cpu_jobs: CpuJobsConfig = CpuJobsConfig()
     gpus_per_node: int = field(default=1, metadata={"min": 0})
     cpus_per_task: int = field(default=0, metadata={"min": 0})
-    memory_gb: float = field(default=0.0, metadata={"min": 0})
+    memory_gb: float = field(default=0.0, metadata={"min": 0, "below": 2**40})
     time: int = field(default=60, metadata={"min": 1})
     signal_delay: int = field(default=120, metadata={"min": 1})
     minutes_per_task: int = field(default=20, metadata={"min": 1})
@@ -183,8 +185,8 @@ class SlurmConfig:
     array_parallelism: int = field(default=0, metadata={"min": 0})
     max_attempts: int = field(default=5, metadata={"min": 1})
     setup: tuple[str, ...] = field(default=(), metadata={"may_be_empty": True})
-    python: str = ""
-    sbatch: Mapping[str, Any] = field(default_factory=dict)
+    python: str = field(default="", metadata=ONE_LINE)
+    sbatch: Mapping[str, Any] = field(default_factory=dict, metadata=ONE_LINE)
     dry_run: bool = False
 
 
@@ -276,6 +278,33 @@ def _rebuilt(cls: type[Section], mapping: Mapping[str, Any], what: str) -> Secti
     return section
 
 
+def refuse_other_shape(mapping: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` naming each setting that was taken out, and each that is no section."""
+    hints = get_type_hints(Config) | get_type_hints(Spec)
+    names = [name for name in hints if name != "spec"]
+    bad = [f"  {name}: it can't be taken out" for name in names if name not in mapping]
+    bad += [
+        f"  {name}: {mapping[name]!r} is not a section of settings"
+        for name in names
+        if (name in ("problem", "cluster") or hints[name] in _SECTIONS)
+        and not isinstance(mapping.get(name, {}), Mapping)
+    ]
+    if bad:
+        raise ConfigError(
+            "\n".join(["the configuration is not valid:", *bad]),
+            where="the command line",
+            next="python -m trak_dist.launch --help lists the keys; SECTION.KEY=VALUE sets one",
+        )
+
+
+def control_character(text: str) -> str:
+    """The first character of `text` that could end a line, or is none at all; nothing if all are.
+
+    The latter are bytes of a command line that are no UTF-8.
+    """
+    return next((c for c in text if category(c) in ("Cc", "Cs", "Zl", "Zp")), "")
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """A half-sentence that names the valid key nearest to `name`, or lists all of them."""
     valid = sorted(valid)
@@ -361,6 +390,8 @@ def _value(raw: Any, hint: Any, limits: Mapping[str, Any], path: str, bad: list[
         return None
     if get_args(hint):  # Mapping[str, Any]
         if isinstance(raw, Mapping):
+            for name, value in raw.items() if limits.get("one_line") else ():
+                _one_line(f"{name}{value}", path, bad)
             return dict(raw)
         bad.append(f"  {path}: {raw!r} is not a mapping")
         return None
@@ -377,7 +408,18 @@ def _value(raw: Any, hint: Any, limits: Mapping[str, Any], path: str, bad: list[
         bad.append(f"  {path}: {raw!r} is not one of {', '.join(limits['choices'])}")
     elif "min" in limits and not limits["min"] <= raw < float("inf"):
         bad.append(f"  {path}: {raw!r} is not a finite number of at least {limits['min']}")
-    return hint(raw) if fits else None
+    elif whole and not -(2**64) < raw < 2**64:
+        bad.append(f"  {path}: a number of {len(str(raw))} digits is too large")
+    elif "below" in limits and not raw < limits["below"]:
+        bad.append(f"  {path}: {raw!r} is too large")
+    elif limits.get("one_line"):
+        _one_line(raw, path, bad)
+    return None if bad else hint(raw)
+
+
+def _one_line(text: str, path: str, bad: list[str]) -> None:
+    if control := control_character(text):
+        bad.append(f"  {path}: the control character {control!r} would begin another line")
 
 
 def _ground_truth_checks(truth: GroundTruth) -> Iterable[str]:

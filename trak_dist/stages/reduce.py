@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from trak_dist import commands
 from trak_dist.cells import (
     TRAIN,
     Cell,
@@ -142,7 +143,7 @@ def require(run: Run, cells: Sequence[Cell], *, needed_by: Cell) -> dict[Cell, R
             f"{len(missing)} of the cells that {needed_by.id} needs are not done: "
             f"{', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}",
             where=needed_by.id,
-            next=f"python -m trak_dist.launch run_dir={run.layout.run_dir}",
+            next=commands.launch(run.layout.run_dir),
         )
     return done
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trak_dist import commands
 from trak_dist.cells import (
     Cell,
     FeaturizeCell,
@@ -107,8 +108,8 @@ def read(run: Run, cell: Cell, name: str) -> NDArray[Any]:
         raise CorruptChunk(
             f"{name} of {cell.id} is damaged: {error.what}",
             where=str(slab.path),
-            next=f"python -m trak_dist.launch stage=verify repair=true "
-            f"run_dir={run.layout.run_dir}, then the same command again",
+            next=f"{commands.launch(run.layout.run_dir, 'stage=verify', 'repair=true')}, then the "
+            "same command again",
         ) from error
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from trak_dist import commands
 from trak_dist.cells import Cell
 from trak_dist.errors import PlanMismatch
 from trak_dist.plan import Plan
@@ -41,7 +42,7 @@ class Run:
             raise PlanMismatch(
                 "there is no run here: plan.json is missing",
                 where=str(layout.run_dir),
-                next=f"python -m trak_dist.launch problem=… run_dir={run_dir}",
+                next=commands.launch(run_dir, "problem=…"),
             )
         path = layout.plan(generation)
         return cls(layout, Plan.from_json(path.read_bytes(), where=str(path)), generation)
