@@ -7,8 +7,9 @@ every bad field at once. `Spec` is the part of it that the plan freezes; the res
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar, get_args, get_type_hints
 from unicodedata import category
 
@@ -226,7 +227,8 @@ class Config:
         rest = {k: v for k, v in mapping.items() if k in own_names}
         config: Config = _build(cls, rest, "", bad, given={"spec": spec})
         if not bad:
-            bad.extend(_cross_checks(spec, config.cluster))
+            bad.extend(_cluster_checks(config.cluster))
+            bad.extend(spec_checks(spec))
             bad.extend(_ground_truth_checks(config.ground_truth))
             bad.extend(
                 f"  counterfactuals.remove: {count} is not a number of rows of at least 1"
@@ -247,30 +249,22 @@ class Config:
         return config
 
 
-def spec_from_mapping(mapping: Mapping[str, Any]) -> Spec:
-    """Rebuild a `Spec` from a plan's JSON."""
-    return _rebuilt(Spec, mapping, "the plan's spec is not valid:")
-
-
-def ground_truth_from_mapping(mapping: Mapping[str, Any]) -> GroundTruth:
-    """Rebuild a `GroundTruth` from a plan's JSON."""
-    return _rebuilt(GroundTruth, mapping, "the plan's ground truth is not valid:")
-
-
-def counterfactuals_from_mapping(mapping: Mapping[str, Any]) -> Counterfactuals:
-    """Rebuild `Counterfactuals` from a plan's JSON."""
-    return _rebuilt(Counterfactuals, mapping, "the plan's counterfactuals are not valid:")
-
-
 def cluster_from_mapping(mapping: Mapping[str, Any]) -> SlurmConfig:
     """Rebuild a `SlurmConfig` from a job's JSON."""
-    return _rebuilt(SlurmConfig, mapping, "the job's cluster settings are not valid:")
+    return rebuilt(SlurmConfig, mapping, "the job's cluster settings are not valid:")
 
 
 Section = TypeVar("Section")
 
 
-def _rebuilt(cls: type[Section], mapping: Mapping[str, Any], what: str) -> Section:
+def rebuilt(cls: type[Section], mapping: Mapping[str, Any], what: str) -> Section:
+    """Rebuild a dataclass, and those in it, from the JSON of its `asdict`.
+
+    Raises
+    ------
+    ConfigError
+        `what`, and each bad field.
+    """
     bad: list[str] = []
     section: Section = _build(cls, mapping, "", bad)
     if bad:
@@ -286,7 +280,7 @@ def refuse_other_shape(mapping: Mapping[str, Any]) -> None:
     bad += [
         f"  {name}: {mapping[name]!r} is not a section of settings"
         for name in names
-        if (name in ("problem", "cluster") or hints[name] in _SECTIONS)
+        if (name == "problem" or _section(hints[name], {}))
         and not isinstance(mapping.get(name, {}), Mapping)
     ]
     if bad:
@@ -341,17 +335,19 @@ def _build(
     *,
     given: Mapping[str, Any] | None = None,
 ) -> Any:
-    hints = get_type_hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]  # a class can be hashed
     values: dict[str, Any] = dict(given or {})
     known = {f.name: f for f in fields(cls)}
     for name, raw in mapping.items():
         if name not in known:
             bad.append(f"  {path}{name}: unknown; {nearest(name, known)}")
         elif section := _section(hints[name], raw):
-            if isinstance(raw, Mapping):
-                values[name] = _build(section, raw, f"{path}{name}.", bad)
-            else:
-                bad.append(f"  {path}{name}: {raw!r} is not a section of settings")
+            values[name] = _built(section, raw, f"{path}{name}", bad)
+        elif section := _section(next(iter(get_args(hints[name])), None), raw):
+            several = raw if isinstance(raw, list | tuple) else [None]
+            values[name] = tuple(
+                _built(section, one, f"{path}{name}.{i}", bad) for i, one in enumerate(several)
+            )
         else:
             values[name] = _value(raw, hints[name], known[name].metadata, f"{path}{name}", bad)
     missing = [n for n, f in known.items() if n not in values and f.default is f.default_factory]
@@ -359,16 +355,16 @@ def _build(
     return None if bad else cls(**values)
 
 
-_SECTIONS = (
-    ProjectionConfig,
-    FeaturizeConfig,
-    ReduceConfig,
-    StoreConfig,
-    CheckpointsConfig,
-    GroundTruth,
-    Counterfactuals,
-    CpuJobsConfig,
-)
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _built(section: type[Any], raw: Any, path: str, bad: list[str]) -> Any:
+    if isinstance(raw, Mapping):
+        return _build(section, raw, f"{path}.", bad)
+    bad.append(f"  {path}: {raw!r} is not a section of settings")
+    return None
 
 
 def _section(hint: Any, raw: Any) -> type[Any] | None:
@@ -376,18 +372,27 @@ def _section(hint: Any, raw: Any) -> type[Any] | None:
     if hint == ClusterConfig | SlurmConfig:
         slurm = isinstance(raw, Mapping) and raw.get("kind") == "slurm"
         return SlurmConfig if slurm else ClusterConfig
-    return hint if hint in _SECTIONS else None
+    return hint if isinstance(hint, type) and is_dataclass(hint) else None
+
+
+def _several(raw: Any, kind: Any, limits: Mapping[str, Any], path: str, bad: list[str]) -> Any:
+    if kind == tuple[str, ...]:
+        tasks = raw if isinstance(raw, list | tuple) else [raw]
+        if all(isinstance(v, list | tuple) and all(type(w) is str for w in v) for v in tasks):
+            return tuple(map(tuple, tasks))
+        bad.append(f"  {path}: {raw!r} are not lists of names")
+        return None
+    what = "name" if kind is str else "number"
+    several = raw if isinstance(raw, list | tuple) else (raw,)
+    if all(type(v) is kind for v in several) and (several or limits.get("may_be_empty")):
+        return tuple(several)
+    bad.append(f"  {path}: {raw!r} is not a {what} or a list of {what}s")
+    return None
 
 
 def _value(raw: Any, hint: Any, limits: Mapping[str, Any], path: str, bad: list[str]) -> Any:
-    if hint in (tuple[str, ...], tuple[int, ...]):
-        kind, what = (str, "name") if hint == tuple[str, ...] else (int, "number")
-        several = raw if isinstance(raw, list | tuple) else (raw,)
-        fits = all(type(v) is kind for v in several)
-        if fits and (several or limits.get("may_be_empty")):
-            return tuple(several)
-        bad.append(f"  {path}: {raw!r} is not a {what} or a list of {what}s")
-        return None
+    if get_args(hint)[1:] == (...,):
+        return _several(raw, get_args(hint)[0], limits, path, bad)
     if get_args(hint):  # Mapping[str, Any]
         if isinstance(raw, Mapping):
             for name, value in raw.items() if limits.get("one_line") else ():
@@ -433,7 +438,7 @@ def _ground_truth_checks(truth: GroundTruth) -> Iterable[str]:
         yield "  ground_truth: either subsets to train, or masks and margins of trained models"
 
 
-def _cross_checks(spec: Spec, cluster: ClusterConfig | SlurmConfig) -> Iterable[str]:
+def _cluster_checks(cluster: ClusterConfig | SlurmConfig) -> Iterable[str]:
     given = {key.replace("_", "-"): key for key in getattr(cluster, "sbatch", {})}
     for name in sorted(SET_BY_US & given.keys()):
         yield f"  cluster.sbatch.{given[name]}: the launcher sets --{name} itself"
@@ -442,6 +447,10 @@ def _cross_checks(spec: Spec, cluster: ClusterConfig | SlurmConfig) -> Iterable[
             f"  cluster.signal_delay: {cluster.signal_delay} seconds are not less than "
             f"cluster.time {cluster.time} minutes"
         )
+
+
+def spec_checks(spec: Spec) -> Iterable[str]:
+    """What of a spec does not go together, a line for each."""
     if not isinstance(spec.problem.get("_target_"), str):
         yield "  problem._target_: missing; give the import path of a function returning a Problem"
     if spec.projection.kind != "identity" and spec.store_dim % spec.proj_dim:

@@ -143,7 +143,7 @@ def tell_what_next(run: Run) -> None:
         name = cell.id.partition("/")[2]
         page = run.layout.report(name)
         print(f"scores: {run.layout.scores(name)}")
-        shown = [page, *(page.with_suffix(f"{p}.png") for p in receipt.facts["pictures"])]
+        shown = [page, *(page.with_suffix(f"{p}.png") for p in receipt.fact("pictures", list))]
         print("\n".join(f"report: {path}" for path in shown))
     print(f"next:   {_command(run, 'stage=status')}")
     for line in proofs(run):

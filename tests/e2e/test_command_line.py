@@ -37,12 +37,15 @@ STUMBLES = {
     "run_dir='~nobody-of-that-name/x'": "run_dir '~nobody-of-that-name/x' is not usable",
     "run_dir='a\nb'": "run_dir 'a\\nb' is not usable: a path without the control character '\\n'",
 }
+SWEPT = ("problem=0", "reduce=3", "~run_dir", "projection.seed=${x}", "hydra.verbose=3")
 
 
-@pytest.mark.parametrize("stumble", STUMBLES)
-@pytest.mark.parametrize("multirun", [False, True])
-def test_what_hydra_stumbles_over(launch, tiny_run, stumble: str, multirun: bool) -> None:
-    ended = launch(*tiny_run, "stage=status", stumble, *["-m"] * multirun)
+@pytest.mark.parametrize(
+    ("stumble", "multirun"), [*((s, False) for s in STUMBLES), *((s, True) for s in SWEPT)]
+)
+def test_what_hydra_stumbles_over(launch, tmp_path: Path, stumble: str, multirun: bool) -> None:
+    command = ["problem._target_=tiny.problem", f"run_dir={tmp_path / 'run'}", "stage=status"]
+    ended = launch(*command, stumble, *["-m"] * multirun)
     assert ended.code == 2, ended.err
     assert "Traceback" not in ended.err
     assert STUMBLES[stumble] in ended.err

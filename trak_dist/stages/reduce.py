@@ -59,7 +59,7 @@ def gram(session: Session, cell: GramCell) -> Outcome:
         parts.discard(session.run.layout.parts(plan, cell.model_id, TRAIN))
     else:
         session.run.receipts.consolidate(cell.model_id)
-    digest = next(iter(receipts.values())).facts["checkpoint_digest"]
+    digest = next(iter(receipts.values())).fact("checkpoint_digest", str)
     return Outcome(digests, {"checkpoint_digest": digest})
 
 
@@ -114,7 +114,9 @@ def precondition(session: Session, cell: PreconditionCell) -> Outcome:
     dtype = getattr(torch, plan.precondition_dtype)
     result = torch.empty(plan.proj_dim, plan.split(cell.targets).rows, dtype=dtype)
     for target in targets:
-        solved = kernel.precondition(factor, receipt.facts["scale"], read_grads(session, target))
+        solved = kernel.precondition(
+            factor, receipt.fact("scale", (int, float)), read_grads(session, target)
+        )
         result[:, target.rows.start : target.rows.stop] = solved.cpu()
     return Outcome(contents.write(run, cell, {"precond": result.numpy()}))
 
