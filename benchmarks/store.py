@@ -71,11 +71,11 @@ def store(directory: Path, values: np.ndarray, compression: str) -> Way:
 
     def write() -> None:
         for i in range(CHUNKS):
-            arrays.write_rows(at, i * ROWS, values)
+            arrays.write_rows(at, spec, i * ROWS, values)
 
     def read() -> None:
         for i in range(CHUNKS):
-            arrays.read_rows(at, i * ROWS, (i + 1) * ROWS)
+            arrays.read_rows(at, spec, i * ROWS, (i + 1) * ROWS)
 
     return write, read
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from trak_dist.config import STAGES, Config, flatten, nearest, spec_from_mapping
+from trak_dist.config import STAGES, Config, Spec, flatten, nearest, rebuilt
 from trak_dist.errors import ConfigError
 
 SETTINGS = (
@@ -157,9 +157,9 @@ def test_dimensions_that_fold_are_accepted() -> None:
 
 def test_a_spec_comes_back_from_its_own_mapping() -> None:
     spec = Config.from_mapping({**GOOD, "proj_dim": 8, "store_dim": 16, "limit": 5}).spec
-    assert spec_from_mapping(asdict(spec)) == spec
+    assert rebuilt(Spec, asdict(spec), "no spec:") == spec
     with pytest.raises(ConfigError, match=r"the plan's spec is not valid:\n  limit: 'x' is not"):
-        spec_from_mapping({**asdict(spec), "limit": "x"})
+        rebuilt(Spec, {**asdict(spec), "limit": "x"}, "the plan's spec is not valid:")
 
 
 def test_the_nearest_name_is_only_offered_if_it_is_near() -> None:

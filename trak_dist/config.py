@@ -7,9 +7,11 @@ every bad field at once. `Spec` is the part of it that the plan freezes; the res
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar, get_args, get_type_hints
+from unicodedata import category
 
 from trak_dist.errors import ConfigError
 
@@ -30,6 +32,7 @@ SET_BY_US = {
 MIN_SUBSETS = 3  # rankings of two agree or disagree by chance alone
 GRADIENTS = ("auto", "hooks", "vmap", "loop")
 COMPUTE = ("model", "bfloat16")
+ONE_LINE = {"one_line": True}  # of a batch script, where another line would be a command
 PROJECTIONS = ("sjlt", "rademacher", "gaussian", "identity")
 
 
@@ -147,18 +150,18 @@ class ClusterConfig:
     kind: str = field(default="local", metadata={"choices": ("debug", "local", "slurm")})
     device: str = field(default="auto", metadata={"choices": DEVICES})
     workers: int = field(default=0, metadata={"min": 0})
-    memory_gb: float = field(default=0.0, metadata={"min": 0})
+    memory_gb: float = field(default=0.0, metadata={"min": 0, "below": 2**40})
 
 
 @dataclass(frozen=True, kw_only=True)
 class CpuJobsConfig:
     """Where jobs without a GPU go, if elsewhere; empty means: where the others go."""
 
-    partition: str = ""
-    account: str = ""
-    qos: str = ""
-    constraint: str = ""
-    exclude: str = ""
+    partition: str = field(default="", metadata=ONE_LINE)
+    account: str = field(default="", metadata=ONE_LINE)
+    qos: str = field(default="", metadata=ONE_LINE)
+    constraint: str = field(default="", metadata=ONE_LINE)
+    exclude: str = field(default="", metadata=ONE_LINE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,15 +170,15 @@ class SlurmConfig:
 
     kind: str = field(default="slurm", metadata={"choices": ("slurm",)})
     device: str = field(default="auto", metadata={"choices": DEVICES})
-    partition: str = ""
-    account: str = ""
-    qos: str = ""
-    constraint: str = ""
-    exclude: str = ""
+    partition: str = field(default="", metadata=ONE_LINE)
+    account: str = field(default="", metadata=ONE_LINE)
+    qos: str = field(default="", metadata=ONE_LINE)
+    constraint: str = field(default="", metadata=ONE_LINE)
+    exclude: str = field(default="", metadata=ONE_LINE)
     cpu_jobs: CpuJobsConfig = CpuJobsConfig()
     gpus_per_node: int = field(default=1, metadata={"min": 0})
     cpus_per_task: int = field(default=0, metadata={"min": 0})
-    memory_gb: float = field(default=0.0, metadata={"min": 0})
+    memory_gb: float = field(default=0.0, metadata={"min": 0, "below": 2**40})
     time: int = field(default=60, metadata={"min": 1})
     signal_delay: int = field(default=120, metadata={"min": 1})
     minutes_per_task: int = field(default=20, metadata={"min": 1})
@@ -183,8 +186,8 @@ class SlurmConfig:
     array_parallelism: int = field(default=0, metadata={"min": 0})
     max_attempts: int = field(default=5, metadata={"min": 1})
     setup: tuple[str, ...] = field(default=(), metadata={"may_be_empty": True})
-    python: str = ""
-    sbatch: Mapping[str, Any] = field(default_factory=dict)
+    python: str = field(default="", metadata=ONE_LINE)
+    sbatch: Mapping[str, Any] = field(default_factory=dict, metadata=ONE_LINE)
     dry_run: bool = False
 
 
@@ -224,7 +227,8 @@ class Config:
         rest = {k: v for k, v in mapping.items() if k in own_names}
         config: Config = _build(cls, rest, "", bad, given={"spec": spec})
         if not bad:
-            bad.extend(_cross_checks(spec, config.cluster))
+            bad.extend(_cluster_checks(config.cluster))
+            bad.extend(spec_checks(spec))
             bad.extend(_ground_truth_checks(config.ground_truth))
             bad.extend(
                 f"  counterfactuals.remove: {count} is not a number of rows of at least 1"
@@ -245,35 +249,54 @@ class Config:
         return config
 
 
-def spec_from_mapping(mapping: Mapping[str, Any]) -> Spec:
-    """Rebuild a `Spec` from a plan's JSON."""
-    return _rebuilt(Spec, mapping, "the plan's spec is not valid:")
-
-
-def ground_truth_from_mapping(mapping: Mapping[str, Any]) -> GroundTruth:
-    """Rebuild a `GroundTruth` from a plan's JSON."""
-    return _rebuilt(GroundTruth, mapping, "the plan's ground truth is not valid:")
-
-
-def counterfactuals_from_mapping(mapping: Mapping[str, Any]) -> Counterfactuals:
-    """Rebuild `Counterfactuals` from a plan's JSON."""
-    return _rebuilt(Counterfactuals, mapping, "the plan's counterfactuals are not valid:")
-
-
 def cluster_from_mapping(mapping: Mapping[str, Any]) -> SlurmConfig:
     """Rebuild a `SlurmConfig` from a job's JSON."""
-    return _rebuilt(SlurmConfig, mapping, "the job's cluster settings are not valid:")
+    return rebuilt(SlurmConfig, mapping, "the job's cluster settings are not valid:")
 
 
 Section = TypeVar("Section")
 
 
-def _rebuilt(cls: type[Section], mapping: Mapping[str, Any], what: str) -> Section:
+def rebuilt(cls: type[Section], mapping: Mapping[str, Any], what: str) -> Section:
+    """Rebuild a dataclass, and those in it, from the JSON of its `asdict`.
+
+    Raises
+    ------
+    ConfigError
+        `what`, and each bad field.
+    """
     bad: list[str] = []
     section: Section = _build(cls, mapping, "", bad)
     if bad:
         raise ConfigError("\n".join([what, *bad]))
     return section
+
+
+def refuse_other_shape(mapping: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` naming each setting that was taken out, and each that is no section."""
+    hints = get_type_hints(Config) | get_type_hints(Spec)
+    names = [name for name in hints if name != "spec"]
+    bad = [f"  {name}: it can't be taken out" for name in names if name not in mapping]
+    bad += [
+        f"  {name}: {mapping[name]!r} is not a section of settings"
+        for name in names
+        if (name == "problem" or _section(hints[name], {}))
+        and not isinstance(mapping.get(name, {}), Mapping)
+    ]
+    if bad:
+        raise ConfigError(
+            "\n".join(["the configuration is not valid:", *bad]),
+            where="the command line",
+            next="python -m trak_dist.launch --help lists the keys; SECTION.KEY=VALUE sets one",
+        )
+
+
+def control_character(text: str) -> str:
+    """The first character of `text` that could end a line, or is none at all; nothing if all are.
+
+    The latter are bytes of a command line that are no UTF-8.
+    """
+    return next((c for c in text if category(c) in ("Cc", "Cs", "Zl", "Zp")), "")
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -312,17 +335,19 @@ def _build(
     *,
     given: Mapping[str, Any] | None = None,
 ) -> Any:
-    hints = get_type_hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]  # a class can be hashed
     values: dict[str, Any] = dict(given or {})
     known = {f.name: f for f in fields(cls)}
     for name, raw in mapping.items():
         if name not in known:
             bad.append(f"  {path}{name}: unknown; {nearest(name, known)}")
         elif section := _section(hints[name], raw):
-            if isinstance(raw, Mapping):
-                values[name] = _build(section, raw, f"{path}{name}.", bad)
-            else:
-                bad.append(f"  {path}{name}: {raw!r} is not a section of settings")
+            values[name] = _built(section, raw, f"{path}{name}", bad)
+        elif section := _section(next(iter(get_args(hints[name])), None), raw):
+            several = raw if isinstance(raw, list | tuple) else [None]
+            values[name] = tuple(
+                _built(section, one, f"{path}{name}.{i}", bad) for i, one in enumerate(several)
+            )
         else:
             values[name] = _value(raw, hints[name], known[name].metadata, f"{path}{name}", bad)
     missing = [n for n, f in known.items() if n not in values and f.default is f.default_factory]
@@ -330,16 +355,16 @@ def _build(
     return None if bad else cls(**values)
 
 
-_SECTIONS = (
-    ProjectionConfig,
-    FeaturizeConfig,
-    ReduceConfig,
-    StoreConfig,
-    CheckpointsConfig,
-    GroundTruth,
-    Counterfactuals,
-    CpuJobsConfig,
-)
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _built(section: type[Any], raw: Any, path: str, bad: list[str]) -> Any:
+    if isinstance(raw, Mapping):
+        return _build(section, raw, f"{path}.", bad)
+    bad.append(f"  {path}: {raw!r} is not a section of settings")
+    return None
 
 
 def _section(hint: Any, raw: Any) -> type[Any] | None:
@@ -347,20 +372,31 @@ def _section(hint: Any, raw: Any) -> type[Any] | None:
     if hint == ClusterConfig | SlurmConfig:
         slurm = isinstance(raw, Mapping) and raw.get("kind") == "slurm"
         return SlurmConfig if slurm else ClusterConfig
-    return hint if hint in _SECTIONS else None
+    return hint if isinstance(hint, type) and is_dataclass(hint) else None
+
+
+def _several(raw: Any, kind: Any, limits: Mapping[str, Any], path: str, bad: list[str]) -> Any:
+    if kind == tuple[str, ...]:
+        tasks = raw if isinstance(raw, list | tuple) else [raw]
+        if all(isinstance(v, list | tuple) and all(type(w) is str for w in v) for v in tasks):
+            return tuple(map(tuple, tasks))
+        bad.append(f"  {path}: {raw!r} are not lists of names")
+        return None
+    what = "name" if kind is str else "number"
+    several = raw if isinstance(raw, list | tuple) else (raw,)
+    if all(type(v) is kind for v in several) and (several or limits.get("may_be_empty")):
+        return tuple(several)
+    bad.append(f"  {path}: {raw!r} is not a {what} or a list of {what}s")
+    return None
 
 
 def _value(raw: Any, hint: Any, limits: Mapping[str, Any], path: str, bad: list[str]) -> Any:
-    if hint in (tuple[str, ...], tuple[int, ...]):
-        kind, what = (str, "name") if hint == tuple[str, ...] else (int, "number")
-        several = raw if isinstance(raw, list | tuple) else (raw,)
-        fits = all(type(v) is kind for v in several)
-        if fits and (several or limits.get("may_be_empty")):
-            return tuple(several)
-        bad.append(f"  {path}: {raw!r} is not a {what} or a list of {what}s")
-        return None
+    if get_args(hint)[1:] == (...,):
+        return _several(raw, get_args(hint)[0], limits, path, bad)
     if get_args(hint):  # Mapping[str, Any]
         if isinstance(raw, Mapping):
+            for name, value in raw.items() if limits.get("one_line") else ():
+                _one_line(f"{name}{value}", path, bad)
             return dict(raw)
         bad.append(f"  {path}: {raw!r} is not a mapping")
         return None
@@ -377,7 +413,18 @@ def _value(raw: Any, hint: Any, limits: Mapping[str, Any], path: str, bad: list[
         bad.append(f"  {path}: {raw!r} is not one of {', '.join(limits['choices'])}")
     elif "min" in limits and not limits["min"] <= raw < float("inf"):
         bad.append(f"  {path}: {raw!r} is not a finite number of at least {limits['min']}")
-    return hint(raw) if fits else None
+    elif whole and not -(2**64) < raw < 2**64:
+        bad.append(f"  {path}: a number of {len(str(raw))} digits is too large")
+    elif "below" in limits and not raw < limits["below"]:
+        bad.append(f"  {path}: {raw!r} is too large")
+    elif limits.get("one_line"):
+        _one_line(raw, path, bad)
+    return None if bad else hint(raw)
+
+
+def _one_line(text: str, path: str, bad: list[str]) -> None:
+    if control := control_character(text):
+        bad.append(f"  {path}: the control character {control!r} would begin another line")
 
 
 def _ground_truth_checks(truth: GroundTruth) -> Iterable[str]:
@@ -391,7 +438,7 @@ def _ground_truth_checks(truth: GroundTruth) -> Iterable[str]:
         yield "  ground_truth: either subsets to train, or masks and margins of trained models"
 
 
-def _cross_checks(spec: Spec, cluster: ClusterConfig | SlurmConfig) -> Iterable[str]:
+def _cluster_checks(cluster: ClusterConfig | SlurmConfig) -> Iterable[str]:
     given = {key.replace("_", "-"): key for key in getattr(cluster, "sbatch", {})}
     for name in sorted(SET_BY_US & given.keys()):
         yield f"  cluster.sbatch.{given[name]}: the launcher sets --{name} itself"
@@ -400,6 +447,10 @@ def _cross_checks(spec: Spec, cluster: ClusterConfig | SlurmConfig) -> Iterable[
             f"  cluster.signal_delay: {cluster.signal_delay} seconds are not less than "
             f"cluster.time {cluster.time} minutes"
         )
+
+
+def spec_checks(spec: Spec) -> Iterable[str]:
+    """What of a spec does not go together, a line for each."""
     if not isinstance(spec.problem.get("_target_"), str):
         yield "  problem._target_: missing; give the import path of a function returning a Problem"
     if spec.projection.kind != "identity" and spec.store_dim % spec.proj_dim:

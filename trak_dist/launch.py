@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,10 +21,10 @@ from typing import TYPE_CHECKING
 import hydra
 from omegaconf import DictConfig
 
-from trak_dist import graph, machine, preparation, settings, sweep, telling
+from trak_dist import commands, graph, machine, preparation, settings, sweep, telling
 from trak_dist.cells import STAGE_CELLS, STAGE_STEPS, STEPS, Cell
 from trak_dist.config import ClusterConfig, Config, SlurmConfig
-from trak_dist.errors import MissingInputs, TrakDistError
+from trak_dist.errors import ConfigError, MissingInputs, TrakDistError
 from trak_dist.plan import SWEEP_KEYS
 from trak_dist.progress import Progress
 from trak_dist.store import atomic
@@ -58,20 +60,30 @@ def main() -> None:
 
     def launched(config: DictConfig) -> None:
         if tasks is None:
-            code = _guarded(config, given)
+            try:
+                code = _guarded(config, given)
+            except Exception:  # a mistake of ours, or of the problem's: told whole
+                traceback.print_exc(file=sys.stderr)
+                code = FAILED
             if code:
                 sys.exit(code)
         elif tasks.run(lambda task: _guarded(config, given, task), out) == INTERRUPTED:
             raise KeyboardInterrupt
 
     start = hydra.main(version_base="1.3", config_path=str(settings.CONF), config_name="config")
-    if tasks is None:
-        start(launched)()
-        return
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # what it raises is told here, not there
     try:
-        start(launched)()
+        with settings.told():
+            start(launched)()
+    except ConfigError as error:
+        _tell(error)
+        sys.exit(MISTAKE)
     except KeyboardInterrupt:
+        if tasks is None:
+            raise
         tasks.code = INTERRUPTED
+    if tasks is None:
+        return
     print("\n".join(["", *tasks.lines()]))
     if tasks.code:
         sys.exit(tasks.code)
@@ -204,7 +216,7 @@ def _refuse_missing_upstream(run: Run, stage: str) -> None:
                 f"stage={stage} needs {upstream}, of which {missing} of {len(wanted)} cells are "
                 "missing",
                 where=str(run.layout.run_dir),
-                next=f"python -m trak_dist.launch stage={upstream} run_dir={run.layout.run_dir}",
+                next=commands.launch(run.layout.run_dir, f"stage={upstream}"),
             )
 
 

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+from trak_dist import decoding
 from trak_dist.cells import (
     FULL,
     RANDOM,
@@ -33,21 +34,22 @@ from trak_dist.cells import (
     check_name,
 )
 from trak_dist.config import (
+    GRADIENTS,
     PROJECTION_VERSION,
     Counterfactuals,
     GroundTruth,
     Spec,
-    counterfactuals_from_mapping,
     distinct,
     flatten,
-    ground_truth_from_mapping,
-    spec_from_mapping,
+    rebuilt,
+    spec_checks,
 )
-from trak_dist.errors import PlanMismatch
+from trak_dist.errors import ConfigError, PlanMismatch
 
 SCHEMA = 1
 CHUNK_BYTES = 64 * 2**20
 HALVES_TARGETS = 64  # of each target set, for which scores of halves of the ensemble are kept
+MAX_CELLS = 10**7  # what a command that lists them gets through
 MIN_CELLS = 8  # a small split is still cut into about so many cells, to lose little at a kill
 REDUCE_KEYS = ("proj_dim", "reduce.", "checkpoints.use")
 GRADIENTS_KEY = "featurize.gradients"
@@ -65,8 +67,8 @@ class Split:
     """
 
     name: str
-    rows: int
-    cell_rows: int
+    rows: int = field(metadata={"min": 1})
+    cell_rows: int = field(metadata={"min": 1})
     probe: str
 
     def __post_init__(self) -> None:
@@ -116,7 +118,7 @@ class Source:
     file: str
     model: str
     import_root: str
-    accepted: tuple[str, ...] = ()
+    accepted: tuple[str, ...] = field(default=(), metadata={"may_be_empty": True})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +136,7 @@ class Plan:
 
     spec: Spec
     source: Source
-    parameters: int
+    parameters: int = field(metadata={"min": 1})
     train: Split
     checkpoints: tuple[Checkpoint, ...]
     targets: tuple[Split, ...]
@@ -145,9 +147,9 @@ class Plan:
     self_influence: bool = False
     lambda_from: str = ""
     mislabelled: str = ""
-    use: tuple[int, ...] = ()
-    gradients: str = "vmap"
-    activations: int = 0
+    use: tuple[int, ...] = field(default=(), metadata={"may_be_empty": True})
+    gradients: str = field(default="vmap", metadata={"choices": GRADIENTS[1:]})
+    activations: int = field(default=0, metadata={"min": 0})
 
     @property
     def store_dim(self) -> int:
@@ -382,6 +384,29 @@ class Plan:
         several = targets != TRAIN and len(self.model_ids) > 1
         return self.split(targets).spread(HALVES_TARGETS) if several else []
 
+    def oddities(self) -> Iterator[str]:
+        """What of its parts does not go together, a line for each."""
+        ids, names = [c.model_id for c in self.checkpoints], [s.name for s in self.targets]
+        if len(set(ids)) < len(ids):
+            yield f"  checkpoints: a model_id is there twice: {ids}"
+        if len(set(self.use)) < len(self.use) or not set(self.use) <= set(ids):
+            yield f"  use: {list(self.use)} are not some of the model_ids {ids}"
+        if self.train.name != TRAIN or TRAIN in names or len(set(names)) < len(names):
+            yield f"  targets: {names} are not names of their own beside {TRAIN!r}"
+        elif (cells := self._cells_at_most()) > MAX_CELLS:
+            yield f"  {cells:.2g} cells are more than the {MAX_CELLS:.0e} that one run may have"
+
+    def _cells_at_most(self) -> int:
+        truth, without = self.ground_truth, self.counterfactuals
+        splits = (self.train, *self.targets)
+        ids, names = len(self.checkpoints), [s.name for s in splits]
+        scored = sum(-(-self.train.rows // self.score_split(n).cell_rows) for n in names)
+        retrained = (1 + len(names)) * truth.subsets * truth.seeds
+        chosen = sum(1 + min(without.targets, s.rows) for s in self.targets)
+        removed = chosen * len(without.remove) * without.seeds
+        rows = sum(-(-s.rows // s.cell_rows) for s in splits)
+        return ids * (rows + len(names) + 3) + scored + retrained + removed
+
     # JSON -----------------------------------------------------------------------------------
 
     def to_json(self) -> str:
@@ -399,9 +424,9 @@ class Plan:
             If the text is no plan, is of another schema, or was edited.
         """
         try:
-            raw = json.loads(text)
-            schema, said = raw["schema"], raw.pop("digest")
-        except (ValueError, KeyError, TypeError) as error:
+            raw = decoding.mapping(text)
+            schema, said, found = raw["schema"], raw.pop("digest"), digest(raw)
+        except (ValueError, KeyError, RecursionError) as error:
             raise PlanMismatch(
                 f"the plan can't be read ({error})",
                 where=where,
@@ -413,33 +438,26 @@ class Plan:
                 where=where,
                 next="use the version that made it, or another run_dir",
             )
-        if said != digest(raw):
+        if said != found:
             raise PlanMismatch(
-                f"the plan says digest {said}, its content has {digest(raw)}",
+                f"the plan says digest {said}, its content has {found}",
                 where=where,
                 next="restore the file, or use another run_dir: a plan is never edited by hand",
             )
-        plan = cls(
-            spec=spec_from_mapping(raw["spec"]),
-            source=Source(**{**raw["source"], "accepted": tuple(raw["source"]["accepted"])}),
-            parameters=raw["parameters"],
-            train=Split(**raw["train"]),
-            checkpoints=tuple(Checkpoint(**c) for c in raw["checkpoints"]),
-            targets=tuple(Split(**s) for s in raw["targets"]),
-            ground_truth=ground_truth_from_mapping(raw.get("ground_truth", {})),
-            truth_files=raw.get("truth_files", ""),
-            truth_of=raw.get("truth_of", ""),
-            counterfactuals=counterfactuals_from_mapping(raw.get("counterfactuals", {})),
-            self_influence=raw.get("self_influence", False),
-            lambda_from=raw.get("lambda_from", ""),
-            mislabelled=raw.get("mislabelled", ""),
-            use=tuple(raw.get("use", ())),
-            gradients=raw.get("gradients", "vmap"),
-            activations=raw.get("activations", 0),
-        )
-        if plan.fingerprint != raw["fingerprint"]:
+        try:
+            fingerprint, _ = raw.pop("fingerprint"), raw.pop("schema")
+            plan = rebuilt(cls, raw, "the plan is not valid:")
+            if odd := [*spec_checks(plan.spec), *plan.oddities()]:
+                raise ConfigError("\n".join(["the plan is not valid:", *odd]))
+        except (ConfigError, KeyError) as error:
             raise PlanMismatch(
-                f"the plan was made with fingerprint {raw['fingerprint']}, this version of "
+                getattr(error, "what", f"the plan can't be read ({error})"),
+                where=where,
+                next="use the version that made it, or another run_dir",
+            ) from None
+        if plan.fingerprint != fingerprint:
+            raise PlanMismatch(
+                f"the plan was made with fingerprint {fingerprint}, this version of "
                 f"trak_dist reads {plan.fingerprint} from it",
                 where=where,
                 next="use the version that made it, or another run_dir",

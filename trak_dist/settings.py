@@ -5,7 +5,8 @@ The only module but `launch` that imports hydra.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import contextlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from trak_dist.config import Spec, flatten, nearest
-from trak_dist.errors import ConfigError, PlanMismatch
+from trak_dist import commands
+from trak_dist.config import Spec, control_character, flatten, nearest, refuse_other_shape
+from trak_dist.errors import ConfigError, PlanMismatch, TrakDistError
 from trak_dist.plan import SWEEP_KEYS, differences
 
 PACKAGE = Path(__file__).parent
@@ -43,8 +46,7 @@ def complete_overrides(arguments: Sequence[str], cwd: Path) -> list[str]:
         completed.append("problem=custom")
     own = cwd / "conf"
     if own.is_dir() and own.resolve() != CONF.resolve() and "hydra.searchpath" not in keys:
-        quoted = str(own).replace("\\", "\\\\").replace("'", "\\'")
-        completed.append(f"hydra.searchpath=['file://{quoted}']")
+        completed.append(f"hydra.searchpath=[{commands.hydra_value(f'file://{own}')}]")
     # Between overrides Hydra would not understand -m.
     return sorted(completed, key=lambda argument: argument not in MULTIRUN)
 
@@ -64,30 +66,61 @@ def check_overrides(overrides: Sequence[str]) -> None:
     ConfigError
         Naming every unknown key with the nearest valid one, or the bad group.
     """
+    _refuse_no_options(overrides)
+    with _composing():
+        try:
+            config = _composed(overrides)
+        except (HydraException, OmegaConfBaseException):
+            groups = [o for o in overrides if is_group(_key(o))]
+            groups += [o for o in overrides if _key(o) == "hydra.searchpath"]
+            _refuse_unknown(overrides, compose(config_name="config", overrides=groups))
+            raise
+    to_mapping(OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"]))
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """Tell in our words what Hydra refuses.
+
+    Raises
+    ------
+    ConfigError
+        For whatever is raised within: on an odd value Hydra, OmegaConf and their parser raise
+        whatever their first use of it does.
+    """
     try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            try:
-                compose(config_name="config", overrides=list(overrides))
-            except (HydraException, OmegaConfBaseException):
-                groups = [o for o in overrides if is_group(_key(o))]
-                groups += [o for o in overrides if _key(o) == "hydra.searchpath"]
-                _refuse_unknown(overrides, compose(config_name="config", overrides=groups))
-                raise
-    except (HydraException, OmegaConfBaseException) as error:
-        raise _not_composed(error) from None
+        yield
+    except TrakDistError:
+        raise
+    except Exception as error:
+        what = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, RecursionError):
+            what = "it is nested too deeply"
+        elif key := getattr(error, "full_key", None):
+            what = f"{key}: {str(error).splitlines()[0]}"
+        raise ConfigError(
+            f"the configuration can't be composed: {what}",
+            where="the command line",
+            next="python -m trak_dist.launch --help shows groups, options and defaults",
+        ) from None
 
 
-def _not_composed(error: Exception) -> ConfigError:
-    return ConfigError(
-        "the configuration can't be composed: " + " ".join(str(error).split()),
-        where="the command line",
-        next="python -m trak_dist.launch --help shows groups, options and defaults",
-    )
+@contextlib.contextmanager
+def _composing() -> Iterator[None]:
+    with told(), initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+        yield
+
+
+def _composed(overrides: Sequence[str]) -> DictConfig:
+    """The configuration, with Hydra's own, from which ours has `${hydra:…}`."""
+    config = compose("config", overrides=list(overrides), return_hydra_config=True)
+    HydraConfig.instance().set_config(config)
+    return config
 
 
 def is_group(key: str) -> bool:
     """Whether `key` chooses an option of one of our groups."""
-    return "." not in key and (CONF / key).is_dir()
+    return key.isidentifier() and (CONF / key).is_dir()
 
 
 def swept_values(overrides: Sequence[str]) -> dict[str, list[str]]:
@@ -99,23 +132,20 @@ def swept_values(overrides: Sequence[str]) -> dict[str, list[str]]:
         If one has no values that could be run one by one.
     """
     values: dict[str, list[str]] = {}
-    try:
-        with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-            parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-            for text, override in zip(overrides, parser.parse_overrides([*overrides]), strict=True):
-                key = override.get_key_element()
-                values[key] = [text]
-                if override.is_sweep_override():
-                    found = override.sweep_string_iterator() if override.is_discrete_sweep() else ()
-                    values[key] = [f"{key}={value}" for value in found]
-                if not values[key]:
-                    raise ConfigError(
-                        f"{text!r} has no values to run one by one",
-                        where="the command line",
-                        next=f"{key}=…,… or choice(…), range(…), or for a group glob(*)",
-                    )
-    except (HydraException, OmegaConfBaseException) as error:
-        raise _not_composed(error) from None
+    with _composing():
+        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        for text, override in zip(overrides, parser.parse_overrides([*overrides]), strict=True):
+            key = override.get_key_element()
+            values[key] = [text]
+            if override.is_sweep_override():
+                found = override.sweep_string_iterator() if override.is_discrete_sweep() else ()
+                values[key] = [f"{key}={value}" for value in found]
+            if not values[key]:
+                raise ConfigError(
+                    f"{text!r} has no values to run one by one",
+                    where="the command line",
+                    next=f"{key}=…,… or choice(…), range(…), or for a group glob(*)",
+                )
     return values
 
 
@@ -127,22 +157,26 @@ def run_dir(given: object) -> Path:
     ConfigError
         If it can't be one.
     """
+    wanted = ""
     if not isinstance(given, str) or not given or "%" in given:
+        wanted = "a path without '%', which submitit and Slurm take for a job's number"
+    elif control := control_character(given):
+        wanted = f"a path without the control character {control!r}, which may be a command's end"
+    try:
+        found = Path("" if wanted else str(given)).expanduser().absolute()
+    except RuntimeError as error:
+        wanted = str(error)
+    if wanted:
         raise ConfigError(
-            f"run_dir {given!r} is not usable: a path without '%', which submitit and Slurm take "
-            "for a job's number",
-            where="run_dir",
-            next="run_dir=runs/…",
+            f"run_dir {given!r} is not usable: {wanted}", where="run_dir", next="run_dir=runs/…"
         )
-    return Path(given).expanduser().absolute()
+    return found
 
 
 def composed_run_dir(overrides: Sequence[str]) -> Path:
     """The run directory that Hydra composes."""
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
-        config = compose("config", overrides=list(overrides), return_hydra_config=True)
-    HydraConfig.instance().set_config(config)
-    return run_dir(OmegaConf.select(config, "run_dir"))
+    with _composing():
+        return run_dir(OmegaConf.select(_composed(overrides), "run_dir"))
 
 
 def given_keys(overrides: Sequence[str]) -> frozenset[str]:
@@ -157,10 +191,19 @@ def given_in(section: str, given: Collection[str]) -> list[str]:
 
 
 def to_mapping(config: DictConfig) -> dict[str, Any]:
-    """What Hydra composed as plain containers, interpolations resolved."""
-    mapping = OmegaConf.to_container(config, resolve=True)
+    """What Hydra composed as plain containers, interpolations resolved.
+
+    Raises
+    ------
+    ConfigError
+        If one can't be, a section is taken out, or is no section.
+    """
+    with told():
+        mapping = OmegaConf.to_container(config, resolve=True)
     assert isinstance(mapping, dict)
-    return {str(k): v for k, v in mapping.items()}
+    named = {str(k): v for k, v in mapping.items()}
+    refuse_other_shape(named)
+    return named
 
 
 def merge_with_plan(
@@ -244,6 +287,23 @@ def refuse_other_settings(
     )
 
 
+def _refuse_no_options(overrides: Sequence[str]) -> None:
+    """Raise `ConfigError` for what names no option of a group, where Hydra's own words don't."""
+    for text in overrides:
+        override = _parsed(text)
+        group, value = override.key_or_group, override.value()
+        if override.is_add() or override.is_delete() or not is_group(group):
+            continue
+        names = value if isinstance(value, list) and value else [value]
+        if not override.is_sweep_override() and not all(isinstance(n, str) and n for n in names):
+            options = ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
+            raise ConfigError(
+                f"{group}: {text.partition('=')[2]} is not the name of an option",
+                where="the command line",
+                next=f"{group}=… one of {options}",
+            )
+
+
 def _refuse_unknown(overrides: Sequence[str], known: DictConfig) -> None:
     plain = OmegaConf.to_container(known, resolve=False)
     assert isinstance(plain, dict)
@@ -275,12 +335,19 @@ def _refuse_unknown(overrides: Sequence[str], known: DictConfig) -> None:
 
 
 def _key(override: str) -> str:
+    return _parsed(override).key_or_group
+
+
+def _parsed(override: str) -> Override:
     try:
-        return OverridesParser.create().parse_override(override).key_or_group
-    except HydraException as error:
+        parsed = OverridesParser.create().parse_override(override)
+        if not parsed.key_or_group:
+            raise HydraException("it has no key")
+    except (HydraException, RecursionError, ValueError) as error:
         raise ConfigError(
             f"{override!r} is not of the form key=value: {str(error).splitlines()[0]}",
             where="the command line",
             next="key=value, without dashes; a value with special characters in quotes: "
             "key=\"'value'\"",
         ) from None
+    return parsed

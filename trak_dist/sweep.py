@@ -17,7 +17,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
 
-from trak_dist import settings, telling
+from trak_dist import commands, settings, telling
 from trak_dist.errors import ConfigError
 from trak_dist.plan import Plan
 from trak_dist.store import atomic
@@ -179,5 +179,5 @@ def refuse_nested(run_dir: Path) -> None:
         raise ConfigError(
             "this is a place for members of a sweep, which are made from their run",
             where=str(run_dir),
-            next=f"python -m trak_dist.launch -m … run_dir={layout.base}",
+            next=commands.launch(layout.base, "-m …"),
         )

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from trak_dist import machine
 from trak_dist.cells import STEPS, Cell
-from trak_dist.config import DEVICES, SlurmConfig
+from trak_dist.config import DEVICES, SlurmConfig, cluster_from_mapping
 from trak_dist.errors import ConfigError, TrakDistError, WorkerLost
 from trak_dist.store.jobs import GO_ON, Job, Jobs
 from trak_dist.store.receipts import Failure
@@ -116,14 +116,15 @@ def _submitted(job: Job, name: str) -> Task:
     index = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))
     if index >= len(job.tasks):
         raise ConfigError(f"job {name} has {len(job.tasks)} tasks, there is no task {index}")
+    settings = cluster_from_mapping(job.cluster)
     return Task(
         name=name,
         index=index,
         fingerprint=job.fingerprint,
         cells=job.cells(index),
         device=job.device,
-        patience=job.cluster["signal_delay"] / 2,
-        max_attempts=job.cluster["max_attempts"],
+        patience=settings.signal_delay / 2,
+        max_attempts=settings.max_attempts,
     )
 
 

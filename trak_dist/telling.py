@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from trak_dist import needs
+from trak_dist import commands, needs
 from trak_dist.cells import STAGE_CELLS, Cell, EvaluateCell, FeaturizeCell, ReportCell
 from trak_dist.stages.status import Status, by_error, lines, read_status
 from trak_dist.store.run import Run
@@ -109,7 +109,10 @@ def submitted(run: Run, done: Submitted) -> None:
 def verify(run: Run, *, repair: bool) -> bool:
     """Verify, and where asked repair; whether nothing is damaged that is not queued again."""
     from trak_dist.stages.verify import damaged_cells
+    from trak_dist.store.prepare import prepare
 
+    if repair:
+        prepare(run)  # lost metadata is made anew, which damages nothing
     found = read_status(run)
     done = sum(len(s.done) for s in found.stages.values())
     missing = sum(len(s.cells) for s in found.stages.values()) - done
@@ -118,7 +121,6 @@ def verify(run: Run, *, repair: bool) -> bool:
         print(f"damaged {cell.id}: {'; '.join(reasons)}")
         if repair:
             run.receipts.revoke(cell, why="; ".join(reasons))
-    command = f"python -m trak_dist.launch run_dir={run.layout.run_dir}"
     print(
         f"verify: {done} cells done, {len(damaged)} of them damaged, {missing} cells not done yet"
     )
@@ -126,11 +128,12 @@ def verify(run: Run, *, repair: bool) -> bool:
         return True
     if repair:
         cells = [cell for cell, _ in damaged if isinstance(cell, FeaturizeCell)]
-        fed = any(run.plan.split(cell.split).fed for cell in cells)
-        feed = "feed the rows of these cells again, by the calls of TRAKer that did before"
-        print(f"the damaged cells are queued again\nnext: {feed if fed else command}")
+        mend = commands.launch(run.layout.run_dir)
+        if any(run.plan.split(cell.split).fed for cell in cells):
+            mend = "feed the rows of these cells again, by the calls of TRAKer that did before"
+        print(f"the damaged cells are queued again\nnext: {mend}")
         return True
-    print(f"next: {command} stage=verify repair=true")
+    print(f"next: {commands.launch(run.layout.run_dir, 'stage=verify', 'repair=true')}")
     return False
 
 
@@ -140,7 +143,7 @@ def tell_what_next(run: Run) -> None:
         name = cell.id.partition("/")[2]
         page = run.layout.report(name)
         print(f"scores: {run.layout.scores(name)}")
-        shown = [page, *(page.with_suffix(f"{p}.png") for p in receipt.facts["pictures"])]
+        shown = [page, *(page.with_suffix(f"{p}.png") for p in receipt.fact("pictures", list))]
         print("\n".join(f"report: {path}" for path in shown))
     print(f"next:   {_command(run, 'stage=status')}")
     for line in proofs(run):
@@ -195,4 +198,4 @@ def _command(run: Run, arguments: str) -> str:
     where = run.layout.run_dir
     if where.is_relative_to(Path.cwd()):
         where = where.relative_to(Path.cwd())
-    return f"python -m trak_dist.launch {arguments} run_dir={where}"
+    return commands.launch(where, arguments)

@@ -185,9 +185,10 @@ def _fix_numerics(session: Session, cell: Cell) -> None:
 
 def _job(session: Session, cell: Cell) -> dict[str, Any]:
     failed = session.run.receipts.failure(cell)
+    before = failed.job.get("attempt", 0) if failed else 0
     device = session.device
     return {
-        "attempt": 1 + (int(failed.job.get("attempt", 0)) if failed else 0),
+        "attempt": 1 + before if isinstance(before, int) else 1,
         **machine.process(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "python": platform.python_version(),

@@ -184,11 +184,10 @@ def featurized(command, tmp_path: Path) -> Run:
 
 
 def edit(run: Run, cell_id: str, fact: str, value: object) -> None:
-    path = run.layout.receipt(run.plan, parse_cell(cell_id))
-    receipt = json.loads(path.read_text())
-    assert receipt["facts"][fact] != value
-    receipt["facts"][fact] = value
-    path.write_text(json.dumps(receipt))
+    cell = parse_cell(cell_id)
+    receipt = run.receipts.done([cell])[cell]
+    assert receipt.facts[fact] != value
+    run.receipts.publish(cell, replace(receipt, facts={**receipt.facts, fact: value}))
 
 
 @pytest.mark.parametrize(

@@ -56,8 +56,9 @@ def chunk(path: Path, block: int) -> Path:
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_a_chunk_that_was_never_written_reads_as_nan(tmp_path: Path, dtype: str) -> None:
-    arrays.ensure(tmp_path / "a", ArraySpec(shape=(20, 3), chunks=(8, 3), dtype=dtype))
-    arrays.write_rows(tmp_path / "a", 8, rows(8, 16).astype(dtype))
+    spec = ArraySpec(shape=(20, 3), chunks=(8, 3), dtype=dtype)
+    arrays.ensure(tmp_path / "a", spec)
+    arrays.write_rows(tmp_path / "a", spec, 8, rows(8, 16).astype(dtype))
     read = zarr.open_array(tmp_path / "a", mode="r")[:]
     assert read.dtype == dtype
     assert np.isnan(read[:8]).all()
@@ -67,8 +68,8 @@ def test_a_chunk_that_was_never_written_reads_as_nan(tmp_path: Path, dtype: str)
 
 def test_rows_come_back_bit_for_bit_through_any_zarr_reader(made: Path, spec: ArraySpec) -> None:
     for start, stop in ((16, 20), (0, 16)):  # several chunks, and the last, shorter one
-        digest = arrays.write_rows(made, start, rows(start, stop))
-        assert digest == arrays.content_digest(arrays.read_rows(made, start, stop))
+        digest = arrays.write_rows(made, spec, start, rows(start, stop))
+        assert digest == arrays.content_digest(arrays.read_rows(made, spec, start, stop))
     plain = zarr.open_array(str(made), mode="r")
     np.testing.assert_array_equal(plain[:], np.concatenate([rows(0, 16), rows(16, 20)]))
     codecs = [c["name"] for c in json.loads((made / "zarr.json").read_text())["codecs"]]
@@ -84,15 +85,15 @@ def test_attributes_and_shape_are_read_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [0.0, np.nan])
 def test_chunks_of_nothing_but_the_fill_value_or_zeros_are_written(
-    made: Path, value: float
+    made: Path, spec: ArraySpec, value: float
 ) -> None:
-    arrays.write_rows(made, 0, np.full((8, 3), value, np.float32))
+    arrays.write_rows(made, spec, 0, np.full((8, 3), value, np.float32))
     assert chunk(made, 0).stat().st_size > 0
-    np.testing.assert_array_equal(arrays.read_rows(made, 0, 8), np.full((8, 3), value))
+    np.testing.assert_array_equal(arrays.read_rows(made, spec, 0, 8), np.full((8, 3), value))
 
 
-def test_any_flipped_bit_of_a_chunk_is_noticed(made: Path) -> None:
-    arrays.write_rows(made, 0, rows(0, 16))
+def test_any_flipped_bit_of_a_chunk_is_noticed(made: Path, spec: ArraySpec) -> None:
+    arrays.write_rows(made, spec, 0, rows(0, 16))
     file = chunk(made, 1)
     whole = file.read_bytes()
     for position in range(0, len(whole) * 8, 37):
@@ -100,40 +101,40 @@ def test_any_flipped_bit_of_a_chunk_is_noticed(made: Path) -> None:
         damaged[position // 8] ^= 1 << position % 8
         file.write_bytes(damaged)
         with pytest.raises(CorruptChunk):
-            arrays.read_rows(made, 8, 16)
-    np.testing.assert_array_equal(arrays.read_rows(made, 0, 8), rows(0, 16)[:8])
+            arrays.read_rows(made, spec, 8, 16)
+    np.testing.assert_array_equal(arrays.read_rows(made, spec, 0, 8), rows(0, 16)[:8])
     file.write_bytes(whole)
-    np.testing.assert_array_equal(arrays.read_rows(made, 0, 16), rows(0, 16))
+    np.testing.assert_array_equal(arrays.read_rows(made, spec, 0, 16), rows(0, 16))
 
 
-def test_a_truncated_or_empty_chunk_is_noticed(made: Path) -> None:
-    arrays.write_rows(made, 0, rows(0, 8))
+def test_a_truncated_or_empty_chunk_is_noticed(made: Path, spec: ArraySpec) -> None:
+    arrays.write_rows(made, spec, 0, rows(0, 8))
     whole = chunk(made, 0).read_bytes()
     for length in (0, 1, 3, 4, 5, len(whole) // 2, len(whole) - 4, len(whole) - 1):
         chunk(made, 0).write_bytes(whole[:length])
         with pytest.raises(CorruptChunk):
-            arrays.read_rows(made, 0, 8)
+            arrays.read_rows(made, spec, 0, 8)
 
 
 def test_corruption_says_where_and_how_to_mend_it(tmp_path: Path) -> None:
     arrays.ensure(tmp_path / "grads", SPEC)
-    arrays.write_rows(tmp_path / "grads", 0, rows(0, 8))
+    arrays.write_rows(tmp_path / "grads", SPEC, 0, rows(0, 8))
     chunk(tmp_path / "grads", 0).write_bytes(b"")
     with pytest.raises(CorruptChunk, match="rows 0-8 can't be read") as raised:
-        arrays.read_rows(tmp_path / "grads", 0, 8)
+        arrays.read_rows(tmp_path / "grads", SPEC, 0, 8)
     assert raised.value.where == str(tmp_path / "grads")
     assert raised.value.next == "stage=verify repair=true, then the same command again"
 
 
-def test_a_damaged_chunk_heals_when_its_rows_are_written_again(made: Path) -> None:
-    arrays.write_rows(made, 0, rows(0, 8))
+def test_a_damaged_chunk_heals_when_its_rows_are_written_again(made: Path, spec: ArraySpec) -> None:
+    arrays.write_rows(made, spec, 0, rows(0, 8))
     chunk(made, 0).write_bytes(b"torn")
-    arrays.write_rows(made, 0, rows(0, 8))
-    np.testing.assert_array_equal(arrays.read_rows(made, 0, 8), rows(0, 8))
+    arrays.write_rows(made, spec, 0, rows(0, 8))
+    np.testing.assert_array_equal(arrays.read_rows(made, spec, 0, 8), rows(0, 8))
 
 
 def test_an_array_is_made_once_and_verified_after(made: Path, spec: ArraySpec) -> None:
-    arrays.write_rows(made, 0, rows(0, 8))
+    arrays.write_rows(made, spec, 0, rows(0, 8))
     before = files(made)
     arrays.ensure(made, spec)
     assert files(made) == before
@@ -153,7 +154,7 @@ def test_an_array_is_made_once_and_verified_after(made: Path, spec: ArraySpec) -
 def test_an_array_of_another_kind_is_refused_and_kept(tmp_path: Path, other: ArraySpec) -> None:
     path = tmp_path / "grads"
     arrays.ensure(path, SPEC)
-    arrays.write_rows(path, 0, rows(0, 8))
+    arrays.write_rows(path, SPEC, 0, rows(0, 8))
     before = files(path)
     with pytest.raises(StoreError, match="an array of another kind is in the way"):
         arrays.ensure(path, other)
@@ -164,9 +165,9 @@ def test_replace_keeps_an_array_of_the_same_kind_and_empties_another(tmp_path: P
     path = tmp_path / "scores"
     grown = ArraySpec(shape=(20, 3), chunks=(8, 3), dtype="float32", attributes={"model_ids": [0]})
     arrays.replace(path, SPEC)
-    arrays.write_rows(path, 0, rows(0, 8))
+    arrays.write_rows(path, SPEC, 0, rows(0, 8))
     arrays.replace(path, SPEC)
-    np.testing.assert_array_equal(arrays.read_rows(path, 0, 8), rows(0, 8))
+    np.testing.assert_array_equal(arrays.read_rows(path, SPEC, 0, 8), rows(0, 8))
     arrays.replace(path, grown)
     assert np.isnan(zarr.open_array(path, mode="r")[:]).all()
     assert dict(zarr.open_array(path, mode="r").attrs) == {"model_ids": [0]}
@@ -213,7 +214,7 @@ def test_of_processes_that_make_different_arrays_at_once_the_losers_are_told(
         assert n == won or "an array of another kind is in the way" in error
 
 
-def test_only_whole_chunks_of_the_right_kind_are_written(made: Path) -> None:
+def test_only_whole_chunks_of_the_right_kind_are_written(made: Path, spec: ArraySpec) -> None:
     for start, values in (
         (4, rows(0, 8)),  # begins inside a chunk
         (0, rows(0, 6)),  # ends inside a chunk
@@ -222,36 +223,102 @@ def test_only_whole_chunks_of_the_right_kind_are_written(made: Path) -> None:
         (0, rows(0, 8)[:, :2]),
     ):
         with pytest.raises(AssertionError):
-            arrays.write_rows(made, start, values)
+            arrays.write_rows(made, spec, start, values)
     assert np.isnan(zarr.open_array(made, mode="r")[:]).all()
 
 
 def test_an_array_that_is_not_there_says_which_command_makes_it(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no readable array") as raised:
-        arrays.read_rows(tmp_path / "grads", 0, 8)
-    assert (
-        raised.value.next
-        == "stage=plan makes what is missing; if zarr.json is damaged, remove it first"
-    )
+        arrays.read_rows(tmp_path / "grads", SPEC, 0, 8)
+    assert raised.value.next == "stage=plan makes what is missing, and metadata that can't be read"
 
 
 def test_a_writer_that_finds_no_array_does_not_keep_it_from_being_made(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no readable array"):
-        arrays.write_rows(tmp_path / "grads", 0, rows(0, 8))
+        arrays.write_rows(tmp_path / "grads", SPEC, 0, rows(0, 8))
     arrays.ensure(tmp_path / "grads", SPEC)
-    arrays.write_rows(tmp_path / "grads", 0, rows(0, 8))
+    arrays.write_rows(tmp_path / "grads", SPEC, 0, rows(0, 8))
 
 
 def test_growing_keeps_what_is_there_and_rows_that_another_plan_has_more(tmp_path: Path) -> None:
     def spec(rows: int) -> ArraySpec:
-        return ArraySpec(shape=(rows, 3), chunks=(1, 3), dtype="float32")
+        return ArraySpec(shape=(rows, 3), chunks=(1, 3), dtype="float32", grows=True)
 
     path = tmp_path / "a"
     arrays.grow(path, spec(2))
     first = np.arange(3, dtype=np.float32)[None]
-    arrays.write_rows(path, 1, first)
+    arrays.write_rows(path, spec(2), 1, first)
     for rows in (4, 3):
         arrays.grow(path, spec(rows))
-        np.testing.assert_array_equal(arrays.read_rows(path, 1, 2), first)
-        assert np.isnan(arrays.read_rows(path, 2, 4)).all()
-        assert arrays.read_rows(path, 0, 9).shape == (4, 3)
+        np.testing.assert_array_equal(arrays.read_rows(path, spec(rows), 1, 2), first)
+        assert np.isnan(arrays.read_rows(path, spec(rows), 2, 4)).all()
+        assert arrays.read_rows(path, spec(rows), 0, 9).shape == (4, 3)
+
+
+EDITS = {
+    "shape": lambda m: m["shape"].__setitem__(0, 19),
+    "chunk_grid": lambda m: m["chunk_grid"]["configuration"].update(chunk_shape=[4, 3]),
+    "data_type": lambda m: m.update(data_type="int32", fill_value=0),
+    "fill_value": lambda m: m.update(fill_value=0.0),
+    "codecs": lambda m: m["codecs"].pop(),
+    "codecs ": lambda m: m["codecs"][0]["configuration"].update(endian="big"),
+    "chunk_key_encoding": lambda m: m["chunk_key_encoding"]["configuration"].update(separator="."),
+    "attributes": lambda m: m.update(attributes={"proj_dim": 4}),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_metadata_that_is_not_what_is_planned_is_refused(
+    made: Path, spec: ArraySpec, name: str
+) -> None:
+    arrays.write_rows(made, spec, 0, rows(0, 8))
+    metadata = made / "zarr.json"
+    edited = json.loads(metadata.read_text())
+    EDITS[name](edited)
+    metadata.write_text(json.dumps(edited))
+    before = files(made)
+    told = f"the array's metadata is not what is planned: .*{name.strip()} "
+    for do in (
+        lambda: arrays.read_rows(made, spec, 0, 8),
+        lambda: arrays.write_rows(made, spec, 0, rows(0, 8)),
+    ):
+        with pytest.raises(StoreError, match=told) as raised:
+            do()
+    with pytest.raises(StoreError, match="an array of another kind is in the way"):
+        arrays.ensure(made, spec)
+    assert files(made) == before
+    subprocess.run(["sh", "-c", raised.value.next.partition(", then")[0]], check=True)
+    arrays.ensure(made, spec)
+    np.testing.assert_array_equal(arrays.read_rows(made, spec, 0, 8), rows(0, 8))
+
+
+def test_any_flipped_bit_of_metadata_is_told_or_harmless(made: Path, spec: ArraySpec) -> None:
+    arrays.write_rows(made, spec, 0, rows(0, 8))
+    metadata = made / "zarr.json"
+    whole = metadata.read_bytes()
+    harmless = 0
+    for position in range(0, len(whole) * 8, 7):
+        damaged = bytearray(whole)
+        damaged[position // 8] ^= 1 << position % 8
+        metadata.write_bytes(damaged)
+        try:
+            found = arrays.read_rows(made, spec, 0, 8)
+        except StoreError:
+            continue
+        np.testing.assert_array_equal(found, rows(0, 8))
+        harmless += 1
+    assert harmless < len(whole) * 8 / 7 / 2  # white space, for instance
+
+
+def test_metadata_that_can_not_be_read_is_made_anew_and_the_chunks_stay(
+    made: Path, spec: ArraySpec
+) -> None:
+    arrays.write_rows(made, spec, 0, rows(0, 8))
+    before = files(made)
+    metadata = before["zarr.json"]
+    for content in (b"", metadata[:-9], b"\x00" * 99, b"[" * 10**5, b'{"zarr_format": {}}'):
+        (made / "zarr.json").write_bytes(content)
+        with pytest.raises(StoreError, match="no readable array"):
+            arrays.read_rows(made, spec, 0, 8)
+        arrays.ensure(made, spec)
+        assert files(made) == before

@@ -14,6 +14,7 @@ from typing import Any
 import submitit
 
 from trak_dist.executors.protocol import Job, Task
+from trak_dist.store import atomic
 
 POLL_SECONDS = 0.2
 YEAR_MINUTES = 365 * 24 * 60
@@ -35,11 +36,12 @@ class LocalExecutor:
             return
         count = min(self._workers, len(tasks))
         bounds = [round(i * len(tasks) / count) for i in range(count + 1)]
-        jobs = [
-            self._submit(job, [cell for task in tasks[start:stop] for cell in task], gpu)
-            for gpu, (start, stop) in enumerate(itertools.pairwise(bounds))
-        ]
+        jobs: list[submitit.Job[None]] = []
         try:
+            with atomic.told(self._logs):  # submitit writes there what it hands to a worker
+                for gpu, (start, stop) in enumerate(itertools.pairwise(bounds)):
+                    cells = [cell for task in tasks[start:stop] for cell in task]
+                    jobs.append(self._submit(job, cells, gpu))
             while not all(j.done() for j in jobs):
                 tick()
                 time.sleep(POLL_SECONDS)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from trak_dist import decoding
 from trak_dist.errors import CheckpointError
 from trak_dist.plan import Checkpoint
 from trak_dist.stages import state_dicts
@@ -92,6 +93,7 @@ def _path(run: Run, model_id: int) -> str:
 
 def _published(run: Run, model_id: int) -> str | None:
     try:
-        return str(json.loads(run.layout.checkpoint_digest(model_id).read_bytes())["digest"])
+        text = atomic.read(run.layout.checkpoint_digest(model_id))
+        return str(decoding.mapping(text)["digest"])
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None

@@ -98,7 +98,7 @@ def summary(run: Run, targets: str) -> list[dict[str, Any]]:
     receipts = run.receipts.done(cells)
     looked_at = run.plan.split(targets).spread(asked.targets)
     outputs = {
-        (c.whose, c.removed, c.seed): np.array(receipts[c].facts["outputs"], dtype=np.float64)
+        (c.whose, c.removed, c.seed): np.array(receipts[c].fact("outputs", list), dtype=np.float64)
         for c in cells
     }
     found = []

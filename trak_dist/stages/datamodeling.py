@@ -121,7 +121,7 @@ def _own_lambda(session: Session) -> list[float]:
     receipts = run.receipts.done(cells)
     grams = (contents.read(run, GramCell(m), "gram") for m in run.plan.model_ids)
     return [
-        receipts[c].facts["lambda_absolute"] / float(np.diagonal(g).mean())
+        receipts[c].fact("lambda_absolute", (int, float)) / float(np.diagonal(g).mean())
         for c, g in zip(cells, grams, strict=True)
     ]
 

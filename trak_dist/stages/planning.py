@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from trak_dist import commands
 from trak_dist import problem as problems
 from trak_dist.cells import TRAIN, ScoreCell, check_name
 from trak_dist.config import Config, FeaturizeConfig, Spec
@@ -179,7 +180,7 @@ def without_missing(run: Run, plan: Plan) -> Plan:
         raise ConfigError(
             "a member of a sweep keeps its ensemble",
             where="checkpoints.allow_missing",
-            next=f"the same with -m run_dir={run.layout.base}",
+            next=f"the same with -m {commands.on(run.layout.base)}",
         )
     refuse_unknown_ids(plan)
     receipts, left = Receipts(run.layout, plan), []
@@ -193,7 +194,7 @@ def without_missing(run: Run, plan: Plan) -> Plan:
             f"checkpoints.allow_missing leaves no ensemble: none of the {len(plan.model_ids)} "
             "checkpoints is featurized",
             where=str(run.layout.run_dir),
-            next=f"python -m trak_dist.launch stage=featurize run_dir={run.layout.run_dir}",
+            next=commands.launch(run.layout.run_dir, "stage=featurize"),
         )
     return plan if len(left) == len(plan.model_ids) else replace(plan, use=tuple(left))
 
@@ -219,7 +220,7 @@ def refuse_scored(run: Run, plan: Plan) -> None:
         raise PlanMismatch(
             "the run has scores made with another proj_dim, reduce or ensemble",
             where=str(run.layout.run_dir),
-            next=f"run_dir={member} is the run with these settings"
+            next=f"{commands.on(member)} is the run with these settings"
             if there
             else f"the same command with -m, which keeps both: these go to {member}",
         )

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from trak_dist import commands
 from trak_dist.cells import (
     TRAIN,
     Cell,
@@ -62,7 +63,7 @@ def gram(session: Session, cell: GramCell) -> Outcome:
         parts.discard(session.run.layout.parts(plan, cell.model_id, TRAIN))
     else:
         session.run.receipts.consolidate(cell.model_id)
-    digest = next(iter(receipts.values())).facts["checkpoint_digest"]
+    digest = next(iter(receipts.values())).fact("checkpoint_digest", str)
     return Outcome(digests, {"checkpoint_digest": digest})
 
 
@@ -117,7 +118,9 @@ def precondition(session: Session, cell: PreconditionCell) -> Outcome:
     dtype = getattr(torch, plan.precondition_dtype)
     result = torch.empty(plan.proj_dim, plan.split(cell.targets).rows, dtype=dtype)
     for target in targets:
-        solved = kernel.precondition(factor, receipt.facts["scale"], read_grads(session, target))
+        solved = kernel.precondition(
+            factor, receipt.fact("scale", (int, float)), read_grads(session, target)
+        )
         result[:, target.rows.start : target.rows.stop] = solved.cpu()
     return Outcome(contents.write(run, cell, {"precond": result.numpy()}))
 
@@ -146,7 +149,7 @@ def require(run: Run, cells: Sequence[Cell], *, needed_by: Cell) -> dict[Cell, R
             f"{len(missing)} of the cells that {needed_by.id} needs are not done: "
             f"{', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}",
             where=needed_by.id,
-            next=f"python -m trak_dist.launch run_dir={run.layout.run_dir}",
+            next=commands.launch(run.layout.run_dir),
         )
     return done
 

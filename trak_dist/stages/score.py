@@ -34,7 +34,9 @@ def score(session: Session, cell: ScoreCell) -> Outcome:
         grads, out_to_loss = _read(session, model_id, cell.rows)
         if itself:
             factor = torch.from_numpy(contents.read(run, source, "kernel")).to(session.device)
-            products = kernel.self_influence(factor, receipts[source].facts["scale"], grads)
+            products = kernel.self_influence(
+                factor, receipts[source].fact("scale", (int, float)), grads
+            )
         else:
             b = torch.from_numpy(contents.read(run, source, "precond")).to(session.device)
             products = grads.to(b.dtype) @ b

@@ -1,7 +1,8 @@
 """Chunked arrays on Zarr v3: made aside and renamed into place, written by whole chunks.
 
 The only module that imports zarr. Every chunk carries a CRC-32C; a chunk that was never written
-reads as NaN, or 0 of whole numbers; a writer owns whole chunks and never touches metadata.
+reads as NaN, or 0 of whole numbers; a writer owns whole chunks and never touches metadata, which
+is held against what is planned whenever an array is opened.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import json
+import logging
+import shlex
 import shutil
 import tempfile
 import uuid
@@ -22,7 +26,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
-from zarr.storage import LocalStore
+from zarr.storage import LocalStore, MemoryStore
 
 from trak_dist.errors import CorruptChunk, StoreError
 from trak_dist.store import atomic
@@ -30,16 +34,22 @@ from trak_dist.store import atomic
 # Passed to open_array it is silently ignored (zarr 3.1.6), so it is set for the whole process.
 zarr.config.set({"array.write_empty_chunks": True})
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ArraySpec:
-    """What an array is: shape, chunks, dtype, compression and attributes."""
+    """What an array is: shape, chunks, dtype, compression and attributes.
+
+    One that `grows` may have more rows, for another plan.
+    """
 
     shape: tuple[int, ...]
     chunks: tuple[int, ...]
     dtype: str
     compression: str = "none"
     attributes: Mapping[str, Any] = field(default_factory=dict)
+    grows: bool = False
 
 
 def ensure_group(path: Path) -> None:
@@ -51,23 +61,32 @@ def ensure_group(path: Path) -> None:
 def ensure(path: Path, spec: ArraySpec) -> None:
     """Make the array at `path`, or verify that the one there is as `spec` says.
 
+    Metadata that is lost, or no metadata at all, is made anew: the chunks stay.
+
     Raises
     ------
     StoreError
         If another array is there, or the file system refuses.
     """
-    if not _there(path) and atomic.publish_directory(path, lambda at: _create(at, spec)):
+    if not _there(path) and atomic.publish_directory(
+        path, lambda at: _create(LocalStore(at), spec)
+    ):
         return
-    if not _there(path):  # chunks that lost their metadata get it back
+    if _opened(path) is None:
         with tempfile.TemporaryDirectory() as scratch:
-            _create(Path(scratch) / "array", spec)
-            atomic.write_once(path / "zarr.json", (Path(scratch) / "array/zarr.json").read_bytes())
-    there = _described(_open(path, mode="r"), spec.compression)
-    if there != spec:
+            _create(LocalStore(Path(scratch)), spec)
+            content = (Path(scratch) / "zarr.json").read_bytes()
+        if _there(path):
+            log.warning("metadata is damaged, and made anew from the plan: %s", path / "zarr.json")
+            atomic.write(path / "zarr.json", content)
+        else:
+            atomic.write_once(path / "zarr.json", content)
+    if told := _differences(_array(path), spec):
         raise StoreError(
-            f"an array of another kind is in the way: {there}, planned {spec}",
+            f"an array of another kind is in the way, or its metadata is damaged: {told}",
             where=str(path),
-            next="use another run_dir",
+            next=f"use another run_dir; or if zarr.json was damaged: {_forget(path)}, then the "
+            "same command again, which makes it anew; the chunks stay",
         )
 
 
@@ -76,21 +95,24 @@ def grow(path: Path, spec: ArraySpec) -> None:
 
     One that has more rows already, for another plan, keeps them.
     """
-    if _there(path):
-        there = _described(_open(path, mode="r"), spec.compression)
-        if there.shape[0] < spec.shape[0]:
+    there = _opened(path)
+    if there is not None and there.shape[0] < spec.shape[0]:
+        as_it_is = dataclasses.replace(spec, shape=(there.shape[0], *spec.shape[1:]))
+        if not _differences(there, as_it_is):
             with atomic.told(path):
-                _open(path, mode="r+").resize((spec.shape[0], *there.shape[1:]))
-        rows = max(there.shape[0], spec.shape[0])
-        spec = dataclasses.replace(spec, shape=(rows, *spec.shape[1:]))
+                _array(path, mode="r+").resize(spec.shape)
     ensure(path, spec)
+
+
+def is_other(path: Path, spec: ArraySpec) -> bool:
+    """Whether there is an array at `path` that is not as `spec` says, or damaged."""
+    there = _opened(path)
+    return _there(path) and (there is None or bool(_differences(there, spec)))
 
 
 def replace(path: Path, spec: ArraySpec) -> None:
     """Put an empty array at `path`; one of another kind that is there is discarded."""
-    if _there(path):
-        if _described(_open(path, mode="r"), spec.compression) == spec:
-            return
+    if is_other(path, spec):
         discarded = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         with atomic.told(path), contextlib.suppress(FileNotFoundError):  # by another process
             path.rename(discarded)
@@ -98,15 +120,15 @@ def replace(path: Path, spec: ArraySpec) -> None:
     ensure(path, spec)
 
 
-def write_rows(path: Path, start: int, values: NDArray[Any]) -> str:
+def write_rows(path: Path, spec: ArraySpec, start: int, values: NDArray[Any]) -> str:
     """Write whole chunks from row `start` on, to disk; return the digest of their content.
 
     Raises
     ------
     StoreError
-        If the file system refuses.
+        If the array is not as `spec` says, or the file system refuses.
     """
-    array = _open(path, mode="r+")
+    array = _checked(path, spec, mode="r+")
     step = array.chunks[0]
     assert start % step == 0 and (len(values) % step == 0 or start + len(values) == array.shape[0])
     assert values.dtype == array.dtype and values.shape[1:] == array.shape[1:]
@@ -119,7 +141,7 @@ def write_rows(path: Path, start: int, values: NDArray[Any]) -> str:
     return digest.result()
 
 
-def read_rows(path: Path, start: int, stop: int) -> NDArray[Any]:
+def read_rows(path: Path, spec: ArraySpec, start: int, stop: int) -> NDArray[Any]:
     """Rows `start` to `stop` of the array at `path`.
 
     Raises
@@ -127,9 +149,9 @@ def read_rows(path: Path, start: int, stop: int) -> NDArray[Any]:
     CorruptChunk
         If a checksum does not match or a chunk is cut short.
     StoreError
-        If there is no such array.
+        If there is no such array, or it is not as `spec` says.
     """
-    array = _open(path, mode="r")
+    array = _checked(path, spec, mode="r")
     try:
         return np.asarray(array[start:stop])
     except (ValueError, RuntimeError, OSError) as error:
@@ -149,10 +171,10 @@ def _there(path: Path) -> bool:
     return (path / "zarr.json").exists()
 
 
-def _create(path: Path, spec: ArraySpec) -> None:
+def _create(store: LocalStore | MemoryStore, spec: ArraySpec) -> Any:
     codecs = [ZstdCodec(level=1)] if spec.compression == "zstd" else []
-    zarr.create_array(
-        store=LocalStore(path),
+    return zarr.create_array(
+        store=store,
         shape=spec.shape,
         chunks=spec.chunks,
         dtype=spec.dtype,
@@ -163,32 +185,63 @@ def _create(path: Path, spec: ArraySpec) -> None:
     )
 
 
-def _open(path: Path, *, mode: Any) -> Any:
+def _checked(path: Path, spec: ArraySpec, *, mode: Any) -> Any:
+    """The array at `path`, if it is as `spec` says."""
+    array = _array(path, mode=mode)
+    if told := _differences(array, spec):
+        raise StoreError(
+            f"the array's metadata is not what is planned: {told}",
+            where=str(path / "zarr.json"),
+            next=f"{_forget(path)}, then stage=plan, which makes it anew; the chunks stay",
+        )
+    return array
+
+
+def _array(path: Path, *, mode: Any = "r") -> Any:
     try:
         if not _there(path):  # asked first, since zarr makes a directory for what it then misses
             raise FileNotFoundError(path)
         return zarr.open_array(LocalStore(path, read_only=mode == "r"), mode=mode)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # of damaged metadata zarr raises whatever its first use of it does
         raise StoreError(
-            f"no readable array ({error})",
+            f"no readable array ({type(error).__name__}: {error})",
             where=str(path),
-            next="stage=plan makes what is missing; if zarr.json is damaged, remove it first",
+            next="stage=plan makes what is missing, and metadata that can't be read",
         ) from error
 
 
-def _described(array: Any, compression: str) -> ArraySpec:
-    codecs = [codec.to_dict()["name"] for codec in array.compressors]
-    return ArraySpec(
-        shape=tuple(array.shape),
-        chunks=tuple(array.chunks),
-        dtype=str(array.dtype),
-        compression=compression if codecs == _codec_names(compression) else str(codecs),
-        attributes=dict(array.attrs),
+def _opened(path: Path) -> Any | None:
+    """The array at `path`; None if there is none, or its metadata can't be read."""
+    try:
+        return _array(path)
+    except StoreError as error:
+        if isinstance(error.__cause__, OSError) and not isinstance(
+            error.__cause__, FileNotFoundError
+        ):
+            raise
+        return None
+
+
+def _differences(array: Any, spec: ArraySpec) -> str:
+    """What of an array's metadata is not as `spec` says, in words; nothing if all is."""
+    there, planned = _metadata(array), _metadata(_create(MemoryStore(), spec))
+    rows = array.shape[:1]
+    if spec.grows and rows > spec.shape[:1]:
+        planned["shape"] = [*rows, *planned["shape"][1:]]
+    return "; ".join(
+        f"{name} {there.get(name)}, planned {planned.get(name)}"
+        for name in sorted({*there, *planned})
+        if there.get(name) != planned.get(name)
     )
 
 
-def _codec_names(compression: str) -> list[str]:
-    return ["zstd", "crc32c"] if compression == "zstd" else ["crc32c"]
+def _metadata(array: Any) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(json.dumps(array.metadata.to_dict()))
+    return content
+
+
+def _forget(path: Path) -> str:
+    return f"rm {shlex.quote(str(path / 'zarr.json'))}"
 
 
 def _chunk_files(path: Path, array: Any, block: int) -> list[Path]:

@@ -44,6 +44,28 @@ def told(path: Path) -> Iterator[None]:
         ) from error
 
 
+def read(path: Path) -> bytes:
+    """What is at `path`.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is nothing.
+    StoreError
+        If it can't be read.
+    """
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StoreError(
+            f"not readable: {error.strerror}",
+            where=str(path),
+            next="see the permissions of the file, then run the same command again",
+        ) from error
+
+
 def free_bytes(path: Path) -> int:
     """Free bytes of the file system that holds `path` or its nearest existing parent."""
     while not path.exists():

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trak_dist import commands
 from trak_dist.cells import (
     Cell,
     FeaturizeCell,
@@ -20,16 +21,18 @@ from trak_dist.cells import (
     ScoreCell,
 )
 from trak_dist.errors import CorruptChunk
-from trak_dist.store import arrays
+from trak_dist.store import arrays, specs
+from trak_dist.store.arrays import ArraySpec
 from trak_dist.store.receipts import Receipt
 from trak_dist.store.run import Run
 
 
 @dataclass(frozen=True)
 class Slab:
-    """Rows `start` to `stop` of the array at `path`."""
+    """Rows `start` to `stop` of the array at `path`, and what that array is."""
 
     path: Path
+    spec: ArraySpec
     start: int
     stop: int
 
@@ -40,24 +43,30 @@ def slabs(run: Run, cell: Cell) -> dict[str, Slab]:
     match cell:
         case MarginsCell(subset, seed, targets):
             path, row = layout.margins(targets, seed), int(subset)
-            owned = {"margins": Slab(path, row, row + 1)}
+            spec = specs.margins(plan, plan.split(targets))
+            owned = {"margins": Slab(path, spec, row, row + 1)}
         case FeaturizeCell(model_id, split, rows):
             group = layout.grads(plan, model_id, split)
-            names = ["grads", "row_scale", "out_to_loss"]
-            if plan.split(split).fed:
-                names.append("inputs")
-            owned = {name: Slab(group / name, rows.start, rows.stop) for name in names}
+            owned = {
+                name: Slab(group / name, spec, rows.start, rows.stop)
+                for name, spec in specs.of_split(plan, plan.split(split)).items()
+            }
         case GramCell(model_id):
-            owned = {"gram": Slab(layout.gram(plan, model_id), 0, plan.proj_dim)}
+            path = layout.gram(plan, model_id)
+            owned = {"gram": Slab(path, specs.square(plan), 0, plan.proj_dim)}
         case KernelCell(model_id):
-            owned = {"kernel": Slab(layout.kernel(plan, model_id) / "kernel", 0, plan.proj_dim)}
+            path = layout.kernel(plan, model_id) / "kernel"
+            owned = {"kernel": Slab(path, specs.square(plan), 0, plan.proj_dim)}
         case PreconditionCell(model_id, targets):
             path = layout.kernel(plan, model_id) / "precond" / targets
-            owned = {"precond": Slab(path, 0, plan.proj_dim)}
+            spec = specs.preconditioned(plan, plan.split(targets))
+            owned = {"precond": Slab(path, spec, 0, plan.proj_dim)}
         case ScoreCell(targets, rows):
-            owned = {"scores": Slab(layout.scores(targets), rows.start, rows.stop)}
+            path, spec = layout.scores(targets), specs.scores(plan, targets)
+            owned = {"scores": Slab(path, spec, rows.start, rows.stop)}
             if plan.halves(targets):
-                owned["halves"] = Slab(layout.halves(targets), rows.start, rows.stop)
+                path, spec = layout.halves(targets), specs.halves(plan, targets)
+                owned["halves"] = Slab(path, spec, rows.start, rows.stop)
         case _:
             owned = {}
     return owned
@@ -79,7 +88,7 @@ def write(run: Run, cell: Cell, values: Mapping[str, NDArray[Any]]) -> dict[str,
     digests = {}
     for name, slab in owned.items():
         assert len(values[name]) == slab.stop - slab.start
-        digests[name] = arrays.write_rows(slab.path, slab.start, values[name])
+        digests[name] = arrays.write_rows(slab.path, slab.spec, slab.start, values[name])
     return digests
 
 
@@ -99,13 +108,13 @@ def read(run: Run, cell: Cell, name: str) -> NDArray[Any]:
         raise CorruptChunk(
             f"{name} of {cell.id} is damaged: {error.what}",
             where=str(slab.path),
-            next=f"python -m trak_dist.launch stage=verify repair=true "
-            f"run_dir={run.layout.run_dir}, then the same command again",
+            next=f"{commands.launch(run.layout.run_dir, 'stage=verify', 'repair=true')}, then the "
+            "same command again",
         ) from error
 
 
 def _read(slab: Slab) -> NDArray[Any]:
-    values = arrays.read_rows(slab.path, slab.start, slab.stop)
+    values = arrays.read_rows(slab.path, slab.spec, slab.start, slab.stop)
     if not np.isfinite(values).all():
         raise CorruptChunk("a chunk is missing")
     return values

@@ -13,7 +13,9 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from trak_dist.cells import STAGE_CELLS, Cell, parse_cell
+from trak_dist import decoding
+from trak_dist.cells import STAGE_CELLS, STEPS, Cell, check_name, parse_cell
+from trak_dist.config import DEVICES, rebuilt
 from trak_dist.errors import PlanMismatch, StoreError
 from trak_dist.plan import digest
 from trak_dist.store import atomic
@@ -35,17 +37,29 @@ class Job:
     """
 
     launch: str
-    step: str
+    step: str = field(metadata={"choices": (*STEPS, GO_ON)})
     fingerprint: str
-    device: str
+    device: str = field(metadata={"choices": DEVICES})
     tasks: tuple[tuple[str, ...], ...]
     cluster: Mapping[str, Any]
-    stages: tuple[str, ...]
+    stages: tuple[str, ...] = field(metadata={"may_be_empty": True})
     member: str = ""
 
     def cells(self, index: int) -> tuple[Cell, ...]:
-        """The cells of one task."""
-        return tuple(parse_cell(cell_id) for cell_id in self.tasks[index])
+        """The cells of one task; of a task that there is not, none."""
+        return tuple(parse_cell(cell_id) for task in self.tasks[index:][:1] for cell_id in task)
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Job:
+        """Read back a job; raise `ValueError` if it is none."""
+        job = rebuilt(cls, decoding.mapping(text), "it is no job:")
+        for cell_id in (c for task in job.tasks for c in task):
+            parse_cell(cell_id)
+        if job.member:
+            check_name(job.member, what="the member")  # it names a directory
+        if not set(job.stages) <= set(STAGE_CELLS):
+            raise ValueError(f"stages {list(job.stages)} are none")
+        return job
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,12 +131,10 @@ class Jobs:
         """
         path = self._layout.job(number)
         try:
-            raw = json.loads(path.read_bytes())
-            raw["tasks"] = tuple(tuple(task) for task in raw["tasks"])
-            return Job(**{**raw, "stages": tuple(raw["stages"])})
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            return Job.from_json(path.read_bytes())
+        except (OSError, ValueError) as error:
             raise StoreError(
-                f"the job's record can't be read ({error})",
+                f"the job's record can't be read ({' '.join(str(error).split())})",
                 where=str(path),
                 next="run the launch command again: what is missing is submitted anew",
             ) from None
@@ -176,8 +188,9 @@ class Jobs:
     def attempt(self, job: str, index: int) -> Attempt | None:
         """How the last attempt at a task began, if there was one."""
         try:
-            return Attempt(**json.loads(self._layout.attempt(job, index).read_bytes()))
-        except (OSError, ValueError, TypeError):  # none, or damaged: counting begins anew
+            raw = decoding.mapping(self._layout.attempt(job, index).read_bytes())
+            return rebuilt(Attempt, raw, "it is no attempt:")
+        except (OSError, ValueError):  # none, or damaged: counting begins anew
             return None
 
     def begin(self, job: str, index: int, *, done: int, by: Mapping[str, Any]) -> Attempt:

@@ -94,7 +94,8 @@ class Layout:
     def task_logs(self, number: int) -> dict[int, Path]:
         """What the tasks of an array that ever began printed, by index."""
         found = self.job_logs(number).glob("*_*_0_log.out")
-        return {int(path.name.split("_")[1]): path for path in found}
+        by_index = ((path.name.split("_")[1], path) for path in found)
+        return {int(index): path for index, path in by_index if index.isdecimal()}
 
     def attempt(self, job: str, index: int) -> Path:
         """What the last attempt at one task of a job began with."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from trak_dist.plan import CHUNK_BYTES, Plan, Split
+from trak_dist.cells import Cell, GramCell, KernelCell, MarginsCell, PreconditionCell
+from trak_dist.plan import Plan
 from trak_dist.store import arrays
-from trak_dist.store.arrays import ArraySpec
-from trak_dist.store.parts import DIGEST_BYTES
+from trak_dist.store.contents import slabs
 from trak_dist.store.run import Run
 
 
@@ -20,110 +20,51 @@ def prepare(run: Run) -> None:
     StoreError
         If an array of another kind is in the way, or the file system refuses.
     """
-    plan, layout = run.plan, run.layout
+    plan = run.plan
     for model_id in plan.model_ids:
         prepare_checkpoint(run, model_id)
-    prepare_scores(run, run.plan.scored())
+    prepare_scores(run, plan.scored())
     for split in plan.targets:
         for seed in range(plan.ground_truth.seeds if plan.ground_truth.subsets else 0):
-            path = layout.margins(split.name, seed)
-            arrays.grow(path, _margins(plan, split))
-            _ensure_groups(run, path)
+            for slab in slabs(run, MarginsCell("0", seed, split.name)).values():
+                arrays.grow(slab.path, slab.spec)
+                _ensure_groups(run, slab.path)
 
 
 def prepare_checkpoint(run: Run, model_id: int) -> None:
     """The same for the arrays of one checkpoint."""
-    for path, spec in _checkpoint_arrays(run, model_id):
-        arrays.ensure(path, spec)
-        _ensure_groups(run, path)
+    for cell in _one_of_each(run.plan, model_id):
+        for slab in slabs(run, cell).values():
+            arrays.ensure(slab.path, slab.spec)
+            _ensure_groups(run, slab.path)
 
 
 def prepare_scores(run: Run, names: Iterable[str]) -> None:
-    """The same for scores of target sets; those of another ensemble are replaced."""
-    for path, spec in _score_arrays(run, names):
-        arrays.replace(path, spec)
-        _ensure_groups(run, path)
+    """The same for scores of target sets; those of another ensemble, or damaged, are replaced.
+
+    Where this plan's cells made some before, they are taken back: the next command does them.
+    """
+    for name in names:
+        cells = list(run.plan.score_cells(name))
+        owned = slabs(run, cells[0]).values()
+        if any(arrays.is_other(slab.path, slab.spec) for slab in owned):
+            for cell in run.receipts.done(cells):
+                run.receipts.revoke(cell, why="its array was replaced")
+        for slab in owned:
+            arrays.replace(slab.path, slab.spec)
+            _ensure_groups(run, slab.path)
+
+
+def _one_of_each(plan: Plan, model_id: int) -> Iterator[Cell]:
+    """A cell for each array of a checkpoint."""
+    for split in (plan.train, *plan.targets):
+        yield next(plan.featurize_cells(model_id, split.name))
+    yield GramCell(model_id)
+    yield KernelCell(model_id)
+    yield from (PreconditionCell(model_id, split.name) for split in plan.targets)
 
 
 def _ensure_groups(run: Run, path: Path) -> None:
     for group in path.parents:
         if group.is_relative_to(run.layout.store):
             arrays.ensure_group(group)
-
-
-def _checkpoint_arrays(run: Run, model_id: int) -> Iterator[tuple[Path, ArraySpec]]:
-    plan, layout = run.plan, run.layout
-    for split in (plan.train, *plan.targets):
-        group = layout.grads(plan, model_id, split.name)
-        for name, spec in _grads_specs(plan, split).items():
-            yield group / name, spec
-    yield layout.gram(plan, model_id), _square(plan)
-    kernel = layout.kernel(plan, model_id)
-    yield kernel / "kernel", _square(plan)
-    for split in plan.targets:
-        yield kernel / "precond" / split.name, _preconditioned(plan, split)
-
-
-def _grads_specs(plan: Plan, split: Split) -> dict[str, ArraySpec]:
-    """`grads` (n, k), `row_scale` (n,) and `out_to_loss` (n,), chunked alike.
-
-    Where rows are fed also `inputs` (n, 16), digests of what each was computed from.
-    """
-    rows, chunk = split.rows, min(split.cell_rows, split.rows)
-    compression = plan.spec.store.compression
-
-    def row_array(dtype: str, *columns: int) -> ArraySpec:
-        return ArraySpec(
-            shape=(rows, *columns), chunks=(chunk, *columns), dtype=dtype, compression=compression
-        )
-
-    specs = {
-        "grads": row_array(plan.spec.featurize.dtype, plan.store_dim),
-        "row_scale": row_array("float32"),
-        "out_to_loss": row_array("float32"),
-    }
-    if split.fed:
-        specs["inputs"] = row_array("uint8", DIGEST_BYTES)
-    return specs
-
-
-def _square(plan: Plan) -> ArraySpec:
-    k = plan.proj_dim
-    chunk = max(1, min(k, CHUNK_BYTES // (8 * k)))
-    return ArraySpec(shape=(k, k), chunks=(chunk, k), dtype="float64")
-
-
-def _preconditioned(plan: Plan, split: Split) -> ArraySpec:
-    shape = (plan.proj_dim, split.rows)
-    chunk = max(1, min(shape[0], CHUNK_BYTES // (8 * split.rows)))
-    return ArraySpec(shape=shape, chunks=(chunk, split.rows), dtype=plan.precondition_dtype)
-
-
-def _margins(plan: Plan, split: Split) -> ArraySpec:
-    shape = (plan.ground_truth.subsets, split.rows)
-    return ArraySpec(shape=shape, chunks=(1, split.rows), dtype="float32")
-
-
-def _score_arrays(run: Run, names: Iterable[str]) -> Iterator[tuple[Path, ArraySpec]]:
-    """`scores` (n_train, targets); `halves` (n_train, 2, some targets); both cut alike."""
-    plan, layout = run.plan, run.layout
-    for name in names:
-        yield layout.scores(name), _scores(plan, name, plan.score_columns(name))
-        if shown := plan.halves(name):
-            yield layout.halves(name), _scores(plan, name, 2, len(shown))
-
-
-def _scores(plan: Plan, targets: str, *columns: int) -> ArraySpec:
-    train = plan.score_split(targets)
-    return ArraySpec(
-        shape=(train.rows, *columns),
-        chunks=(train.cell_rows, *columns),
-        dtype="float32",
-        attributes={
-            "model_ids": list(plan.model_ids),
-            "proj_dim": plan.proj_dim,
-            "lambda_reg": plan.spec.reduce.lambda_reg,
-            "lambda_unit": plan.spec.reduce.lambda_unit,
-            "kernel_scale": plan.spec.reduce.kernel_scale,
-        },
-    )

@@ -7,6 +7,7 @@ single receipt, being younger, wins over the columnar file.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -18,11 +19,15 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from trak_dist import decoding
 from trak_dist.cells import Cell
-from trak_dist.plan import Plan
+from trak_dist.config import rebuilt
+from trak_dist.errors import CorruptChunk, StoreError
+from trak_dist.plan import Plan, digest
 from trak_dist.store import atomic
 from trak_dist.store.layout import Layout
 
+Fact = TypeVar("Fact")
 log = logging.getLogger(__name__)
 
 
@@ -40,6 +45,23 @@ class Receipt:
     digests: Mapping[str, str] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     job: Mapping[str, Any] = field(default_factory=dict)
+
+    def fact(self, name: str, kind: type[Fact] | tuple[type[Fact], ...]) -> Fact:
+        """One of the facts.
+
+        Raises
+        ------
+        CorruptChunk
+            If it is not there, or not of that kind.
+        """
+        found = self.facts.get(name)
+        if not isinstance(found, kind):
+            raise CorruptChunk(
+                f"the receipt's {name} is {found!r}",
+                where=self.cell,
+                next="remove the cell's receipt, then the same command again",
+            )
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +136,7 @@ class Receipts:
     def failures(self, cells: Iterable[Cell]) -> dict[Cell, Failure]:
         """The failures of those of `cells` whose last attempt failed."""
         by_path = {self._layout.failure(self._plan, c): c for c in cells}
-        there = {p for d in {p.parent for p in by_path} for p in d.glob("*.json")}
+        there = {p for d in {p.parent for p in by_path} for p in _listed(d)}
         found = {c: self.failure(c) for path, c in by_path.items() if path in there}
         return {c: f for c, f in found.items() if f is not None}
 
@@ -148,8 +170,13 @@ def rows_per_second(receipts: Iterable[Receipt]) -> float:
 
     A task's first cell also pays for what is imported and drawn once.
     """
-    timed = (r for r in receipts if "rows" in r.facts and r.job.get("seconds"))
-    return float(median([r.facts["rows"] / r.job["seconds"] for r in timed] or [0.0]))
+    told = ((r.facts.get("rows"), r.job.get("seconds")) for r in receipts)
+    rates = [
+        rows / seconds
+        for rows, seconds in told
+        if isinstance(rows, int) and isinstance(seconds, int | float) and rows > 0 and seconds > 0
+    ]
+    return float(median(rates or [0.0]))
 
 
 def audited(receipts: Iterable[Receipt]) -> str:
@@ -170,7 +197,15 @@ def audited(receipts: Iterable[Receipt]) -> str:
 
 
 def _dump(value: Receipt | Failure) -> bytes:
-    return json.dumps(asdict(value)).encode()
+    content = json.loads(json.dumps(asdict(value)))
+    return json.dumps({**content, "digest": digest(content)}).encode()
+
+
+def _listed(directory: Path) -> list[Path]:
+    """The JSON files in `directory`, of which there may be none."""
+    with atomic.told(directory), contextlib.suppress(FileNotFoundError):
+        return [path for path in directory.iterdir() if path.suffix == ".json"]
+    return []
 
 
 Kind = TypeVar("Kind", Receipt, Failure)
@@ -179,30 +214,40 @@ Kind = TypeVar("Kind", Receipt, Failure)
 def _read(path: Path, kind: type[Kind]) -> Kind | None:
     """What is at `path`; None if there is nothing, or nothing whole."""
     try:
-        value = kind(**json.loads(path.read_bytes()))
-        if not isinstance(value.cell, str) or not isinstance(value.job, dict):
-            raise TypeError("not what a receipt holds")
+        return _parsed(atomic.read(path), kind)
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
+    except StoreError:  # whole, maybe, for who may read it
+        raise
+    except ValueError as error:
         # Ours appear whole, so this is damage to the file: its cell counts as missing and is rerun.
-        log.warning("unreadable, counted as missing: %s (%s)", path, error)
+        log.warning("unreadable, counted as missing: %s (%s)", path, " ".join(str(error).split()))
         return None
-    return value
+
+
+def _parsed(text: bytes, kind: type[Kind]) -> Kind:
+    """Of one that an earlier version wrote, without a digest, only the form is known."""
+    raw = decoding.mapping(text)
+    said = raw.pop("digest", None)
+    if said not in (None, digest(raw)):
+        raise ValueError("its content is not what was written")
+    return rebuilt(kind, raw, "it is no record of a cell:")
 
 
 def _read_directory(directory: Path, names: Container[str]) -> dict[str, Receipt]:
-    singles = [_read(path, Receipt) for path in directory.glob("*.json") if path.name in names]
+    singles = [_read(path, Receipt) for path in _listed(directory) if path.name in names]
     found = {r.cell: r for r in _read_columns(directory / "consolidated.npz")}
     return found | {r.cell: r for r in singles if r is not None}
 
 
 def _read_columns(path: Path) -> list[Receipt]:
     try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-            return [Receipt(**json.loads(text)) for text in file["receipt"].tolist()]
+        with np.load(io.BytesIO(atomic.read(path)), allow_pickle=False) as file:
+            return [_parsed(text, Receipt) for text in file["receipt"].tolist()]
     except FileNotFoundError:
         return []
+    except StoreError:
+        raise
     except Exception as error:  # zip, npy and JSON have their own ways to fail on damage
         log.warning("unreadable, its cells counted as missing: %s (%s)", path, error)
         return []

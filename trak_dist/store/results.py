@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from trak_dist import commands
 from trak_dist.cells import STAGE_CELLS, TRAIN, EvaluateCell
 from trak_dist.errors import ConfigError, CorruptChunk, MissingInputs
 from trak_dist.plan import Plan
@@ -145,8 +146,7 @@ class Results:
             raise CorruptChunk(
                 "the figures are gone, or not those that were written",
                 where=str(path),
-                next="python -m trak_dist.launch stage=verify repair=true "
-                f"run_dir={self._run.layout.run_dir}, then the same command again",
+                next=f"{self._command('stage=verify', 'repair=true')}, then the same command again",
             )
         found: dict[str, Any] = json.loads(text)
         return found
@@ -154,6 +154,9 @@ class Results:
     def _refuse_train(self, targets: str) -> None:
         if targets == TRAIN:
             raise ConfigError("train is no target set", next="self_influence() is what there is")
+
+    def _command(self, *arguments: str) -> str:
+        return commands.launch(self._run.layout.run_dir, *arguments)
 
     def _names(self) -> list[str]:
         return [s.name for s in self.plan.targets]
@@ -165,8 +168,7 @@ class Results:
         if targets == TRAIN and not self.plan.self_influence:
             raise ConfigError(
                 "the run does not compute self-influence",
-                next="python -m trak_dist.launch stage=reduce self_influence=true "
-                f"run_dir={self._run.layout.run_dir}",
+                next=self._command("stage=reduce", "self_influence=true"),
             )
         if targets not in (*names, TRAIN):
             raise ConfigError(
@@ -178,7 +180,7 @@ class Results:
             raise MissingInputs(
                 f"{len(cells) - len(done)} of {len(cells)} score cells of {targets!r} are missing",
                 where=str(self._run.layout.run_dir),
-                next=f"python -m trak_dist.launch run_dir={self._run.layout.run_dir}",
+                next=self._command(),
             )
         for cell in cells:
             yield cell.rows.start, contents.read(self._run, cell, name)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from trak_dist import commands
 from trak_dist.cells import Cell
 from trak_dist.errors import PlanMismatch
 from trak_dist.plan import Plan
@@ -36,15 +37,16 @@ class Run:
             If there is no plan, or not one that this version reads.
         """
         layout = Layout(run_dir.absolute())
-        generation = layout.generation()
+        with atomic.told(layout.run_dir):
+            generation = layout.generation()
         if generation is None:
             raise PlanMismatch(
                 "there is no run here: plan.json is missing",
                 where=str(layout.run_dir),
-                next=f"python -m trak_dist.launch problem=… run_dir={run_dir}",
+                next=commands.launch(run_dir, "problem=…"),
             )
         path = layout.plan(generation)
-        return cls(layout, Plan.from_json(path.read_bytes(), where=str(path)), generation)
+        return cls(layout, Plan.from_json(atomic.read(path), where=str(path)), generation)
 
     @classmethod
     def exists(cls, run_dir: Path) -> bool:
@@ -76,7 +78,9 @@ class Run:
     @classmethod
     def _publish(cls, layout: Layout, plan: Plan, generation: int) -> Run:
         path = layout.plan(generation)
-        there = atomic.write_once(path, plan.to_json().encode())
+        content = plan.to_json().encode()
+        Plan.from_json(content, where=str(path))  # what could not be read is never written
+        there = atomic.write_once(path, content)
         if Plan.from_json(there, where=str(path)) != plan:
             raise PlanMismatch(
                 "another process planned something else here just now",

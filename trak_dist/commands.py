@@ -1,0 +1,32 @@
+"""Commands to type next, to be pasted: quoted for the shell, and for Hydra's overrides."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+# What Hydra takes as it is.
+_PLAIN = re.compile(r"[\w/.][\w/.-]*", re.ASCII)
+
+
+def launch(run_dir: Path, *arguments: str) -> str:
+    """The launcher's command on a run, with arguments that need no quotes."""
+    return " ".join(["python -m trak_dist.launch", *arguments, on(run_dir)])
+
+
+def on(run_dir: Path) -> str:
+    """The override that names a run directory."""
+    text = str(run_dir)
+    if not re.match(r"/|\w[^/]*/", text):  # else a number, `null`, `???` or a home directory
+        text = str(run_dir.absolute())
+    return shlex.quote(f"run_dir={hydra_value(text)}")
+
+
+def hydra_value(text: str) -> str:
+    """`text` as the value of an override, in quotes where Hydra would read it otherwise."""
+    if _PLAIN.fullmatch(text):
+        return text
+    literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # no interpolation
+    quoted = re.sub(r"(\\*)'", r"\1\1\\'", literal)
+    return "'" + re.sub(r"(\\+)\Z", r"\1\1", quoted) + "'"
