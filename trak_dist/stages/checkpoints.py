@@ -92,6 +92,10 @@ def _path(run: Run, model_id: int) -> str:
 
 def _published(run: Run, model_id: int) -> str | None:
     try:
-        return str(json.loads(run.layout.checkpoint_digest(model_id).read_bytes())["digest"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        content = atomic.read(run.layout.checkpoint_digest(model_id))
+    except FileNotFoundError:
+        return None
+    try:
+        return str(json.loads(content)["digest"])
+    except (ValueError, KeyError, TypeError):
         return None

@@ -9,8 +9,12 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from trak_dist.errors import StoreError
+
+STALE_TRIES = 5
+Found = TypeVar("Found")
 
 
 @contextlib.contextmanager
@@ -25,23 +29,27 @@ def told(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StoreError(
-                f"no disk space: {error.strerror} ({free_bytes(path) / 2**20:,.1f} MiB free)",
-                where=str(path),
-                next="free some space, then run the same command again: finished cells are kept",
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise StoreError(
-                f"not writable: {error.strerror}",
-                where=str(path),
-                next="run_dir=… a directory that you may write to",
-            ) from error
-        raise StoreError(
-            f"the file system refused: {error}",
+        raise _refused(path, error) from error
+
+
+def _refused(path: Path, error: OSError) -> StoreError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StoreError(
+            f"no disk space: {error.strerror} ({free_bytes(path) / 2**20:,.1f} MiB free)",
             where=str(path),
-            next="see that path and file system are right, then run the same command again",
-        ) from error
+            next="free some space, then run the same command again: finished cells are kept",
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return StoreError(
+            f"not writable: {error.strerror}",
+            where=str(path),
+            next="run_dir=… a directory that you may write to",
+        )
+    return StoreError(
+        f"the file system refused: {error}",
+        where=str(path),
+        next="see that path and file system are right, then run the same command again",
+    )
 
 
 def free_bytes(path: Path) -> int:
@@ -49,6 +57,80 @@ def free_bytes(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
+
+
+def read(path: Path) -> bytes:
+    """The content of the file at `path`.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none.
+    StoreError
+        If the file system refuses to read it.
+    """
+    with told_reading(path):
+        return unless_stale(path.read_bytes)
+
+
+def names(directory: Path) -> set[str]:
+    """The names in `directory`, which may be missing.
+
+    Raises
+    ------
+    StoreError
+        If the file system refuses to list it.
+    """
+    try:
+        with told_reading(directory):
+            return unless_stale(lambda: {path.name for path in directory.iterdir()})
+    except FileNotFoundError:
+        return set()
+
+
+def exists(path: Path) -> bool:
+    """Whether there is something at `path`.
+
+    Raises
+    ------
+    StoreError
+        If the file system refuses to say.
+    """
+    with told_reading(path):
+        return unless_stale(path.exists)
+
+
+def unless_stale(look: Callable[[], Found]) -> Found:
+    """What `look` finds, asked again where NFS says that a file was replaced meanwhile."""
+    for _ in range(STALE_TRIES - 1):
+        try:
+            return look()
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+    return look()
+
+
+@contextlib.contextmanager
+def told_reading(path: Path) -> Iterator[None]:
+    """Turn an `OSError` on `path`, which is there, into a `StoreError`.
+
+    Raises
+    ------
+    StoreError
+        For a missing permission, or any other failure of the file system.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StoreError(
+            f"not readable: {error.strerror or error}",
+            where=str(path),
+            next="see that you may read it and that the file system is well, then run the same "
+            "command again",
+        ) from error
 
 
 def write(path: Path, content: bytes) -> None:
@@ -72,7 +154,7 @@ def write_once(path: Path, content: bytes) -> bytes:
         try:
             os.link(temporary, path)
         except FileExistsError:
-            return path.read_bytes()
+            return read(path)
         fsync_directory(path.parent)
         return content
 

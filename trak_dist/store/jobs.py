@@ -31,7 +31,7 @@ class Job:
 
     `launch` names the command that it came from: of one command each cell is submitted once.
     `cluster` and `stages` are what the command was given, `device` is what follows for this step;
-    `member` names the member of a sweep that it is for.
+    `member` names the member of a sweep that it is for, `generation` is that of its plan.
     """
 
     launch: str
@@ -42,6 +42,7 @@ class Job:
     cluster: Mapping[str, Any]
     stages: tuple[str, ...]
     member: str = ""
+    generation: int = 0
 
     def cells(self, index: int) -> tuple[Cell, ...]:
         """The cells of one task."""
@@ -117,7 +118,8 @@ class Jobs:
         """
         path = self._layout.job(number)
         try:
-            raw = json.loads(path.read_bytes())
+            raw = json.loads(atomic.unless_stale(path.read_bytes))
+            raw["generation"] = int(raw.get("generation", 0))
             raw["tasks"] = tuple(tuple(task) for task in raw["tasks"])
             return Job(**{**raw, "stages": tuple(raw["stages"])})
         except (OSError, ValueError, TypeError, KeyError) as error:

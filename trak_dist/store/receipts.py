@@ -64,7 +64,9 @@ class Receipts:
     def publish(self, cell: Cell, receipt: Receipt) -> None:
         """Make `cell` done. The last thing a cell does."""
         atomic.write(self._layout.receipt(self._plan, cell), _dump(receipt))
-        self._layout.failure(self._plan, cell).unlink(missing_ok=True)
+        failure = self._layout.failure(self._plan, cell)
+        with atomic.told(failure):
+            failure.unlink(missing_ok=True)
 
     def revoke(self, cell: Cell, *, why: str) -> None:
         """Make `cell` missing again, by a receipt whose key fits no plan."""
@@ -96,7 +98,7 @@ class Receipts:
     def failures(self, cells: Iterable[Cell]) -> dict[Cell, Failure]:
         """The failures of those of `cells` whose last attempt failed."""
         by_path = {self._layout.failure(self._plan, c): c for c in cells}
-        there = {p for d in {p.parent for p in by_path} for p in d.glob("*.json")}
+        there = {d / n for d in {p.parent for p in by_path} for n in atomic.names(d)}
         found = {c: self.failure(c) for path, c in by_path.items() if path in there}
         return {c: f for c, f in found.items() if f is not None}
 
@@ -122,7 +124,8 @@ class Receipts:
         for cell, receipt in receipts.items():
             single = self._layout.receipt(self._plan, cell)
             if _read(single, Receipt) == receipt:
-                single.unlink(missing_ok=True)
+                with atomic.told(single):
+                    single.unlink(missing_ok=True)
 
 
 def rows_per_second(receipts: Iterable[Receipt]) -> float:
@@ -144,11 +147,13 @@ Kind = TypeVar("Kind", Receipt, Failure)
 def _read(path: Path, kind: type[Kind]) -> Kind | None:
     """What is at `path`; None if there is nothing, or nothing whole."""
     try:
-        value = kind(**json.loads(path.read_bytes()))
-        if not isinstance(value.cell, str) or not isinstance(value.job, dict):
-            raise TypeError("not what a receipt holds")
+        content = atomic.read(path)
     except FileNotFoundError:
         return None
+    try:
+        value = kind(**json.loads(content))
+        if not isinstance(value.cell, str) or not isinstance(value.job, dict):
+            raise TypeError("not what a receipt holds")
     except (ValueError, TypeError) as error:
         # Ours appear whole, so this is damage to the file: its cell counts as missing and is rerun.
         log.warning("unreadable, counted as missing: %s (%s)", path, error)
@@ -157,17 +162,20 @@ def _read(path: Path, kind: type[Kind]) -> Kind | None:
 
 
 def _read_directory(directory: Path, names: Container[str]) -> dict[str, Receipt]:
-    singles = [_read(path, Receipt) for path in directory.glob("*.json") if path.name in names]
+    there = sorted(name for name in atomic.names(directory) if name in names)
+    singles = [_read(directory / name, Receipt) for name in there]
     found = {r.cell: r for r in _read_columns(directory / "consolidated.npz")}
     return found | {r.cell: r for r in singles if r is not None}
 
 
 def _read_columns(path: Path) -> list[Receipt]:
     try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-            return [Receipt(**json.loads(text)) for text in file["receipt"].tolist()]
+        content = atomic.read(path)
     except FileNotFoundError:
         return []
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            return [Receipt(**json.loads(text)) for text in file["receipt"].tolist()]
     except Exception as error:  # zip, npy and JSON have their own ways to fail on damage
         log.warning("unreadable, its cells counted as missing: %s (%s)", path, error)
         return []

@@ -44,7 +44,7 @@ class Run:
                 next=f"python -m trak_dist.launch problem=… run_dir={run_dir}",
             )
         path = layout.plan(generation)
-        return cls(layout, Plan.from_json(path.read_bytes(), where=str(path)), generation)
+        return cls(layout, Plan.from_json(atomic.read(path), where=str(path)), generation)
 
     @classmethod
     def exists(cls, run_dir: Path) -> bool:
