@@ -13,7 +13,10 @@ from typing import Any
 
 import submitit
 
+from trak_dist.errors import TrakDistError
 from trak_dist.executors.protocol import Job, Task
+
+log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
 YEAR_MINUTES = 365 * 24 * 60
@@ -64,4 +67,7 @@ def _in_worker(job: Job, cells: Sequence[str], log_variable: str) -> None:
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
     )
-    job(cells)
+    try:
+        job(cells)
+    except TrakDistError as error:  # the whole job's: that it did nothing is told by the launcher
+        log.error("%s", error)  # noqa: TRY400

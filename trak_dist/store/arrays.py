@@ -44,7 +44,7 @@ class ArraySpec:
 
 def ensure_group(path: Path) -> None:
     """Make `path` a Zarr group if it is none yet."""
-    if not (path / "zarr.json").exists():
+    if not _there(path):
         atomic.write_once(path / "zarr.json", b'{"zarr_format": 3, "node_type": "group"}')
 
 
@@ -59,9 +59,7 @@ def ensure(path: Path, spec: ArraySpec) -> None:
     if not _there(path) and atomic.publish_directory(path, lambda at: _create(at, spec)):
         return
     if not _there(path):  # chunks that lost their metadata get it back
-        with tempfile.TemporaryDirectory() as scratch:
-            _create(Path(scratch) / "array", spec)
-            atomic.write_once(path / "zarr.json", (Path(scratch) / "array/zarr.json").read_bytes())
+        atomic.write_once(path / "zarr.json", _metadata(spec))
     there = _described(_open(path, mode="r"), spec.compression)
     if there != spec:
         raise StoreError(
@@ -78,11 +76,10 @@ def grow(path: Path, spec: ArraySpec) -> None:
     """
     if _there(path):
         there = _described(_open(path, mode="r"), spec.compression)
-        if there.shape[0] < spec.shape[0]:
-            with atomic.told(path):
-                _open(path, mode="r+").resize((spec.shape[0], *there.shape[1:]))
         rows = max(there.shape[0], spec.shape[0])
         spec = dataclasses.replace(spec, shape=(rows, *spec.shape[1:]))
+        if there.shape[0] < rows and dataclasses.replace(there, shape=spec.shape) == spec:
+            atomic.write(path / "zarr.json", _metadata(spec))
     ensure(path, spec)
 
 
@@ -113,9 +110,9 @@ def write_rows(path: Path, start: int, values: NDArray[Any]) -> str:
     with atomic.told(path), ThreadPoolExecutor(max_workers=1) as beside:
         array[start : start + len(values)] = values
         digest = beside.submit(content_digest, values)  # while the disk writes
-        for block in range(start // step, -(-(start + len(values)) // step)):
-            for file in _chunk_files(path, array, block):
-                atomic.fsync_file(file)
+        blocks = range(start // step, -(-(start + len(values)) // step))
+        files = [file for block in blocks for file in _chunk_files(path, array, block)]
+        atomic.fsync_files(files, below=path)
     return digest.result()
 
 
@@ -146,7 +143,13 @@ def content_digest(values: NDArray[Any]) -> str:
 
 
 def _there(path: Path) -> bool:
-    return (path / "zarr.json").exists()
+    return atomic.exists(path / "zarr.json")
+
+
+def _metadata(spec: ArraySpec) -> bytes:
+    with tempfile.TemporaryDirectory() as scratch:
+        _create(Path(scratch) / "array", spec)
+        return (Path(scratch) / "array" / "zarr.json").read_bytes()
 
 
 def _create(path: Path, spec: ArraySpec) -> None:

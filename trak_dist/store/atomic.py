@@ -7,7 +7,7 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -169,6 +169,7 @@ def publish_directory(path: Path, build: Callable[[Path], None]) -> bool:
     """
     with told(path), _temporary(path) as temporary:
         build(temporary)
+        fsync_files([file for file in temporary.rglob("*") if file.is_file()], below=temporary)
         try:
             temporary.rename(path)
         except OSError as error:
@@ -179,11 +180,14 @@ def publish_directory(path: Path, build: Callable[[Path], None]) -> bool:
         return True
 
 
-def fsync_file(path: Path) -> None:
-    """Force a written file, and its directory entry, to disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    fsync_directory(path.parent)
+def fsync_files(files: Sequence[Path], *, below: Path) -> None:
+    """Force written files to disk, with their names and those of their directories in `below`."""
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    parents = {parent for path in files for parent in path.parents}
+    for directory in sorted(p for p in parents if p.is_relative_to(below)):
+        fsync_directory(directory)
 
 
 def fsync_directory(path: Path) -> None:
@@ -198,7 +202,7 @@ def fsync_directory(path: Path) -> None:
 @contextlib.contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
     """A name beside `path`, of which nothing is left behind."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _ensure_directory(path.parent)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         yield temporary
@@ -207,6 +211,13 @@ def _temporary(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def _ensure_directory(path: Path) -> None:
+    if not path.is_dir():
+        _ensure_directory(path.parent)
+        path.mkdir(exist_ok=True)
+        fsync_directory(path.parent)
 
 
 def _write(path: Path, content: bytes) -> None:

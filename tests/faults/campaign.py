@@ -1,0 +1,359 @@
+"""Random faults against small real runs, and a table of what became of them.
+
+    python tests/faults/campaign.py --seed 1 --count 500 [--only CASE] [--directory DIR]
+
+Each case disturbs one command (or the tasks of one graph), then gives the same command again, until
+nothing is disturbed. It has to end with the bytes of the undisturbed run in every cell; and what was
+said on the way has to be our words: exit code 1 or 2, no traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+
+import commands
+import tiny
+from commands import HUNG, Process, below, launched, start, tasked
+from injecting import REFUSALS, Fault
+
+from trak_dist import graph
+from trak_dist.cells import STEPS
+from trak_dist.store.run import Run
+
+TASKS = 2
+REFUSED = tuple(REFUSALS)
+# What may happen, and how often of a hundred; who it happens to follows.
+LAUNCHER, WORKER, TASK = "launcher", "worker", "task"
+KINDS: tuple[tuple[str, str], ...] = (
+    *(("kill", who) for who in (LAUNCHER, WORKER, TASK)),
+    *((kind, who) for kind in REFUSED for who in (LAUNCHER, WORKER, TASK)),
+    *(("power loss", who) for who in (LAUNCHER, TASK)),
+    *(("clock steps", who) for who in (LAUNCHER, WORKER, TASK)),
+    ("stale listing", TASK),
+    ("two launchers", LAUNCHER),
+    ("launcher killed, workers go on", LAUNCHER),
+)
+THROUGH, TOLD, DIED = "went through", "told, then mended", "died, then mended"
+
+
+@dataclass(frozen=True)
+class Story:
+    """Commands, one after the other, that make a run; the last of them is disturbed."""
+
+    name: str
+    commands: tuple[tuple[str, ...], ...]
+
+
+def stories(checkpoints: Path) -> list[Story]:
+    """From nothing; after planning; more targets and self-influence; a ground truth of one's own."""
+    first = (
+        "problem._target_=tiny.problem",
+        f"+problem.directory={checkpoints}",
+        *("+problem.rows=20", "targets=val", "proj_dim=16"),
+        *("featurize.batch_rows=4", "featurize.cell_rows=8"),
+    )
+    trained = (
+        "problem._target_=tiny_trained.problem",
+        *("checkpoints.train=2", "targets=val", "proj_dim=16", "featurize.batch_rows=4"),
+        *("featurize.cell_rows=12", "ground_truth.subsets=8", "ground_truth.seeds=1"),
+    )
+    return [
+        Story("whole", (first,)),
+        Story("planned", ((*first, "stage=plan"), ())),
+        Story("grown", (first, ("targets=[val,test]", "self_influence=true"))),
+        Story("trained", ((*trained, "stage=plan"), ())),
+        Story("more subsets", ((*trained,), ("ground_truth.subsets=10",))),
+    ]
+
+
+@dataclass
+class Prepared:
+    """A story up to its last command, and what it comes to undisturbed."""
+
+    story: Story
+    before: Path | None
+    expected: Mapping[str, Any]
+    counts: Mapping[tuple[str, str], Counter[str]]
+
+
+class Campaign:
+    """Cases in a directory of their own."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.cwd = directory / "elsewhere"
+        self.cwd.mkdir()
+        os.chdir(self.cwd)
+        tiny.write_checkpoints(directory / "checkpoints", 2)
+        every = stories(directory / "checkpoints")
+        warm = [f"run_dir={directory / 'warm' / 'run'}"]
+        (directory / "warm").mkdir()
+        for story in every[0], every[4]:
+            commands.import_what_a_command_needs(
+                lambda story=story: _launch((*story.commands[0], *warm)),
+                directory / "warm",  # type: ignore[misc]
+            )
+            shutil.rmtree(directory / "warm" / "run")
+        self.prepared = [self._prepare(story) for story in every]
+
+    def _prepare(self, story: Story) -> Prepared:
+        root = self.directory / f"undisturbed {story.name}"
+        root.mkdir()
+        for given in story.commands[:-1]:
+            _succeed(root, lambda given=given: _launch((*given, _at(root))))  # type: ignore[misc]
+        before = None
+        if story.commands[:-1]:
+            before = shutil.copytree(root / "run", self.directory / f"before {story.name}")
+        counts = {}
+        last = (*story.commands[-1], _at(root))
+        do = functools.partial(_launch, last)
+        _succeed(root, lambda: commands.counted(root, do, root / "counts"))
+        counts[story.name, LAUNCHER] = Counter(json.loads((root / "counts").read_text()))
+        expected = self.found(root)
+        assert not expected["missing"] and not expected["damaged"], expected
+        return Prepared(story, before, expected, counts)
+
+    def found(self, root: Path) -> Any:
+        """What is in a run, looked at by a process of its own."""
+        _succeed(root, lambda: commands.found(root / "run", root / "found"))
+        return json.loads((root / "found").read_text())
+
+    def case(self, seed: str) -> Case:
+        """The case that follows from a seed."""
+        chance = random.Random(seed)
+        kind, who = chance.choice(KINDS)
+        prepared = chance.choice(self.prepared)
+        root = self.directory / f"case {seed}"
+        root.mkdir()
+        if prepared.before:
+            shutil.copytree(prepared.before, root / "run")
+        return Case(self, prepared, kind, who, root, chance)
+
+
+@dataclass
+class Case:
+    """One fault, at one moment of one story."""
+
+    campaign: Campaign
+    prepared: Prepared
+    kind: str
+    who: str
+    root: Path
+    chance: random.Random
+    said: str = ""
+
+    def run(self) -> str:
+        """What became of it, one of `THROUGH`, `TOLD`, `DIED`.
+
+        Raises
+        ------
+        AssertionError
+            If it came to anything else.
+        """
+        disturb = {
+            "two launchers": self._two,
+            "launcher killed, workers go on": self._orphans,
+        }.get(
+            self.kind,
+            {LAUNCHER: self._launcher, WORKER: self._workers, TASK: self._tasks}[self.who],
+        )
+        codes = disturb()
+        self._hold("Traceback" not in self.said, "a traceback")
+        self._hold(HUNG not in codes, "hung")
+        self._hold(all(code in (0, 1, 2, -9, 85) for code in codes), f"exit codes {codes}")
+        if any(code in (1, 2) for code in codes):
+            self._hold(
+                "error: " in self.said or " ERROR " in self.said or "failed: " in self.said,
+                "no word",
+            )
+        process = start(lambda: self._again(), self.root / "again")
+        code = process.wait()
+        self.said += process.said
+        self._hold(code == 0, f"the same command again: exit code {code}")
+        self._hold("Traceback" not in process.said, "a traceback, again")
+        found = self.campaign.found(self.root)
+        self._hold(not found["missing"], f"missing: {found['missing']}")
+        self._hold(not found["damaged"], f"damaged: {found['damaged']}")
+        self._hold(found["done"] == self.prepared.expected["done"], "other bytes")
+        self._hold(not list(self.campaign.cwd.iterdir()), "files elsewhere")
+        if all(code in (0, 85) for code in codes):
+            return THROUGH
+        return DIED if -9 in codes else TOLD
+
+    def _hold(self, true: bool, what: str) -> None:
+        if not true:
+            raise AssertionError(what)
+
+    @property
+    def _arguments(self) -> tuple[str, ...]:
+        return (*self.prepared.story.commands[-1], _at(self.root))
+
+    def _again(self) -> int:
+        return _launch(self._arguments)
+
+    def _fault(self, share: float = 1.0) -> Fault:
+        seed = self.chance.getrandbits(32)
+        fault = Fault(self.kind, seed=seed)
+        (counts,) = self.prepared.counts.values()
+        total = sum(counts[name] for name in fault.operations)
+        at = self.chance.randint(1, max(1, int(total * share)))
+        return replace(fault, at=at, lasts=self.chance.choice([1, 1, 1, 10, 10**9]))
+
+    def _wait(self, process: Process) -> int | str:
+        code = process.wait()
+        self.said += f"--- {code}\n{process.said}\n"
+        return code
+
+    def _launcher(self) -> list[int | str]:
+        fault = self._fault()
+
+        def do() -> int:
+            below(self.root, fault, {})
+            return _launch(self._arguments)
+
+        return [self._wait(start(do, self.root / "said"))]
+
+    def _workers(self) -> list[int | str]:
+        fault, unlucky = self._fault(0.4), self.chance.randrange(2)
+
+        def of_worker(number: int) -> None:
+            if number == unlucky:
+                below(self.root, fault, {})
+
+        def do() -> int:
+            return launched(self._arguments, workers=2, of_worker=of_worker)
+
+        return [self._wait(start(do, self.root / "said"))]
+
+    def _two(self) -> list[int | str]:
+        first = start(self._again, self.root / "first")
+        time.sleep(self.chance.choice([0.0, 0.0, self.chance.uniform(0, 1.5)]))
+        second = start(self._again, self.root / "second")
+        return [self._wait(second), self._wait(first)]
+
+    def _orphans(self) -> list[int | str]:
+        """A launcher is killed; its workers, one of them at least, work on beside the next one's."""
+
+        def do() -> int:
+            return launched(self._arguments, workers=2, of_worker=lambda _: os.setpgid(0, 0))
+
+        first = start(do, self.root / "said")
+        time.sleep(self.chance.uniform(0.3, 2.0))
+        first.kill()
+        return [self._wait(first)]
+
+    def _tasks(self) -> list[int | str]:
+        """The graph as arrays of one's own, one task after the other; requeued as on Slurm."""
+        _succeed(self.root, lambda: _launch((*self._arguments, "stage=plan")))
+        plan = Run.open(self.root / "run").plan
+        steps = [step for step in STEPS if graph.tasks(plan, step)]
+        unlucky = self.chance.choice(steps), self.chance.randrange(TASKS)
+        codes: list[int | str] = []
+        listings: dict[str, tuple[float, frozenset[str]]] = {}
+        for step in steps:
+            seen = _listings(self.root / "run") if self.kind == "stale listing" else {}
+            for index in range(TASKS):
+                disturbed = (step, index) == unlucky or self.kind == "stale listing"
+                kind = self._fault(0.2) if disturbed and not listings else Fault()
+                if self.kind == "stale listing":
+                    kind = Fault()
+                do = functools.partial(self._task, step, index, kind, dict(listings))
+                code = self._wait(start(do, self.root / "said"))
+                if code in (-9, 85):
+                    codes.append(code)
+                    code = self._wait(
+                        start(
+                            functools.partial(self._task, step, index, Fault(), {}),
+                            self.root / "said",
+                        )
+                    )
+                codes.append(code)
+            listings = {d: (self.chance.uniform(0, 0.6), names) for d, names in seen.items()}
+        return codes
+
+    def _task(self, step: str, index: int, fault: Fault, listings: dict[str, Any]) -> int:
+        below(self.root, fault, listings)
+        return tasked(self.root / "run", step, index, TASKS)
+
+
+def _listings(run_dir: Path) -> dict[str, frozenset[str]]:
+    """What a node sees of plans and receipts just now, and may believe for some time."""
+    there = [run_dir, *(d for d in run_dir.glob("receipts/**") if d.is_dir())]
+    return {str(d): frozenset(p.name for p in d.iterdir()) for d in there}
+
+
+def _launch(arguments: Sequence[str]) -> int:
+    return launched(arguments, of_worker=lambda _: None)
+
+
+def _at(root: Path) -> str:
+    return f"run_dir='{root / 'run'}'"
+
+
+def _succeed(root: Path, do: Callable[[], int]) -> None:
+    process = start(do, root / "output")
+    code = process.wait()
+    if code != 0:
+        raise AssertionError(f"undisturbed: exit code {code}\n{process.said}")
+
+
+def table(outcomes: Mapping[str, Counter[str]]) -> str:
+    """Counts of each fault by what became of it."""
+    columns = [THROUGH, TOLD, DIED, "LOST"]
+    lines = [f"{'fault':<42}" + "".join(f"{c:>20}" for c in columns)]
+    total = Counter[str]()
+    for kind, counts in sorted(outcomes.items()):
+        total += counts
+        lines.append(f"{kind:<42}" + "".join(f"{counts[c] or '':>20}" for c in columns))
+    lines.append(f"{f'all {total.total()}':<42}" + "".join(f"{total[c]:>20}" for c in columns))
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Run a campaign; 1 if anything was lost."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=500)
+    parser.add_argument("--only", type=int, help="one case of them")
+    parser.add_argument("--directory", type=Path)
+    given = parser.parse_args()
+    directory = given.directory or Path(tempfile.mkdtemp(prefix="faults-"))
+    campaign = Campaign(directory.absolute())
+    outcomes: dict[str, Counter[str]] = {}
+    begun, lost = time.monotonic(), 0
+    for number in range(given.count) if given.only is None else [given.only]:
+        case = campaign.case(f"{given.seed}-{number}")
+        name = f"{case.kind}, {case.who}"
+        try:
+            outcome = case.run()
+        except AssertionError as error:
+            outcome, lost = "LOST", lost + 1
+            at = case.root.with_name(f"{case.root.name}.happened")
+            print(f"LOST case {number}: {name}, {case.prepared.story.name}: {error}")
+            print(at.read_text() if at.exists() else "", case.said, sep="")
+        else:
+            shutil.rmtree(case.root)
+        shutil.rmtree(f"{case.root}.lost", ignore_errors=True)
+        outcomes.setdefault(name, Counter())[outcome] += 1
+    seconds = time.monotonic() - begun
+    print(f"seed {given.seed}, {seconds:.0f} s\n{table(outcomes)}")
+    return 1 if lost else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
