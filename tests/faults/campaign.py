@@ -1,10 +1,10 @@
 """Random faults against small real runs, and a table of what became of them.
 
-    python tests/faults/campaign.py --seed 1 --count 500 [--only CASE] [--directory DIR]
+    PYTHONPATH=tests python tests/faults/campaign.py --seed 1 --count 500 [--only CASE]
 
-Each case disturbs one command (or the tasks of one graph), then gives the same command again, until
-nothing is disturbed. It has to end with the bytes of the undisturbed run in every cell; and what was
-said on the way has to be our words: exit code 1 or 2, no traceback.
+Each case disturbs one command, or the tasks of one graph, then gives the same command again. It has
+to end with the bytes of the undisturbed run in every cell; and what was said on the way has to be
+our words: exit code 1 or 2, no traceback.
 """
 
 from __future__ import annotations
@@ -24,11 +24,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-
 import commands
 import tiny
-from commands import HUNG, Process, below, launched, start, tasked
+from commands import HUNG, Listings, Process, below, launched, start, tasked
 from injecting import REFUSALS, Fault
 
 from trak_dist import graph
@@ -60,7 +58,7 @@ class Story:
 
 
 def stories(checkpoints: Path) -> list[Story]:
-    """From nothing; after planning; more targets and self-influence; a ground truth of one's own."""
+    """From nothing, planned, grown by targets, with checkpoints and a ground truth to train."""
     first = (
         "problem._target_=tiny.problem",
         f"+problem.directory={checkpoints}",
@@ -88,7 +86,7 @@ class Prepared:
     story: Story
     before: Path | None
     expected: Mapping[str, Any]
-    counts: Mapping[tuple[str, str], Counter[str]]
+    counts: Mapping[str, int]
 
 
 class Campaign:
@@ -100,33 +98,39 @@ class Campaign:
         self.cwd.mkdir()
         os.chdir(self.cwd)
         tiny.write_checkpoints(directory / "checkpoints", 2)
-        every = stories(directory / "checkpoints")
-        warm = [f"run_dir={directory / 'warm' / 'run'}"]
-        (directory / "warm").mkdir()
-        for story in every[0], every[4]:
-            commands.import_what_a_command_needs(
-                lambda story=story: _launch((*story.commands[0], *warm)),
-                directory / "warm",  # type: ignore[misc]
-            )
-            shutil.rmtree(directory / "warm" / "run")
-        self.prepared = [self._prepare(story) for story in every]
+        self.stories = stories(directory / "checkpoints")
+        warm = directory / "warm"
+        warm.mkdir()
+        most = self.stories[-1].commands[0]
+        commands.import_what_a_command_needs(lambda: _launch((*most, _at(warm))))
+        self._made = {(most,): warm / "run"}
+        self._prepared: dict[str, Prepared] = {}
 
-    def _prepare(self, story: Story) -> Prepared:
-        root = self.directory / f"undisturbed {story.name}"
-        root.mkdir()
-        for given in story.commands[:-1]:
-            _succeed(root, lambda given=given: _launch((*given, _at(root))))  # type: ignore[misc]
-        before = None
-        if story.commands[:-1]:
-            before = shutil.copytree(root / "run", self.directory / f"before {story.name}")
-        counts = {}
-        last = (*story.commands[-1], _at(root))
-        do = functools.partial(_launch, last)
-        _succeed(root, lambda: commands.counted(root, do, root / "counts"))
-        counts[story.name, LAUNCHER] = Counter(json.loads((root / "counts").read_text()))
-        expected = self.found(root)
-        assert not expected["missing"] and not expected["damaged"], expected
-        return Prepared(story, before, expected, counts)
+    def prepared(self, story: Story) -> Prepared:
+        """The story told once without any fault."""
+        if story.name not in self._prepared:
+            root = self.directory / f"undisturbed {story.name}"
+            root.mkdir()
+            before = self._run_of(story.commands[:-1])
+            if before:
+                shutil.copytree(before, root / "run")
+            do = functools.partial(_launch, (*story.commands[-1], _at(root)))
+            _succeed(root, lambda: commands.counted(root, do, root / "counts"))
+            counts = Counter(json.loads((root / "counts").read_text()))
+            expected = self.found(root)
+            assert not expected["missing"] and not expected["damaged"], expected
+            self._prepared[story.name] = Prepared(story, before, expected, counts)
+        return self._prepared[story.name]
+
+    def _run_of(self, given: tuple[tuple[str, ...], ...]) -> Path | None:
+        """A run that is as some commands leave it."""
+        if given and given not in self._made:
+            root = self.directory / f"before {len(self._made)}"
+            root.mkdir()
+            for arguments in given:
+                _succeed(root, functools.partial(_launch, (*arguments, _at(root))))
+            self._made[given] = root / "run"
+        return self._made.get(given)
 
     def found(self, root: Path) -> Any:
         """What is in a run, looked at by a process of its own."""
@@ -137,7 +141,7 @@ class Campaign:
         """The case that follows from a seed."""
         chance = random.Random(seed)
         kind, who = chance.choice(KINDS)
-        prepared = chance.choice(self.prepared)
+        prepared = self.prepared(chance.choice(self.stories))
         root = self.directory / f"case {seed}"
         root.mkdir()
         if prepared.before:
@@ -181,7 +185,7 @@ class Case:
                 "error: " in self.said or " ERROR " in self.said or "failed: " in self.said,
                 "no word",
             )
-        process = start(lambda: self._again(), self.root / "again")
+        process = start(self._again, self.root / "again")
         code = process.wait()
         self.said += process.said
         self._hold(code == 0, f"the same command again: exit code {code}")
@@ -209,8 +213,7 @@ class Case:
     def _fault(self, share: float = 1.0) -> Fault:
         seed = self.chance.getrandbits(32)
         fault = Fault(self.kind, seed=seed)
-        (counts,) = self.prepared.counts.values()
-        total = sum(counts[name] for name in fault.operations)
+        total = sum(self.prepared.counts.get(name, 0) for name in fault.operations)
         at = self.chance.randint(1, max(1, int(total * share)))
         return replace(fault, at=at, lasts=self.chance.choice([1, 1, 1, 10, 10**9]))
 
@@ -247,7 +250,7 @@ class Case:
         return [self._wait(second), self._wait(first)]
 
     def _orphans(self) -> list[int | str]:
-        """A launcher is killed; its workers, one of them at least, work on beside the next one's."""
+        """A launcher is killed; its workers work on beside those of the next one."""
 
         def do() -> int:
             return launched(self._arguments, workers=2, of_worker=lambda _: os.setpgid(0, 0))
@@ -264,31 +267,23 @@ class Case:
         steps = [step for step in STEPS if graph.tasks(plan, step)]
         unlucky = self.chance.choice(steps), self.chance.randrange(TASKS)
         codes: list[int | str] = []
-        listings: dict[str, tuple[float, frozenset[str]]] = {}
+        listings: Listings = {}
         for step in steps:
             seen = _listings(self.root / "run") if self.kind == "stale listing" else {}
             for index in range(TASKS):
-                disturbed = (step, index) == unlucky or self.kind == "stale listing"
-                kind = self._fault(0.2) if disturbed and not listings else Fault()
-                if self.kind == "stale listing":
-                    kind = Fault()
-                do = functools.partial(self._task, step, index, kind, dict(listings))
-                code = self._wait(start(do, self.root / "said"))
-                if code in (-9, 85):
-                    codes.append(code)
-                    code = self._wait(
-                        start(
-                            functools.partial(self._task, step, index, Fault(), {}),
-                            self.root / "said",
-                        )
-                    )
-                codes.append(code)
+                fault = self._fault(0.2) if (step, index) == unlucky and not seen else Fault()
+                codes.append(self._task(step, index, fault, listings))
+                if codes[-1] in (-9, 85):  # the batch script has it requeued
+                    codes.append(self._task(step, index, Fault(), {}))
             listings = {d: (self.chance.uniform(0, 0.6), names) for d, names in seen.items()}
         return codes
 
-    def _task(self, step: str, index: int, fault: Fault, listings: dict[str, Any]) -> int:
-        below(self.root, fault, listings)
-        return tasked(self.root / "run", step, index, TASKS)
+    def _task(self, step: str, index: int, fault: Fault, listings: Listings) -> int | str:
+        def do() -> int:
+            below(self.root, fault, listings)
+            return tasked(self.root / "run", step, index, TASKS)
+
+        return self._wait(start(do, self.root / "said"))
 
 
 def _listings(run_dir: Path) -> dict[str, frozenset[str]]:
@@ -345,7 +340,7 @@ def main() -> int:
             outcome, lost = "LOST", lost + 1
             at = case.root.with_name(f"{case.root.name}.happened")
             print(f"LOST case {number}: {name}, {case.prepared.story.name}: {error}")
-            print(at.read_text() if at.exists() else "", case.said, sep="")
+            print(at.read_text() if at.exists() else "", case.said, sep="", flush=True)
         else:
             shutil.rmtree(case.root)
         shutil.rmtree(f"{case.root}.lost", ignore_errors=True)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import importlib
 import json
+import logging
 import os
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import zarr.core.sync
 from injecting import Fault, Layer, note, step_clock
 
 from trak_dist import launch, task, worker
@@ -23,6 +24,7 @@ from trak_dist.store.run import Run
 
 HUNG_SECONDS = 120.0
 HUNG = "hung"
+Listings = dict[str, tuple[float, frozenset[str]]]  # names in directories, believed for seconds
 
 
 @dataclass
@@ -142,9 +144,8 @@ def tasked(run_dir: Path, step: str, index: int, count: int) -> int:
     return task.main([str(run_dir), step, "--device", "cpu"])
 
 
-def below(root: Path, fault: Fault, listings: dict[str, tuple[float, frozenset[str]]]) -> None:
+def below(root: Path, fault: Fault, listings: Listings) -> None:
     """Put the layer below this process, whose counts are written when it ends."""
-    worker._session.cache_clear()
     if fault.kind == "clock steps":
         note(str(root), "clock steps")
         step_clock(fault.seed)
@@ -179,17 +180,10 @@ def found(run_dir: Path, to: Path) -> int:
     return 0
 
 
-def import_what_a_command_needs(do: Callable[[], int], scratch: Path) -> None:
-    """Import what `do` does, so that no process forked from here has to."""
-
-    def tell() -> int:
-        code = do()
-        (scratch / "modules").write_text(json.dumps(sorted(sys.modules)))
-        return code
-
-    process = start(tell, scratch / "output")
-    code = process.wait()
-    assert code == 0, process.said
-    for name in json.loads((scratch / "modules").read_text()):
-        with suppress(ImportError):
-            importlib.import_module(name)
+def import_what_a_command_needs(do: Callable[[], int]) -> None:
+    """Do something here, for what it imports; no thread of it is left to be missed by a fork."""
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        do()
+    logging.root.handlers.clear()  # which write there
+    zarr.core.sync.cleanup_resources()
+    worker._session.cache_clear()

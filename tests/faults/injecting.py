@@ -1,4 +1,4 @@
-"""A layer below everything that this process does with files of one directory: faults come from here.
+"""A layer below all that this process does with the files of one directory: where faults come from.
 
 It takes the place of the functions of `os` and of `open` themselves, so that what a library does is
 met as well as what we do. One fault for a process; the product knows nothing of it.
@@ -153,10 +153,9 @@ class Layer:
 
     def _fsync(self, descriptor: int) -> None:
         path = os.readlink(f"/proc/self/fd/{descriptor}")  # noqa: PTH115
-        if not self.ours(path):
-            return REAL.fsync(descriptor)
         with self._lock:
-            self.meet("fsync", path)
+            if self.ours(path):
+                self.meet("fsync", path)
             REAL.fsync(descriptor)
             self._disk.synced(descriptor, path)
 
