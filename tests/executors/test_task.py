@@ -261,6 +261,25 @@ def test_where_the_launcher_waits_for_its_workers_nobody_looks_again(
     assert unseen.slept == []
 
 
+def test_a_checkpoint_that_another_node_trains_is_waited_for(
+    launch, tiny_run, tmp_path: Path, monkeypatch
+) -> None:
+    trained = ["problem._target_=tiny_trained.problem", "checkpoints.train=1", *tiny_run[2:]]
+    assert launch(*trained, "stage=plan").code == 0
+    run, slept = opened(tmp_path), []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        worker.run_cells(str(run.layout.run_dir), run.plan.fingerprint, "cpu", ["train/full/0"])
+
+    monkeypatch.setattr(worker.time, "sleep", sleep)
+    where = str(run.layout.run_dir), run.plan.fingerprint, "cpu"
+    assert not worker.run_cells(*where, FIRST[:1])
+    assert run.receipts.failures(map(parse_cell, FIRST)) == {}
+    assert worker.run_cells(*where, FIRST[:1], pauses=[5.0])
+    assert slept == [5.0]
+
+
 def test_a_task_that_sees_an_older_plan_waits_for_the_one_it_was_submitted_for(
     on_slurm: Main, run: Run, unseen, log
 ) -> None:

@@ -287,8 +287,8 @@ class Case:
 
 
 def _listings(run_dir: Path) -> dict[str, frozenset[str]]:
-    """What a node sees of plans and receipts just now, and may believe for some time."""
-    there = [run_dir, *(d for d in run_dir.glob("receipts/**") if d.is_dir())]
+    """What a node sees of receipts and attempts just now, and may believe for some time."""
+    there = [d for name in ("receipts", "jobs") for d in run_dir.glob(f"{name}/**") if d.is_dir()]
     return {str(d): frozenset(p.name for p in d.iterdir()) for d in there}
 
 
@@ -335,14 +335,15 @@ def main() -> int:
         case = campaign.case(f"{given.seed}-{number}")
         name = f"{case.kind}, {case.who}"
         try:
-            outcome = case.run()
-        except AssertionError as error:
-            outcome, lost = "LOST", lost + 1
-            at = case.root.with_name(f"{case.root.name}.happened")
-            print(f"LOST case {number}: {name}, {case.prepared.story.name}: {error}")
-            print(at.read_text() if at.exists() else "", case.said, sep="", flush=True)
-        else:
+            outcome, why = case.run(), ""
             shutil.rmtree(case.root)
+        except AssertionError as error:
+            outcome, why, lost = "LOST", f" ({error})", lost + 1
+        print(f"case {number}: {name}, {case.prepared.story.name}: {outcome}{why}", flush=True)
+        at = case.root.with_name(f"{case.root.name}.happened")
+        if why or given.only is not None:
+            print(at.read_text() if at.exists() else "", case.said, sep="", flush=True)
+        at.unlink(missing_ok=True)
         shutil.rmtree(f"{case.root}.lost", ignore_errors=True)
         outcomes.setdefault(name, Counter())[outcome] += 1
     seconds = time.monotonic() - begun

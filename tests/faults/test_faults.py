@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from injecting import Fault, Layer
 
-from trak_dist.store import atomic
+from trak_dist import open_run, worker
+from trak_dist.store import arrays, atomic
 
 HERE = Path(__file__).parent
 
@@ -42,6 +46,50 @@ def test_random_faults_lose_nothing(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_five_hundred_random_faults_lose_nothing(tmp_path: Path) -> None:
     campaign(tmp_path, seed=1, count=500)
+
+
+# What was found, one by one -----------------------------------------------------------------------
+
+
+def test_after_a_loss_of_power_an_array_can_be_made_and_a_receipt_means_that_its_rows_are_there(
+    tmp_path: Path,
+) -> None:
+    spec = arrays.ArraySpec(shape=(4, 3), chunks=(2, 3), dtype="float32")
+    more = replace(spec, shape=(6, 3))
+    values = np.arange(6, dtype="float32").reshape(2, 3)
+
+    def work(root: Path) -> None:
+        arrays.ensure(root / "run" / "a", spec)
+        arrays.write_rows(root / "run" / "a", 2, values)
+        atomic.write(root / "run" / "receipts" / "2-4.json", b"{}")
+        arrays.grow(root / "run" / "a", more)
+
+    (tmp_path / "counted").mkdir()
+    code, counts = below(tmp_path / "counted", Fault(), lambda: work(tmp_path / "counted"))
+    assert code == 0
+    done = set()
+    for at in range(1, sum(counts.values()) + 1):
+        root = tmp_path / str(at)
+        root.mkdir()
+        fault = Fault("power loss", at=at, seed=at)
+        code, _ = below(root, fault, functools.partial(work, root))
+        assert code == -9
+        there = (root / "run" / "receipts" / "2-4.json").exists()
+        done.add(there)
+        arrays.grow(root / "run" / "a", more)
+        if there:
+            assert np.array_equal(arrays.read_rows(root / "run" / "a", 2, 4), values)
+    assert done == {True, False}
+
+
+def test_a_clock_that_is_set_back_does_not_make_cells_that_took_less_than_no_time(
+    command, tiny_run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hours = itertools.count(0, -3600)
+    monkeypatch.setattr(worker.time, "time", lambda: 1.8e9 + next(hours))
+    assert command(*tiny_run, "stage=featurize").code == 0
+    receipts = open_run(tmp_path / "run").receipts("featurize").values()
+    assert all(0 < r.job["seconds"] < 600 for r in receipts)
 
 
 # The layer itself ---------------------------------------------------------------------------------

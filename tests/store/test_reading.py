@@ -11,7 +11,7 @@ import pytest
 from test_receipts import CELL, FEATURIZE, PLAN, failure, receipt
 
 from trak_dist.errors import StoreError
-from trak_dist.store import atomic
+from trak_dist.store import arrays, atomic
 from trak_dist.store.layout import Layout
 from trak_dist.store.receipts import Receipts
 
@@ -136,3 +136,28 @@ def test_a_run_that_may_not_be_looked_at_is_told(
     refusing(monkeypatch, "exists", code, times=1)
     with pytest.raises(StoreError, match=f"not readable: {os.strerror(code)}"):
         layout.generation()
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO])
+def test_an_array_that_may_not_be_looked_at_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    spec = arrays.ArraySpec(shape=(2,), chunks=(2,), dtype="float32")
+    refusing(monkeypatch, "exists", code, times=99)
+    for look in (
+        lambda: arrays.ensure_group(tmp_path),
+        lambda: arrays.ensure(tmp_path / "a", spec),
+        lambda: arrays.read_rows(tmp_path / "a", 0, 2),
+    ):
+        with pytest.raises(StoreError, match=f"not readable: {os.strerror(code)}"):
+            look()
+
+
+def test_a_directory_that_is_made_though_it_is_not_seen_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS, whose server says that it exists while the client still believes that not."""
+    (tmp_path / "jobs").mkdir()
+    monkeypatch.setattr(Path, "is_dir", lambda self: self == tmp_path)
+    atomic.write(tmp_path / "jobs" / "1.json", b"{}")
+    assert (tmp_path / "jobs" / "1.json").read_bytes() == b"{}"

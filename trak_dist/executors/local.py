@@ -15,6 +15,7 @@ import submitit
 
 from trak_dist.errors import TrakDistError
 from trak_dist.executors.protocol import Job, Task
+from trak_dist.store import atomic
 
 log = logging.getLogger(__name__)
 
@@ -38,11 +39,12 @@ class LocalExecutor:
             return
         count = min(self._workers, len(tasks))
         bounds = [round(i * len(tasks) / count) for i in range(count + 1)]
-        jobs = [
-            self._submit(job, [cell for task in tasks[start:stop] for cell in task], gpu)
-            for gpu, (start, stop) in enumerate(itertools.pairwise(bounds))
-        ]
+        jobs: list[submitit.Job[None]] = []
         try:
+            for worker, (start, stop) in enumerate(itertools.pairwise(bounds)):
+                cells = [cell for task in tasks[start:stop] for cell in task]
+                with atomic.told(self._logs):  # where submitit puts what it hands over
+                    jobs.append(self._submit(job, cells, worker))
             while not all(j.done() for j in jobs):
                 tick()
                 time.sleep(POLL_SECONDS)

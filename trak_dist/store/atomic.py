@@ -216,7 +216,8 @@ def _temporary(path: Path) -> Iterator[Path]:
 def _ensure_directory(path: Path) -> None:
     if not path.is_dir():
         _ensure_directory(path.parent)
-        path.mkdir(exist_ok=True)
+        with contextlib.suppress(FileExistsError):  # which NFS may say of what it does not show
+            path.mkdir()
         fsync_directory(path.parent)
 
 

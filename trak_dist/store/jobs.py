@@ -96,7 +96,9 @@ class Jobs:
 
     def withdraw(self, number: int) -> None:
         """Forget a job that was not submitted."""
-        self._layout.job(number).unlink(missing_ok=True)
+        path = self._layout.job(number)
+        with atomic.told(path):
+            path.unlink(missing_ok=True)
 
     def publish(self, job: Job) -> int:
         """Write `job` under the next number, which no other process takes; return it."""
@@ -105,7 +107,7 @@ class Jobs:
         while True:
             number += 1
             path = self._layout.job(number)
-            if not path.exists() and atomic.write_once(path, content) == content:
+            if not atomic.exists(path) and atomic.write_once(path, content) == content:
                 return number
 
     def read(self, number: int) -> Job:
