@@ -15,6 +15,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -42,10 +43,11 @@ KINDS: tuple[tuple[str, str], ...] = (
     *((kind, who) for kind in REFUSED for who in (LAUNCHER, WORKER, TASK)),
     *(("power loss", who) for who in (LAUNCHER, TASK)),
     *(("clock steps", who) for who in (LAUNCHER, WORKER, TASK)),
-    ("stale listing", TASK),
+    *(("stale listing", TASK), ("warned", TASK)),
     ("two launchers", LAUNCHER),
     ("launcher killed, workers go on", LAUNCHER),
 )
+KILLED = (-signal.SIGKILL, -signal.SIGUSR2)  # by a warning that comes before it is listened to
 THROUGH, TOLD, DIED = "went through", "told, then mended", "died, then mended"
 
 
@@ -179,7 +181,7 @@ class Case:
         codes = disturb()
         self._hold("Traceback" not in self.said, "a traceback")
         self._hold(HUNG not in codes, "hung")
-        self._hold(all(code in (0, 1, 2, -9, 85) for code in codes), f"exit codes {codes}")
+        self._hold(all(code in (0, 1, 2, 85, *KILLED) for code in codes), f"exit codes {codes}")
         if any(code in (1, 2) for code in codes):
             self._hold(
                 "error: " in self.said or " ERROR " in self.said or "failed: " in self.said,
@@ -197,7 +199,7 @@ class Case:
         self._hold(not list(self.campaign.cwd.iterdir()), "files elsewhere")
         if all(code in (0, 85) for code in codes):
             return THROUGH
-        return DIED if -9 in codes else TOLD
+        return DIED if set(codes) & {*KILLED} else TOLD
 
     def _hold(self, true: bool, what: str) -> None:
         if not true:
@@ -271,9 +273,9 @@ class Case:
         for step in steps:
             seen = _listings(self.root / "run") if self.kind == "stale listing" else {}
             for index in range(TASKS):
-                fault = self._fault(0.2) if (step, index) == unlucky and not seen else Fault()
+                fault = self._fault(0.2) if (step, index) == unlucky else Fault()
                 codes.append(self._task(step, index, fault, listings))
-                if codes[-1] in (-9, 85):  # the batch script has it requeued
+                if codes[-1] in (85, *KILLED):  # the batch script has it requeued
                     codes.append(self._task(step, index, Fault(), {}))
             listings = {d: (self.chance.uniform(0, 0.6), names) for d, names in seen.items()}
         return codes
@@ -283,7 +285,11 @@ class Case:
             below(self.root, fault, listings)
             return tasked(self.root / "run", step, index, TASKS)
 
-        return self._wait(start(do, self.root / "said"))
+        process = start(do, self.root / "said")
+        if fault.kind == "warned":
+            time.sleep(self.chance.uniform(0, 0.4))
+            process.kill(signal.SIGUSR2)
+        return self._wait(process)
 
 
 def _listings(run_dir: Path) -> dict[str, frozenset[str]]:

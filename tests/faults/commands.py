@@ -18,6 +18,7 @@ import zarr.core.sync
 from injecting import Fault, Layer, note, step_clock
 
 from trak_dist import launch, task, worker
+from trak_dist.executors.local import work
 from trak_dist.executors.protocol import Job, Task
 from trak_dist.stages.verify import damaged_cells
 from trak_dist.store.run import Run
@@ -46,10 +47,10 @@ class Process:
         os.waitpid(self.pid, 0)
         return HUNG
 
-    def kill(self) -> None:
-        """SIGKILL, which nothing survives."""
+    def kill(self, by: int = signal.SIGKILL) -> None:
+        """Send a signal."""
         with suppress(ProcessLookupError):
-            os.kill(self.pid, signal.SIGKILL)
+            os.kill(self.pid, by)
 
     @property
     def said(self) -> str:
@@ -123,7 +124,7 @@ class Forked:
             return pid
         try:
             self.of_worker(number)
-            job([cell for one in tasks for cell in one])
+            work(job, [cell for one in tasks for cell in one])
         except BaseException:
             traceback.print_exc()
         finally:

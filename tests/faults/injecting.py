@@ -43,14 +43,15 @@ REFUSALS = {
     "EACCES": (*(set(READS) - {"read"}), *(set(WRITES) - {"write", "fsync"}), *REMOVALS),
     "ESTALE": READS,
 }
+OF_FILES = (*REFUSALS, "kill", "power loss")
 
 
 @dataclass
 class Fault:
     """What happens, and at which of the file operations that it can happen at.
 
-    `kind` is one of `REFUSALS`, "kill", "power loss" or "none"; `lasts` says how many operations a
-    refusal lasts for.
+    `kind` is one of `OF_FILES`, or nothing of a layer's; `lasts` says how many operations a refusal
+    lasts for.
     """
 
     kind: str = "none"
@@ -95,7 +96,7 @@ class Layer:
         """An operation is about to happen: count it, and let the fault happen if it is its turn."""
         with self._lock:
             self.counts[operation] = self.counts.get(operation, 0) + 1
-            if operation not in self.fault.operations or self.fault.kind == "none":
+            if self.fault.kind not in OF_FILES or operation not in self.fault.operations:
                 return
             self._met += 1
             if not self.fault.at <= self._met < self.fault.at + self.fault.lasts:

@@ -69,7 +69,12 @@ def _in_worker(job: Job, cells: Sequence[str], log_variable: str) -> None:
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
     )
+    work(job, cells)
+
+
+def work(job: Job, cells: Sequence[str]) -> None:
+    """Run cells; that a worker could not even begin is in its log, and told by the launcher."""
     try:
         job(cells)
-    except TrakDistError as error:  # the whole job's: that it did nothing is told by the launcher
+    except TrakDistError as error:
         log.error("%s", error)  # noqa: TRY400
