@@ -121,8 +121,8 @@ class Jobs:
         path = self._layout.job(number)
         try:
             raw = json.loads(atomic.unless_stale(path.read_bytes))
-            raw["generation"] = int(raw.get("generation", 0))
             raw["tasks"] = tuple(tuple(task) for task in raw["tasks"])
+            raw["generation"] = int(raw.get("generation", 0))
             return Job(**{**raw, "stages": tuple(raw["stages"])})
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise StoreError(
