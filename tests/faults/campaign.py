@@ -36,7 +36,7 @@ from trak_dist.store.run import Run
 
 TASKS = 2
 REFUSED = tuple(REFUSALS)
-# What may happen, and how often of a hundred; who it happens to follows.
+# What happens, and to whom.
 LAUNCHER, WORKER, TASK = "launcher", "worker", "task"
 KINDS: tuple[tuple[str, str], ...] = (
     *(("kill", who) for who in (LAUNCHER, WORKER, TASK)),
@@ -139,12 +139,12 @@ class Campaign:
         _succeed(root, lambda: commands.found(root / "run", root / "found"))
         return json.loads((root / "found").read_text())
 
-    def case(self, seed: str) -> Case:
-        """The case that follows from a seed."""
-        chance = random.Random(seed)
-        kind, who = chance.choice(KINDS)
+    def case(self, seed: int, number: int) -> Case:
+        """The case that follows from a seed; the kinds take turns."""
+        chance = random.Random(f"{seed}-{number}")
+        kind, who = KINDS[number % len(KINDS)]
         prepared = self.prepared(chance.choice(self.stories))
-        root = self.directory / f"case {seed}"
+        root = self.directory / f"case {seed}-{number}"
         root.mkdir()
         if prepared.before:
             shutil.copytree(prepared.before, root / "run")
@@ -338,7 +338,7 @@ def main() -> int:
     outcomes: dict[str, Counter[str]] = {}
     begun, lost = time.monotonic(), 0
     for number in range(given.count) if given.only is None else [given.only]:
-        case = campaign.case(f"{given.seed}-{number}")
+        case = campaign.case(given.seed, number)
         name = f"{case.kind}, {case.who}"
         try:
             outcome, why = case.run(), ""
