@@ -131,6 +131,16 @@ def needs(plan: Plan, cell: Cell, done: Collection[Cell]) -> Iterator[Cell]:
                 yield from plan.score_cells(targets)
 
 
+def upstream(plan: Plan, cells: Collection[Cell], done: Collection[Cell]) -> set[Cell]:
+    """All that `cells` need; what of it is not done needs others in its turn."""
+    found, asking = set[Cell](), set(cells)
+    while asking:
+        new = {needed for cell in asking for needed in needs(plan, cell, done)} - found
+        found |= new
+        asking = new.difference(done)
+    return found
+
+
 def _for_scores(plan: Plan, targets: str, done: Collection[Cell]) -> Iterator[Cell]:
     itself = targets == TRAIN
     for model_id in plan.model_ids:

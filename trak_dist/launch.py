@@ -22,7 +22,7 @@ import hydra
 from omegaconf import DictConfig
 
 from trak_dist import commands, graph, machine, preparation, settings, sweep, telling
-from trak_dist.cells import STAGE_CELLS, STAGE_STEPS, STEPS, Cell
+from trak_dist.cells import STAGE_CELLS, STAGE_STEPS, STEPS
 from trak_dist.config import ClusterConfig, Config, SlurmConfig
 from trak_dist.errors import ConfigError, MissingInputs, TrakDistError
 from trak_dist.plan import SWEEP_KEYS
@@ -201,13 +201,8 @@ def _refuse_missing_upstream(run: Run, stage: str) -> None:
         return
     every = [c for step in STEPS for c in graph.cells(run.plan, step)]
     done = run.receipts.done(every)
-    own = list(run.plan.cells(stage))
-    needed, asking = set[Cell](), own
-    while asking:  # what is missing needs others in its turn
-        new = {c for cell in asking for c in graph.needs(run.plan, cell, done)} - needed
-        needed |= new
-        asking = [c for c in new if c not in done]
-    needed.difference_update(own)
+    own = set(run.plan.cells(stage))
+    needed = graph.upstream(run.plan, own, done) - own
     for upstream, kinds in STAGE_CELLS.items():
         wanted = [c for c in needed if isinstance(c, kinds)]
         missing = sum(c not in done for c in wanted)

@@ -167,7 +167,7 @@ def _refuse_what_takes_a_problem(config: Config, given: frozenset[str]) -> None:
 def _refuse_full_disk(run_dir: Path, needed: int) -> None:
     with atomic.told(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-    free = atomic.free_bytes(run_dir.absolute())
+        free = atomic.free_bytes(run_dir.absolute())
     if free < needed:
         raise StoreError(
             f"no disk space: the run needs {needed / 2**20:,.0f} MiB, "

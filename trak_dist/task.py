@@ -11,6 +11,7 @@ Slurm kills when it requeues.
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import os
 import signal
@@ -18,14 +19,14 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from trak_dist import machine
 from trak_dist.cells import STEPS, Cell
 from trak_dist.config import DEVICES, SlurmConfig, cluster_from_mapping
-from trak_dist.errors import ConfigError, TrakDistError, WorkerLost
+from trak_dist.errors import ConfigError, PlanMismatch, TrakDistError, WorkerLost
 from trak_dist.store.jobs import GO_ON, Job, Jobs
 from trak_dist.store.receipts import Failure
 from trak_dist.store.run import Run
@@ -33,6 +34,8 @@ from trak_dist.store.run import Run
 log = logging.getLogger(__name__)
 
 DONE, FAILED, REQUEUE = 0, 1, 85
+# NFS clients believe a directory's listing for up to 60 s (acdirmax), a file's absence too.
+PAUSE_SECONDS, PAUSES = 5.0, 18
 PATIENCE_SECONDS = 30.0  # where no setting says how long before the end the warning comes
 
 
@@ -96,20 +99,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
     )
+    pauses = itertools.repeat(PAUSE_SECONDS, PAUSES)  # for the whole task
     try:
         jobs = Jobs(Run.open(given.run_dir))
         if given.what.isdecimal():
             job = jobs.read(int(given.what))
+            jobs = Jobs(_as_submitted(jobs.run, job, pauses))
             if job.step == GO_ON:
                 return _go_on(jobs, job)
             task = _submitted(job, given.what)
         else:
             task = _own_share(jobs.run, given)
         warned.patience = task.patience
-        return _run(jobs, task, warned)
+        return _run(jobs, task, warned, pauses)
     except TrakDistError as error:
         log.error("%s", error)  # noqa: TRY400
         return FAILED
+
+
+def _as_submitted(run: Run, job: Job, pauses: Iterator[float]) -> Run:
+    """The run with the plan that `job` was submitted for, or a later one.
+
+    Raises
+    ------
+    PlanMismatch
+        If that plan is not to be seen, having looked again after each of `pauses`.
+    """
+    waited = 0.0
+    while run.generation < job.generation:
+        pause = next(pauses, None)
+        if pause is None:
+            raise PlanMismatch(
+                f"the job was submitted for {run.layout.plan(job.generation).name}, which is not "
+                f"there after looking again for {waited:.0f} s",
+                where=str(run.layout.run_dir),
+                next="run the launch command again: what is missing is submitted anew",
+            )
+        time.sleep(pause)
+        waited += pause
+        run = Run.open(run.layout.run_dir)
+    return run
 
 
 def _submitted(job: Job, name: str) -> Task:
@@ -156,7 +185,7 @@ def _own_share(run: Run, given: argparse.Namespace) -> Task:
     )
 
 
-def _run(jobs: Jobs, task: Task, warned: Warned) -> int:
+def _run(jobs: Jobs, task: Task, warned: Callable[[], bool], pauses: Iterator[float]) -> int:
     run = jobs.run
     done = run.receipts.done(task.cells)
     left = [c for c in task.cells if c not in done]
@@ -175,7 +204,7 @@ def _run(jobs: Jobs, task: Task, warned: Warned) -> int:
 
     cells = [c.id for c in task.cells]
     run_dir = str(run.layout.run_dir)
-    if worker.run_cells(run_dir, task.fingerprint, task.device, cells, warned):
+    if worker.run_cells(run_dir, task.fingerprint, task.device, cells, warned, pauses):
         return DONE
     return REQUEUE if warned() else FAILED
 

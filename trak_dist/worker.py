@@ -15,7 +15,7 @@ import platform
 import random
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from trak_dist import machine
-from trak_dist.cells import Cell, FeaturizeCell, parse_cell
+from trak_dist import graph, machine
+from trak_dist.cells import STEPS, Cell, FeaturizeCell, parse_cell
 from trak_dist.errors import (
     DatasetError,
     DeviceError,
@@ -37,6 +37,7 @@ from trak_dist.errors import (
 from trak_dist.ops import numerics
 from trak_dist.plan import Plan
 from trak_dist.stages.outcome import Outcome
+from trak_dist.stages.reduce import require
 from trak_dist.stages.session import Session, open_device
 from trak_dist.store.layout import Layout
 from trak_dist.store.receipts import Failure, Receipt
@@ -67,6 +68,7 @@ def run_cells(
     device: str,
     cell_ids: Sequence[str],
     stopped: Callable[[], bool] = lambda: False,
+    pauses: Iterable[float] = (),
 ) -> bool:
     """Run those of `cell_ids` that are not done; whether all are done in the end.
 
@@ -76,6 +78,9 @@ def run_cells(
     ----------
     stopped : callable
         Asked before each cell; once it says yes, no further one is begun.
+    pauses : iterable of float
+        Seconds. After each of them, one by one, the receipts that a cell lacks are looked for
+        again: another node may have published what this one does not see yet.
 
     Raises
     ------
@@ -93,14 +98,14 @@ def run_cells(
     cells = [parse_cell(cell_id) for cell_id in cell_ids]
     done = run.receipts.done(cells)
     log.info("%d cells, %d of them done before", len(cells), len(done))
-    finished = len(done)
+    finished, pauses = len(done), iter(pauses)
     for cell in cells:
         if cell in done:
             continue
         if stopped():
             return False
         try:
-            _run_cell(session, cell)
+            _run_once_inputs_are_seen(session, cell, stopped, pauses)
             finished += 1
         except MissingInputs as error:
             log.warning(
@@ -126,18 +131,47 @@ def _session(run_dir: str, plan: str, generation: int, device: str) -> Session:
     return Session(Run(Layout(Path(run_dir)), parsed, generation), open_device(device))
 
 
+def _run_once_inputs_are_seen(
+    session: Session, cell: Cell, stopped: Callable[[], bool], pauses: Iterator[float]
+) -> None:
+    waited = 0.0
+    while True:
+        try:
+            return _run_cell(session, cell)
+        except MissingInputs as error:
+            hopeless = stopped() or _lacks_what_failed(session.run, cell)
+            pause = None if hopeless else next(pauses, None)
+            if pause is None:
+                again = f"after looking again for {waited:.0f} s, " if waited else ""
+                raise MissingInputs(
+                    again + error.what, where=error.where, next=error.next
+                ) from None
+            if not waited:
+                log.info("%s: %s; looking again, for other nodes may see more", cell.id, error.what)
+            time.sleep(pause)
+            waited += pause
+
+
+def _lacks_what_failed(run: Run, cell: Cell) -> bool:
+    """Whether something that `cell` needs, at whatever remove, is on record as failed."""
+    plan = run.plan
+    done = run.receipts.done(c for step in STEPS for c in graph.cells(plan, step))
+    return bool(run.receipts.failures(graph.upstream(plan, [cell], done).difference(done)))
+
+
 def _run_cell(session: Session, cell: Cell) -> None:
     run = session.run
     _fix_numerics(session, cell)
     if isinstance(cell, FeaturizeCell) and not run.plan.split(cell.split).fed:
+        require(run, list(graph.needs(run.plan, cell, ())), needed_by=cell)
         session.load(cell.model_id)  # not on the clock: data shards are sized by rows per second
-    started = time.time()
+    started, clock = time.time(), time.perf_counter()
     module, name = _STAGES[cell.stage]
     stage: Callable[[Session, Any], Outcome] = getattr(
         importlib.import_module(f"trak_dist.stages.{module}"), name
     )
     outcome = stage(session, cell)
-    seconds = time.time() - started
+    seconds = time.perf_counter() - clock  # which no one sets while it runs
     run.receipts.publish(
         cell,
         Receipt(

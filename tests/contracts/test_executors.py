@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import functools
+import itertools
 import os
 import signal
 import time
@@ -10,7 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import submitit
 
+from trak_dist.errors import StoreError
 from trak_dist.executors.debug import DebugExecutor
 from trak_dist.executors.local import LocalExecutor
 from trak_dist.executors.protocol import Executor, Task
@@ -160,3 +164,36 @@ def test_local_gives_each_worker_a_log_that_is_there(tmp_path: Path) -> None:
     logs = {cell.split(" ", 1)[1] for cells in ran(tmp_path) for cell in cells}
     assert len(logs) == 2
     assert all(Path(log).is_relative_to(tmp_path / "logs") and Path(log).exists() for log in logs)
+
+
+def test_local_starts_no_work_that_it_leaves_alone_where_the_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit, calls = submitit.LocalExecutor.submit, itertools.count()
+
+    def full(*given: object) -> object:
+        if next(calls):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return submit(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(submitit.LocalExecutor, "submit", full)
+    job = functools.partial(append_for_long, str(tmp_path))
+    with pytest.raises(StoreError, match="no disk space: No space left on device"):
+        local(tmp_path).run(job, TASKS[:2], lambda: None)
+    lines = ran(tmp_path)
+    time.sleep(0.3)
+    assert ran(tmp_path) == lines
+
+
+def refuse(directory: str, cells: Sequence[str]) -> None:
+    """A job that can't begin."""
+    raise StoreError("not readable: Permission denied", where=directory, next="see that you may")
+
+
+def test_what_a_local_worker_could_not_begin_for_is_in_its_log_in_our_words(
+    tmp_path: Path,
+) -> None:
+    local(tmp_path).run(functools.partial(refuse, str(tmp_path)), TASKS[:1], lambda: None)
+    (log,) = (tmp_path / "logs").rglob("*.err")
+    assert "ERROR not readable: Permission denied" in log.read_text()
+    assert "Traceback" not in log.read_text()

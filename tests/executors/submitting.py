@@ -65,7 +65,12 @@ def cells_of(path: Path, number: int) -> list[str]:
 
 
 def publish(
-    run: Run, *tasks: Iterable[str], step: str = "featurize", device: str = "cpu", **cluster: Any
+    run: Run,
+    *tasks: Iterable[str],
+    step: str = "featurize",
+    device: str = "cpu",
+    generation: int = 0,
+    **cluster: Any,
 ) -> int:
     """Write the record of an array, as if it was submitted; return its number."""
     job = Job(
@@ -76,6 +81,7 @@ def publish(
         tasks=tuple(tuple(task) for task in tasks),
         cluster=asdict(SlurmConfig(**cluster)),
         stages=("featurize",),
+        generation=generation,
     )
     return Jobs(run).publish(job)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +20,7 @@ from waiting import AT
 
 from trak_dist import graph, task, worker
 from trak_dist.cells import parse_cell
+from trak_dist.stages.reduce import require
 from trak_dist.store.jobs import Attempt, Jobs
 from trak_dist.store.run import Run
 
@@ -60,6 +63,7 @@ def main(run: Run, monkeypatch: pytest.MonkeyPatch) -> Main:
             return False
 
     monkeypatch.setattr(task, "Warned", Unwarned)
+    monkeypatch.setattr(task, "PAUSE_SECONDS", 0.0)
 
     def called(*arguments: object, index: int | None = None) -> int:
         with pytest.MonkeyPatch.context() as patch:
@@ -159,6 +163,137 @@ def test_a_directory_without_a_run(main: Main, tmp_path: Path, log) -> None:
     assert "there is no run here: plan.json is missing" in log[-1]
 
 
+# Receipts of other nodes, which this one may see later -------------------------------------------
+
+
+@pytest.fixture
+def unseen(run: Run, monkeypatch) -> SimpleNamespace:
+    """Cells ask for their inputs and do no more; what happens in each pause is up to a test."""
+    seen = SimpleNamespace(slept=[], meanwhile={}, log=[])
+
+    def run_cell(session, cell) -> None:
+        done = session.run.receipts.done(graph.upstream(run.plan, [cell], ()))
+        require(session.run, list(graph.needs(run.plan, cell, done)), needed_by=cell)
+        finish(run, [cell])
+
+    def sleep(seconds: float) -> None:
+        seen.slept.append(seconds)
+        seen.meanwhile.get(len(seen.slept), lambda: None)()
+
+    monkeypatch.setattr(worker, "_run_cell", run_cell)
+    monkeypatch.setattr(task.time, "sleep", sleep)
+    for name in ("info", "warning"):
+        monkeypatch.setattr(worker.log, name, lambda text, *v: seen.log.append(text % v))
+    return seen
+
+
+@pytest.fixture
+def on_slurm(main: Main, unseen, monkeypatch) -> Main:
+    monkeypatch.setattr(task, "PAUSE_SECONDS", 5.0)
+    return main
+
+
+def grads(run: Run, model_id: int) -> list[str]:
+    return [c.id for c in run.plan.cells("featurize") if c.model_id == model_id]
+
+
+def test_a_task_that_sees_its_inputs_late_runs_as_if_it_had_seen_them(
+    on_slurm: Main, run: Run, unseen
+) -> None:
+    unseen.meanwhile[3] = lambda: finish(run, grads(run, 0))
+    assert on_slurm(publish(run, KERNEL, step="kernel")) == 0
+    assert done(run, KERNEL) == KERNEL
+    assert unseen.slept == [5.0] * 3
+    assert run.receipts.failures(map(parse_cell, KERNEL)) == {}
+
+
+def test_a_task_looks_for_longer_than_nfs_may_hide_its_inputs_and_then_says_which_they_are(
+    on_slurm: Main, run: Run, unseen
+) -> None:
+    hidden = grads(run, 0)[-1]
+    finish(run, grads(run, 0)[:-1])
+    assert on_slurm(publish(run, KERNEL, step="kernel")) == 1
+    assert unseen.slept == [5.0] * 18, "in all, not for each of its cells"
+    assert sum(unseen.slept) > 60
+    assert (
+        "gram/0: not run: after looking again for 90 s, 1 of the cells that gram/0 needs are not "
+        f"done: {hidden}"
+    ) in unseen.log
+    assert [line.split(":")[0] for line in unseen.log if ": not run: " in line] == KERNEL
+
+
+def test_a_task_whose_inputs_failed_does_not_wait_for_them(
+    on_slurm: Main, run: Run, unseen
+) -> None:
+    finish(run, grads(run, 0)[1:])
+    fail(run, grads(run, 0)[0])
+    assert on_slurm(publish(run, KERNEL, step="kernel")) == 1
+    assert on_slurm(publish(run, ["score/val/0-50"], step="score")) == 1, "nor at two removes"
+    assert unseen.slept == []
+
+
+def test_a_failure_of_an_older_plan_is_no_reason_not_to_look_again(
+    on_slurm: Main, run: Run, unseen
+) -> None:
+    fail(run, grads(run, 0)[0])
+    path = run.layout.failure(run.plan, parse_cell(grads(run, 0)[0]))
+    path.write_text(path.read_text().replace(run.plan.key(parse_cell(grads(run, 0)[0])), "older"))
+    unseen.meanwhile[1] = lambda: finish(run, grads(run, 0))
+    assert on_slurm(publish(run, KERNEL, step="kernel")) == 0
+
+
+def test_a_task_that_is_warned_while_it_looks_asks_for_another_go(run: Run, unseen) -> None:
+    warned = SimpleNamespace(said=False)
+    unseen.meanwhile[2] = lambda: setattr(warned, "said", True)
+    cells = tuple(map(parse_cell, KERNEL))
+    given = task.Task("1", 0, run.plan.fingerprint, cells, "cpu", 1.0, 5)
+    assert task._run(Jobs(run), given, lambda: warned.said, itertools.repeat(5.0)) == 85
+    assert unseen.slept == [5.0, 5.0]
+
+
+def test_where_the_launcher_waits_for_its_workers_nobody_looks_again(
+    run: Run, launch, tiny_run, unseen, monkeypatch
+) -> None:
+    real, hidden = worker._run_cell, grads(run, 0)[0]
+    monkeypatch.setattr(worker, "_run_cell", lambda s, c: None if c.id == hidden else real(s, c))
+    assert launch(*tiny_run).code == 1
+    assert not worker.run_cells(str(run.layout.run_dir), run.plan.fingerprint, "cpu", KERNEL)
+    assert unseen.slept == []
+
+
+def test_a_checkpoint_that_another_node_trains_is_waited_for(
+    launch, tiny_run, tmp_path: Path, monkeypatch
+) -> None:
+    trained = ["problem._target_=tiny_trained.problem", "checkpoints.train=1", *tiny_run[2:]]
+    assert launch(*trained, "stage=plan").code == 0
+    run, slept = opened(tmp_path), []
+
+    def sleep(seconds: float) -> None:
+        slept.append(seconds)
+        worker.run_cells(str(run.layout.run_dir), run.plan.fingerprint, "cpu", ["train/full/0"])
+
+    monkeypatch.setattr(worker.time, "sleep", sleep)
+    where = str(run.layout.run_dir), run.plan.fingerprint, "cpu"
+    assert not worker.run_cells(*where, FIRST[:1])
+    assert run.receipts.failures(map(parse_cell, FIRST)) == {}
+    assert worker.run_cells(*where, FIRST[:1], pauses=[5.0])
+    assert slept == [5.0]
+
+
+def test_a_task_that_sees_an_older_plan_waits_for_the_one_it_was_submitted_for(
+    on_slurm: Main, run: Run, unseen, log
+) -> None:
+    job = publish(run, FIRST[:1], generation=1)
+    later = replace(run.plan, self_influence=True)
+    unseen.meanwhile[2] = lambda: run.extend(later)
+    assert on_slurm(job) == 0
+    assert unseen.slept == [5.0, 5.0]
+    assert on_slurm(publish(run, FIRST, generation=2)) == 1
+    assert log[-1].startswith(
+        "the job was submitted for plan.2.json, which is not there after looking again for 90 s\n"
+    )
+
+
 # A share of a step --------------------------------------------------------------------------------
 
 
@@ -167,7 +302,7 @@ def asked(main: Main, monkeypatch) -> Iterator[list[list[str]]]:
     """The cells of each worker, none of which does anything."""
     cells: list[list[str]] = []
 
-    def run_cells(run_dir, fingerprint, device, cell_ids, stopped) -> bool:
+    def run_cells(run_dir, fingerprint, device, cell_ids, stopped, pauses) -> bool:
         cells.append(list(cell_ids))
         return True
 
@@ -323,7 +458,7 @@ def test_the_shares_of_an_array_of_ones_own_count_their_attempts(
 
 
 def test_the_steps_of_one_job_count_their_attempts_apart(main: Main, run: Run, monkeypatch) -> None:
-    def run_cells(run_dir, fingerprint, device, cell_ids, stopped) -> bool:
+    def run_cells(run_dir, fingerprint, device, cell_ids, stopped, pauses) -> bool:
         finish(run, cell_ids)
         return True
 
@@ -437,6 +572,6 @@ def test_a_failed_cell_of_a_task_that_was_warned_does_not_keep_it_from_another_g
     monkeypatch.setattr(worker, "run_cells", run_cells)
     warned = SimpleNamespace(patience=0.0, said=True)
     given = task.Task("1", 0, run.plan.fingerprint, (parse_cell(FIRST[0]),), "cpu", 1.0, 5)
-    assert task._run(Jobs(run), given, lambda: warned.said) == 85  # type: ignore[arg-type]
+    assert task._run(Jobs(run), given, lambda: warned.said, iter(())) == 85
     warned.said = False
-    assert task._run(Jobs(run), given, lambda: warned.said) == 1  # type: ignore[arg-type]
+    assert task._run(Jobs(run), given, lambda: warned.said, iter(())) == 1

@@ -24,6 +24,7 @@ from trak_dist.config import SlurmConfig
 from trak_dist.errors import QueueFull, SlurmError, SlurmRefused
 from trak_dist.machine import LOG_VARIABLE
 from trak_dist.plan import Plan
+from trak_dist.store import atomic
 from trak_dist.store.jobs import GO_ON
 from trak_dist.store.run import Run
 
@@ -67,7 +68,9 @@ def submit(run: Run, cluster: SlurmConfig, batch: Batch) -> str:
     SlurmError
         If neither sbatch nor squeue answer, so that the array may be in the queue or not.
     """
-    run.layout.job_logs(batch.number).mkdir(parents=True, exist_ok=True)
+    logs = run.layout.job_logs(batch.number)
+    with atomic.told(logs):
+        logs.mkdir(parents=True, exist_ok=True)
     executor, said = _executor(run, cluster, batch), ""
     for _ in range(TRIES):
         try:
@@ -75,6 +78,9 @@ def submit(run: Run, cluster: SlurmConfig, batch: Batch) -> str:
                 return executor.send(_command(run, cluster, batch), batch.tasks)
         except FileNotFoundError:
             raise slurm.not_there("sbatch") from None
+        except OSError:  # the batch script can't be written
+            with atomic.told(logs):
+                raise
         except FailedSubmissionError as error:
             for task in slurm.queue(batch.name):  # submitted, by an sbatch that words its answer so
                 return task.job_id.split("_")[0]

@@ -13,8 +13,11 @@ from typing import Any
 
 import submitit
 
+from trak_dist.errors import TrakDistError
 from trak_dist.executors.protocol import Job, Task
 from trak_dist.store import atomic
+
+log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.2
 YEAR_MINUTES = 365 * 24 * 60
@@ -38,10 +41,10 @@ class LocalExecutor:
         bounds = [round(i * len(tasks) / count) for i in range(count + 1)]
         jobs: list[submitit.Job[None]] = []
         try:
-            with atomic.told(self._logs):  # submitit writes there what it hands to a worker
-                for gpu, (start, stop) in enumerate(itertools.pairwise(bounds)):
-                    cells = [cell for task in tasks[start:stop] for cell in task]
-                    jobs.append(self._submit(job, cells, gpu))
+            for worker, (start, stop) in enumerate(itertools.pairwise(bounds)):
+                cells = [cell for task in tasks[start:stop] for cell in task]
+                with atomic.told(self._logs):  # where submitit puts what it hands over
+                    jobs.append(self._submit(job, cells, worker))
             while not all(j.done() for j in jobs):
                 tick()
                 time.sleep(POLL_SECONDS)
@@ -66,4 +69,12 @@ def _in_worker(job: Job, cells: Sequence[str], log_variable: str) -> None:
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
     )
-    job(cells)
+    work(job, cells)
+
+
+def work(job: Job, cells: Sequence[str]) -> None:
+    """Run cells; that a worker could not even begin is in its log, and told by the launcher."""
+    try:
+        job(cells)
+    except TrakDistError as error:
+        log.error("%s", error)  # noqa: TRY400

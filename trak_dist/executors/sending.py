@@ -132,6 +132,7 @@ def sender(jobs: Jobs, order: Order, rows: int) -> Send:
             cluster=asdict(replace(order.cluster, rows_per_task=rows)),
             stages=order.stages,
             member=jobs.run.layout.member,
+            generation=jobs.run.generation,
         )
         number = jobs.publish(job)
         try:

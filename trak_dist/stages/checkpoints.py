@@ -93,7 +93,10 @@ def _path(run: Run, model_id: int) -> str:
 
 def _published(run: Run, model_id: int) -> str | None:
     try:
-        text = atomic.read(run.layout.checkpoint_digest(model_id))
-        return str(decoding.mapping(text)["digest"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        content = atomic.read(run.layout.checkpoint_digest(model_id))
+    except FileNotFoundError:
+        return None
+    try:
+        return str(decoding.mapping(content)["digest"])
+    except (ValueError, KeyError, TypeError):
         return None

@@ -9,7 +9,7 @@ from trak_dist.cells import STAGE_CELLS, Cell, EvaluateCell, ReportCell, TrainCe
 from trak_dist.errors import CheckpointError, StoreError
 from trak_dist.stages.checkpoints import content_digest
 from trak_dist.stages.state_dicts import read
-from trak_dist.store import contents
+from trak_dist.store import atomic, contents
 from trak_dist.store.receipts import Receipt
 from trak_dist.store.run import Run
 
@@ -35,14 +35,15 @@ def _damages(run: Run, cell: Cell, receipt: Receipt) -> Iterator[str]:
             yield f"checkpoint: digest {found}, the receipt says {written}"
     elif isinstance(cell, EvaluateCell):
         path = run.layout.evaluation(cell.targets)
-        found = hashlib.sha256(path.read_bytes()).hexdigest()[:32] if path.exists() else "none"
+        there = atomic.exists(path)
+        found = hashlib.sha256(atomic.read(path)).hexdigest()[:32] if there else "none"
         if found != receipt.digests.get("figures"):
             yield f"figures: digest {found}, the receipt says {receipt.digests.get('figures')}"
     elif isinstance(cell, ReportCell):
         page = run.layout.report(cell.targets)
         pictures = [page.with_suffix(f"{name}.png") for name in receipt.fact("pictures", list)]
         for path in (page, *pictures):
-            if not path.exists():
+            if not atomic.exists(path):
                 yield f"report: {path.name} is missing"
     else:
         yield from contents.damages(run, cell, receipt)

@@ -54,7 +54,7 @@ class ArraySpec:
 
 def ensure_group(path: Path) -> None:
     """Make `path` a Zarr group if it is none yet."""
-    if not (path / "zarr.json").exists():
+    if not _there(path):
         atomic.write_once(path / "zarr.json", b'{"zarr_format": 3, "node_type": "group"}')
 
 
@@ -73,14 +73,11 @@ def ensure(path: Path, spec: ArraySpec) -> None:
     ):
         return
     if _opened(path) is None:
-        with tempfile.TemporaryDirectory() as scratch:
-            _create(LocalStore(Path(scratch)), spec)
-            content = (Path(scratch) / "zarr.json").read_bytes()
         if _there(path):
             log.warning("metadata is damaged, and made anew from the plan: %s", path / "zarr.json")
-            atomic.write(path / "zarr.json", content)
-        else:
-            atomic.write_once(path / "zarr.json", content)
+            atomic.write(path / "zarr.json", _serialised(spec))
+        else:  # chunks that lost their metadata get it back
+            atomic.write_once(path / "zarr.json", _serialised(spec))
     if told := _differences(_array(path), spec):
         raise StoreError(
             f"an array of another kind is in the way, or its metadata is damaged: {told}",
@@ -99,8 +96,7 @@ def grow(path: Path, spec: ArraySpec) -> None:
     if there is not None and there.shape[0] < spec.shape[0]:
         as_it_is = dataclasses.replace(spec, shape=(there.shape[0], *spec.shape[1:]))
         if not _differences(there, as_it_is):
-            with atomic.told(path):
-                _array(path, mode="r+").resize(spec.shape)
+            atomic.write(path / "zarr.json", _serialised(spec))
     ensure(path, spec)
 
 
@@ -135,9 +131,9 @@ def write_rows(path: Path, spec: ArraySpec, start: int, values: NDArray[Any]) ->
     with atomic.told(path), ThreadPoolExecutor(max_workers=1) as beside:
         array[start : start + len(values)] = values
         digest = beside.submit(content_digest, values)  # while the disk writes
-        for block in range(start // step, -(-(start + len(values)) // step)):
-            for file in _chunk_files(path, array, block):
-                atomic.fsync_file(file)
+        blocks = range(start // step, -(-(start + len(values)) // step))
+        files = [file for block in blocks for file in _chunk_files(path, array, block)]
+        atomic.fsync_files(files, below=path)
     return digest.result()
 
 
@@ -168,7 +164,14 @@ def content_digest(values: NDArray[Any]) -> str:
 
 
 def _there(path: Path) -> bool:
-    return (path / "zarr.json").exists()
+    return atomic.exists(path / "zarr.json")
+
+
+def _serialised(spec: ArraySpec) -> bytes:
+    """The metadata of a new array, as a file has it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        _create(LocalStore(Path(scratch)), spec)
+        return (Path(scratch) / "zarr.json").read_bytes()
 
 
 def _create(store: LocalStore | MemoryStore, spec: ArraySpec) -> Any:

@@ -7,10 +7,14 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from trak_dist.errors import StoreError
+
+STALE_TRIES = 5
+Found = TypeVar("Found")
 
 
 @contextlib.contextmanager
@@ -25,45 +29,27 @@ def told(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StoreError(
-                f"no disk space: {error.strerror} ({free_bytes(path) / 2**20:,.1f} MiB free)",
-                where=str(path),
-                next="free some space, then run the same command again: finished cells are kept",
-            ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise StoreError(
-                f"not writable: {error.strerror}",
-                where=str(path),
-                next="run_dir=… a directory that you may write to",
-            ) from error
-        raise StoreError(
-            f"the file system refused: {error}",
+        raise _refused(path, error) from error
+
+
+def _refused(path: Path, error: OSError) -> StoreError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StoreError(
+            f"no disk space: {error.strerror} ({free_bytes(path) / 2**20:,.1f} MiB free)",
             where=str(path),
-            next="see that path and file system are right, then run the same command again",
-        ) from error
-
-
-def read(path: Path) -> bytes:
-    """What is at `path`.
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is nothing.
-    StoreError
-        If it can't be read.
-    """
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise StoreError(
-            f"not readable: {error.strerror}",
+            next="free some space, then run the same command again: finished cells are kept",
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return StoreError(
+            f"not writable: {error.strerror}",
             where=str(path),
-            next="see the permissions of the file, then run the same command again",
-        ) from error
+            next="run_dir=… a directory that you may write to",
+        )
+    return StoreError(
+        f"the file system refused: {error}",
+        where=str(path),
+        next="see that path and file system are right, then run the same command again",
+    )
 
 
 def free_bytes(path: Path) -> int:
@@ -71,6 +57,80 @@ def free_bytes(path: Path) -> int:
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
+
+
+def read(path: Path) -> bytes:
+    """The content of the file at `path`.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is none.
+    StoreError
+        If the file system refuses to read it.
+    """
+    with told_reading(path):
+        return unless_stale(path.read_bytes)
+
+
+def names(directory: Path) -> set[str]:
+    """The names in `directory`, which may be missing.
+
+    Raises
+    ------
+    StoreError
+        If the file system refuses to list it.
+    """
+    try:
+        with told_reading(directory):
+            return unless_stale(lambda: {path.name for path in directory.iterdir()})
+    except FileNotFoundError:
+        return set()
+
+
+def exists(path: Path) -> bool:
+    """Whether there is something at `path`.
+
+    Raises
+    ------
+    StoreError
+        If the file system refuses to say.
+    """
+    with told_reading(path):
+        return unless_stale(path.exists)
+
+
+def unless_stale(look: Callable[[], Found]) -> Found:
+    """What `look` finds, asked again where NFS says that a file was replaced meanwhile."""
+    for _ in range(STALE_TRIES - 1):
+        try:
+            return look()
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+    return look()
+
+
+@contextlib.contextmanager
+def told_reading(path: Path) -> Iterator[None]:
+    """Turn an `OSError` on `path`, which is there, into a `StoreError`.
+
+    Raises
+    ------
+    StoreError
+        For a missing permission, or any other failure of the file system.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise StoreError(
+            f"not readable: {error.strerror or error}",
+            where=str(path),
+            next="see that you may read it and that the file system is well, then run the same "
+            "command again",
+        ) from error
 
 
 def write(path: Path, content: bytes) -> None:
@@ -94,7 +154,7 @@ def write_once(path: Path, content: bytes) -> bytes:
         try:
             os.link(temporary, path)
         except FileExistsError:
-            return path.read_bytes()
+            return read(path)
         fsync_directory(path.parent)
         return content
 
@@ -109,6 +169,7 @@ def publish_directory(path: Path, build: Callable[[Path], None]) -> bool:
     """
     with told(path), _temporary(path) as temporary:
         build(temporary)
+        fsync_files([file for file in temporary.rglob("*") if file.is_file()], below=temporary)
         try:
             temporary.rename(path)
         except OSError as error:
@@ -119,11 +180,14 @@ def publish_directory(path: Path, build: Callable[[Path], None]) -> bool:
         return True
 
 
-def fsync_file(path: Path) -> None:
-    """Force a written file, and its directory entry, to disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    fsync_directory(path.parent)
+def fsync_files(files: Sequence[Path], *, below: Path) -> None:
+    """Force written files to disk, with their names and those of their directories in `below`."""
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    parents = {parent for path in files for parent in path.parents}
+    for directory in sorted(p for p in parents if p.is_relative_to(below)):
+        fsync_directory(directory)
 
 
 def fsync_directory(path: Path) -> None:
@@ -138,7 +202,7 @@ def fsync_directory(path: Path) -> None:
 @contextlib.contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
     """A name beside `path`, of which nothing is left behind."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _ensure_directory(path.parent)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
         yield temporary
@@ -147,6 +211,14 @@ def _temporary(path: Path) -> Iterator[Path]:
             shutil.rmtree(temporary, ignore_errors=True)
         else:
             temporary.unlink(missing_ok=True)
+
+
+def _ensure_directory(path: Path) -> None:
+    if not path.is_dir():
+        _ensure_directory(path.parent)
+        with contextlib.suppress(FileExistsError):  # which NFS may say of what it does not show
+            path.mkdir()
+        fsync_directory(path.parent)
 
 
 def _write(path: Path, content: bytes) -> None:

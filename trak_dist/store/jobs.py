@@ -33,7 +33,7 @@ class Job:
 
     `launch` names the command that it came from: of one command each cell is submitted once.
     `cluster` and `stages` are what the command was given, `device` is what follows for this step;
-    `member` names the member of a sweep that it is for.
+    `member` names the member of a sweep that it is for, `generation` is that of its plan.
     """
 
     launch: str
@@ -44,6 +44,7 @@ class Job:
     cluster: Mapping[str, Any]
     stages: tuple[str, ...] = field(metadata={"may_be_empty": True})
     member: str = ""
+    generation: int = 0
 
     def cells(self, index: int) -> tuple[Cell, ...]:
         """The cells of one task; of a task that there is not, none."""
@@ -109,7 +110,9 @@ class Jobs:
 
     def withdraw(self, number: int) -> None:
         """Forget a job that was not submitted."""
-        self._layout.job(number).unlink(missing_ok=True)
+        path = self._layout.job(number)
+        with atomic.told(path):
+            path.unlink(missing_ok=True)
 
     def publish(self, job: Job) -> int:
         """Write `job` under the next number, which no other process takes; return it."""
@@ -118,7 +121,7 @@ class Jobs:
         while True:
             number += 1
             path = self._layout.job(number)
-            if not path.exists() and atomic.write_once(path, content) == content:
+            if not atomic.exists(path) and atomic.write_once(path, content) == content:
                 return number
 
     def read(self, number: int) -> Job:
@@ -131,7 +134,7 @@ class Jobs:
         """
         path = self._layout.job(number)
         try:
-            return Job.from_json(path.read_bytes())
+            return Job.from_json(atomic.unless_stale(path.read_bytes))
         except (OSError, ValueError) as error:
             raise StoreError(
                 f"the job's record can't be read ({' '.join(str(error).split())})",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from trak_dist.cells import (
     ScoreCell,
 )
 from trak_dist.plan import Plan
+from trak_dist.store import atomic
 
 SWEEPS = "sweeps"
 # What no other member of a sweep can use, but for models without random rows.
@@ -40,7 +42,7 @@ class Layout:
     def base(self) -> Path:
         """The run whose sweep this one is a member of; `run_dir` itself if there is none."""
         base = self.run_dir.parent.parent
-        swept = self.run_dir.parent.name == SWEEPS and Layout(base).plan(0).exists()
+        swept = self.run_dir.parent.name == SWEEPS and atomic.exists(Layout(base).plan(0))
         return base if swept else self.run_dir
 
     @property
@@ -55,7 +57,8 @@ class Layout:
 
     def members(self) -> list[str]:
         """The names of the members of the run's sweeps, in order."""
-        return sorted(path.parent.name for path in self.sweeps.glob("*/plan.json"))
+        names = sorted(atomic.names(self.sweeps))
+        return [name for name in names if atomic.exists(self.sweeps / name / "plan.json")]
 
     def plan(self, generation: int) -> Path:
         """The plan as first made, or as extended so many times."""
@@ -63,10 +66,12 @@ class Layout:
 
     def generation(self) -> int | None:
         """How often the plan was extended; None if there is none."""
-        if not self.plan(0).exists():
+        if not atomic.exists(self.plan(0)):
             return None
-        found = (path.name.split(".")[1] for path in self.run_dir.glob("plan.*.json"))
-        return max((int(g) for g in found if g.isdecimal()), default=0)
+        last = max(_numbers(self.run_dir, r"plan\.([1-9][0-9]*)\.json"), default=0)
+        while atomic.exists(self.plan(last + 1)):  # on NFS a listing may be older than the file
+            last += 1
+        return last
 
     @property
     def store(self) -> Path:
@@ -84,8 +89,7 @@ class Layout:
 
     def jobs(self) -> list[int]:
         """The numbers of the arrays that were submitted, in order."""
-        found = (path.stem for path in (self.base / "jobs").glob("*.json"))
-        return sorted(int(n) for n in found if n.isdecimal())
+        return _numbers(self.base / "jobs", r"([1-9][0-9]*)\.json")
 
     def job_logs(self, number: int) -> Path:
         """The batch script of an array, and what its tasks print."""
@@ -194,3 +198,9 @@ class Layout:
 
     def _model(self, plan: Plan, model_id: int) -> Path:
         return self.store / "models" / str(model_id) / plan.projection_id
+
+
+def _numbers(directory: Path, pattern: str) -> list[int]:
+    """The numbers in the names in `directory` that match, in order."""
+    found = (re.fullmatch(pattern, name) for name in atomic.names(directory))
+    return sorted(int(match[1]) for match in found if match)

@@ -7,7 +7,6 @@ single receipt, being younger, wins over the columnar file.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import logging
@@ -86,7 +85,9 @@ class Receipts:
     def publish(self, cell: Cell, receipt: Receipt) -> None:
         """Make `cell` done. The last thing a cell does."""
         atomic.write(self._layout.receipt(self._plan, cell), _dump(receipt))
-        self._layout.failure(self._plan, cell).unlink(missing_ok=True)
+        failure = self._layout.failure(self._plan, cell)
+        with atomic.told(failure):
+            failure.unlink(missing_ok=True)
 
     def revoke(self, cell: Cell, *, why: str) -> None:
         """Make `cell` missing again, by a receipt whose key fits no plan."""
@@ -105,11 +106,14 @@ class Receipts:
     def distrusted(self, model_id: int) -> str:
         """Why a checkpoint's gradients are computed one by one, if an audit of it failed."""
         try:
-            return str(json.loads(self._layout.distrusted(model_id).read_bytes())["why"])
+            said = decoding.mapping(atomic.read(self._layout.distrusted(model_id)))
         except FileNotFoundError:
             return ""
-        except (ValueError, KeyError, TypeError):
-            return "an audit failed"
+        except StoreError:
+            raise
+        except ValueError:
+            said = {}
+        return str(said.get("why", "an audit failed"))
 
     def all_distrusted(self) -> set[int]:
         """The checkpoints of which an audit failed."""
@@ -136,7 +140,7 @@ class Receipts:
     def failures(self, cells: Iterable[Cell]) -> dict[Cell, Failure]:
         """The failures of those of `cells` whose last attempt failed."""
         by_path = {self._layout.failure(self._plan, c): c for c in cells}
-        there = {p for d in {p.parent for p in by_path} for p in _listed(d)}
+        there = {d / n for d in {p.parent for p in by_path} for n in atomic.names(d)}
         found = {c: self.failure(c) for path, c in by_path.items() if path in there}
         return {c: f for c, f in found.items() if f is not None}
 
@@ -162,7 +166,8 @@ class Receipts:
         for cell, receipt in receipts.items():
             single = self._layout.receipt(self._plan, cell)
             if _read(single, Receipt) == receipt:
-                single.unlink(missing_ok=True)
+                with atomic.told(single):
+                    single.unlink(missing_ok=True)
 
 
 def rows_per_second(receipts: Iterable[Receipt]) -> float:
@@ -201,13 +206,6 @@ def _dump(value: Receipt | Failure) -> bytes:
     return json.dumps({**content, "digest": digest(content)}).encode()
 
 
-def _listed(directory: Path) -> list[Path]:
-    """The JSON files in `directory`, of which there may be none."""
-    with atomic.told(directory), contextlib.suppress(FileNotFoundError):
-        return [path for path in directory.iterdir() if path.suffix == ".json"]
-    return []
-
-
 Kind = TypeVar("Kind", Receipt, Failure)
 
 
@@ -235,7 +233,8 @@ def _parsed(text: bytes, kind: type[Kind]) -> Kind:
 
 
 def _read_directory(directory: Path, names: Container[str]) -> dict[str, Receipt]:
-    singles = [_read(path, Receipt) for path in _listed(directory) if path.name in names]
+    there = sorted(name for name in atomic.names(directory) if name in names)
+    singles = [_read(directory / name, Receipt) for name in there]
     found = {r.cell: r for r in _read_columns(directory / "consolidated.npz")}
     return found | {r.cell: r for r in singles if r is not None}
 

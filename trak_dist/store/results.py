@@ -16,7 +16,7 @@ from trak_dist import commands
 from trak_dist.cells import STAGE_CELLS, TRAIN, EvaluateCell
 from trak_dist.errors import ConfigError, CorruptChunk, MissingInputs
 from trak_dist.plan import Plan
-from trak_dist.store import contents
+from trak_dist.store import atomic, contents
 from trak_dist.store.receipts import Receipt
 from trak_dist.store.run import Run
 
@@ -141,7 +141,7 @@ class Results:
                 where=str(self._run.layout.run_dir),
                 next="stage=evaluate, with ground_truth.subsets=… or counterfactuals.targets=…",
             )
-        text = path.read_bytes() if path.exists() else b""
+        text = atomic.read(path) if atomic.exists(path) else b""
         if hashlib.sha256(text).hexdigest()[:32] != receipt.digests.get("figures"):
             raise CorruptChunk(
                 "the figures are gone, or not those that were written",
