@@ -132,7 +132,7 @@ def _plan_with_problem(
             accept_source=config.accept_source,
         )
     if config.stage != "report":
-        planning.check_checkpoints(plan, problem, run, out.print)
+        plan = planning.check_checkpoints(plan, problem, run, out.print)
     if asked := settings.given_in("ground_truth", given):
         layout = run.layout if run else None
         homes = (
