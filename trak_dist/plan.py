@@ -97,11 +97,15 @@ class Split:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A state dict; the path of one that `stage=train` makes is relative to the run directory."""
+    """A state dict; the path of one that `stage=train` makes is relative to the run directory.
+
+    `digest` is that of its content, if it was read when it was planned.
+    """
 
     model_id: int
     path: str
     trained: bool
+    digest: str = ""
 
     def __post_init__(self) -> None:
         assert isinstance(self.model_id, int)  # it names directories

@@ -137,7 +137,7 @@ def _plan_with_problem(
     if run and run.plan.spec.featurize != plan.spec.featurize:
         plan = planning.with_gradients(plan, problem)
     if config.stage != "report":
-        planning.check_checkpoints(plan, problem, run, out.print)
+        plan = planning.check_checkpoints(plan, problem, run, out.print)
     if asked := settings.given_in("ground_truth", given):
         layout = run.layout if run else None
         homes = (

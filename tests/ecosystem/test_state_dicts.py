@@ -176,6 +176,67 @@ def test_adapters_are_read_from_what_peft_saves(tmp_path: Path) -> None:
     assert all("lora" in name or "classifier" in name for name in trained)
 
 
+PEFT = {  # what each needs of a LoraConfig, and its tensors in the model
+    "lora_A.default.": {},
+    "lora_magnitude_vector.default.weight": {"use_dora": True},
+    "trainable_tokens_delta.default": {"trainable_token_indices": {"word_embeddings": [1, 3]}},
+    "modules_to_save.default.": {"modules_to_save": ["pooler"]},
+    "lora_embedding_A.default": {"target_modules": ["query", "word_embeddings"]},
+}
+
+
+@OF_PEFT
+@pytest.mark.parametrize("adapter", ["default", "mine", "query"])
+@pytest.mark.parametrize("kind", PEFT)
+def test_adapters_of_any_kind_and_name_are_read(kind: str, adapter: str, tmp_path: Path) -> None:
+    inside = kind.replace("default", adapter)
+    settings = {"target_modules": ["query", "value"]} | PEFT[kind]
+
+    def made(seed: int) -> peft.PeftModel:
+        model = peft.get_peft_model(
+            tiny_bert.net(), peft.LoraConfig(task_type="SEQ_CLS", r=2, **settings), adapter
+        )
+        model.load_state_dict(tiny_bert.state(0, type(model.base_model.model)), strict=False)
+        generator = torch.Generator().manual_seed(seed)
+        for parameter in filter(lambda p: p.requires_grad, model.parameters()):
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+        return model
+
+    written, model = made(1), made(2)
+    assert any(inside in name for name in model.state_dict())
+    written.save_pretrained(tmp_path)
+    fitted = loaded(tmp_path if adapter == "default" else tmp_path / adapter, model)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trained.keys() <= fitted.state.keys()
+    assert not trained.keys() & fitted.absent
+    for name, parameter in written.named_parameters():
+        if parameter.requires_grad:
+            assert torch.equal(parameter, trained[name]), name
+
+
+@OF_PEFT
+def test_of_several_adapters_the_one_that_is_trained_is_given_what_peft_saved(
+    tmp_path: Path,
+) -> None:
+    written = with_adapters(1)
+    written.save_pretrained(tmp_path)
+    model = adapted()
+    model.add_adapter("other", model.peft_config["default"])
+    model.set_adapter("other")
+    fitted = loaded(tmp_path, model)
+    assert any(".lora_A.other." in name for name in fitted.state)
+    assert all(".lora_A.default." not in name for name in fitted.state)
+
+
+@OF_PEFT
+def test_a_folder_of_named_adapters_says_where_they_are(tmp_path: Path) -> None:
+    base = tiny_bert.net()
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query"])
+    peft.get_peft_model(base, config, "mine").save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="that save_pretrained wrote: mine in it, or a file"):
+        state_dicts.read(tmp_path)
+
+
 @OF_PEFT
 def test_only_adapters_have_gradients_and_they_are_those_of_autograd(tmp_path: Path) -> None:
     model, output, batch = with_adapters(1).eval(), TextClassification(), tiny_bert.batch(4, 2)

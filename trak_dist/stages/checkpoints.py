@@ -35,8 +35,8 @@ def load_into(run: Run, model: nn.Module, checkpoint: Checkpoint) -> str:
     Raises
     ------
     CheckpointError
-        If the checkpoint can't be read or does not fit, if other weights were seen under this
-        `model_id`, or the same weights under another.
+        If the checkpoint can't be read or does not fit, if other weights were planned or seen
+        under this `model_id`, or the same weights under another.
     """
     path = run.layout.checkpoint(checkpoint.path)
     fitted = state_dicts.fitted(state_dicts.read(path), model, where=str(path))
@@ -48,23 +48,26 @@ def load_into(run: Run, model: nn.Module, checkpoint: Checkpoint) -> str:
 
 
 def refuse_other_weights(run: Run, model_id: int, digest: str, *, publish: bool) -> None:
-    """Raise `CheckpointError` if other weights were seen under `model_id`.
+    """Raise `CheckpointError` if other weights were planned, or seen, under `model_id`.
 
     The first worker to load a checkpoint publishes its digest; all compare.
     """
+    planned = run.plan.checkpoint(model_id).digest
+    publish = publish and planned in ("", digest)
     if publish:
         content = json.dumps({"digest": digest}).encode()
         atomic.write_once(run.layout.checkpoint_digest(model_id), content)
-    first = _published(run, model_id)
+    first = published(run, model_id)
     if first is None and publish:  # damaged: what is there now takes its place
         atomic.write(run.layout.checkpoint_digest(model_id), content)
-    elif first not in (None, digest):
-        raise CheckpointError(
-            f"model_id {model_id} has other weights than those it was first featurized with: "
-            f"digest {digest} now, {first} then",
-            where=_path(run, model_id),
-            next="restore the checkpoint, or start a new run with another run_dir",
-        )
+    for then, when in ((first, "first featurized"), (planned, "planned")):
+        if then and then != digest:
+            raise CheckpointError(
+                f"model_id {model_id} has other weights than those it was {when} with: "
+                f"digest {digest} now, {then} then",
+                where=_path(run, model_id),
+                next="restore the checkpoint, or start a new run with another run_dir",
+            )
 
 
 def twins(run: Run, model_id: int, digest: str) -> list[int]:
@@ -73,7 +76,7 @@ def twins(run: Run, model_id: int, digest: str) -> list[int]:
     Asked after the own digest is published, so that of two workers at once at least one sees it.
     """
     others = (c.model_id for c in run.plan.checkpoints if c.model_id != model_id)
-    return [other for other in others if _published(run, other) == digest]
+    return [other for other in others if published(run, other) == digest]
 
 
 def refuse_twins(run: Run, model_id: int, digest: str) -> None:
@@ -91,7 +94,8 @@ def _path(run: Run, model_id: int) -> str:
     return str(run.layout.checkpoint(run.plan.checkpoint(model_id).path))
 
 
-def _published(run: Run, model_id: int) -> str | None:
+def published(run: Run, model_id: int) -> str | None:
+    """The digest of the weights that were first seen under `model_id`, if any were."""
     try:
         content = atomic.read(run.layout.checkpoint_digest(model_id))
     except FileNotFoundError:

@@ -36,6 +36,7 @@ from trak_dist.problem import MapDataset, Problem, Rendered
 from trak_dist.stages import coverage, state_dicts
 from trak_dist.stages.checkpoints import (
     content_digest,
+    published,
     refuse_other_weights,
     refuse_twins,
 )
@@ -122,7 +123,7 @@ def extend_plan(
     added = [n for n in _target_names(problem, targets) if n not in known] if targets else []
     checkpoints = _checkpoints(problem, train, plan.source.import_root)
     for old, new in zip_longest(plan.checkpoints, checkpoints):
-        if old is not None and old != new:
+        if old is not None and (new is None or replace(new, digest=old.digest) != old):
             raise PlanMismatch(
                 f"checkpoint {old.model_id} was {old.path} when planned, "
                 f"{'it is missing' if new is None else f'it is {new.path}'} now",
@@ -131,7 +132,8 @@ def extend_plan(
             )
     splits = tuple(_split(n, problem, plan.spec, plan.store_dim) for n in added)
     _chosen_gradients(problem, plan.spec, splits, plan.gradients)
-    return replace(plan, checkpoints=checkpoints, targets=(*plan.targets, *splits))
+    joined = (*plan.checkpoints, *checkpoints[len(plan.checkpoints) :])
+    return replace(plan, checkpoints=joined, targets=(*plan.targets, *splits))
 
 
 def with_gradients(plan: Plan, problem: Problem) -> Plan:
@@ -228,8 +230,10 @@ def refuse_scored(run: Run, plan: Plan) -> None:
 
 def check_checkpoints(
     plan: Plan, problem: Problem, run: Run | None, tell: Callable[[str], None]
-) -> None:
+) -> Plan:
     """Read every checkpoint of the ensemble that is not ours to train, before anything is queued.
+
+    The plan that is given back holds the digests of those of which nothing was known before.
 
     Raises
     ------
@@ -237,6 +241,7 @@ def check_checkpoints(
         If one is missing, unreadable, unfit, not the one featurized before, or there twice.
     """
     seen: dict[str, int] = {}
+    new: dict[int, str] = {}
     told = set[str]()
     absent: frozenset[str] | None = None
     for checkpoint in plan.checkpoints:
@@ -257,11 +262,17 @@ def check_checkpoints(
                 next="give each model_id its own checkpoint",
             )
         seen[digest] = checkpoint.model_id
+        before = checkpoint.digest
         if run and checkpoint in run.plan.checkpoints:
             refuse_other_weights(run, checkpoint.model_id, digest, publish=False)
             refuse_twins(run, checkpoint.model_id, digest)
+            before = before or published(run, checkpoint.model_id) or ""
+        if not before:
+            new[checkpoint.model_id] = digest
     for said in sorted(told):
         tell(f"checkpoints: {said}")
+    digested = (replace(c, digest=new.get(c.model_id, c.digest)) for c in plan.checkpoints)
+    return replace(plan, checkpoints=tuple(digested))
 
 
 def _chosen_gradients(

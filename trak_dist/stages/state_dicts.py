@@ -16,17 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from trak_dist.errors import CheckpointError
-
-State = dict[str, Tensor]
+from trak_dist.stages.fit import Fit, in_short, same
+from trak_dist.stages.names import Names, State, adapters
 
 # What a directory of Hugging Face holds, the first that is there; an index names its shards.
 FILES = (
     *("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"),
     *("pytorch_model.bin", "pytorch_model.bin.index.json", "adapter_model.bin"),
 )
-WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel, of torch.compile
-# In a PEFT model's names, but not in those that it saves.
-ADAPTER = (".modules_to_save.default.", ".default.")
 _SAVE = "save model.state_dict() with torch.save, or safetensors"
 
 
@@ -56,8 +53,7 @@ def read(path: Path) -> State:
     if path.is_dir():
         return _read_directory(path)
     if path.suffix == ".safetensors":
-        stored: State = _told(path, lambda: safetensors.torch.load_file(path))
-        return stored
+        return State(_told(path, lambda: safetensors.torch.load_file(path)))
     return named(_told(path, lambda: _load(path)), where=str(path))
 
 
@@ -76,27 +72,29 @@ def named(loaded: Any, *, where: str) -> State:
         raise CheckpointError(
             f"not a state dict of named tensors: {found}", where=where, next=_SAVE
         )
-    return dict(loaded)
+    return State(loaded, getattr(loaded, "_metadata", None))
 
 
 def _read_directory(path: Path) -> State:
     there = next((path / name for name in FILES if (path / name).exists()), None)
     if there is None:
+        inside = sorted({file.parent.name for name in FILES for file in path.glob(f"*/{name}")})
+        such = f": {', '.join(inside)} in it" if inside else ""
         raise CheckpointError(
             f"none of {', '.join(FILES)} is in this directory",
             where=str(path),
-            next="a directory that save_pretrained wrote, or a file",
+            next=f"a directory that save_pretrained wrote{such}, or a file",
         )
     if there.suffix != ".json":
         return read(there)
     index: Any = _told(there, lambda: json.loads(there.read_bytes())["weight_map"])
-    state: State = {}
+    state = State({})
     for shard in sorted(set(index.values())):
         if Path(shard).name != shard:
             raise CheckpointError(
                 f"the index names a shard outside of its directory: {shard!r}", where=str(there)
             )
-        state |= read(path / shard)
+        state.update(read(path / shard))
     return state
 
 
@@ -131,54 +129,102 @@ def _told(path: Path, action: Callable[[], Any]) -> Any:
 
 @dataclass(frozen=True)
 class Fitted:
-    """A state dict under a model's own names.
+    """A state dict under a model's own names, or under older ones that its modules read.
 
-    `said` tells of a prefix that was left out, if one was. `absent` are the model's tensors that
-    the checkpoint has not: frozen ones stay as the model has them; the others are tied to one that
-    is there.
+    `said` tells what of the file is left out, or is converted. `absent` are the model's tensors
+    that the checkpoint does not give: they stay as the model has them.
     """
 
     state: State
     said: str
     absent: frozenset[str]
+    where: str
 
     def load_into(self, model: nn.Module) -> None:
-        """Give the model these weights."""
-        model.load_state_dict(self.state, strict=False)
+        """Give the model these weights.
+
+        Raises
+        ------
+        CheckpointError
+            If a module that loads in a way of its own fails.
+        """
+        try:
+            model.load_state_dict(self.state, strict=False)
+        except Exception as error:  # whatever the model's own hooks do
+            raise CheckpointError(
+                f"the model does not load the checkpoint: {in_short(error)}",
+                where=self.where,
+                next=_SAVE,
+            ) from error
 
 
 def fitted(state: Mapping[str, Tensor], model: nn.Module, *, where: str) -> Fitted:
-    """`state` as the weights of `model`.
+    """`state` as the weights of `model`, which stays as it is.
 
     Raises
     ------
     CheckpointError
-        Naming each key and shape that does not fit.
+        Naming each key and shape that does not fit, or the parts of the file that fit equally.
     """
+    state = state if isinstance(state, State) else State(state)
     own = {k: v for k, v in model.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
-    renamed, said = _renamed(state, own)
-    may_be_absent = {k for k in own if _is_frozen(own[k]) or _is_tied(k, own, renamed)}
-    expected = {k: tuple(v.shape) for k, v in own.items()}
-    found = {k: tuple(v.shape) for k, v in renamed.items()}
-    absent = expected.keys() - found.keys()
-    faults = [
-        *(f"missing {k} {expected[k]}" for k in absent - may_be_absent),
-        *(f"unexpected {k} {found[k]}" for k in found.keys() - expected.keys()),
-        *(
-            f"{k} has shape {found[k]}, the model's {expected[k]}"
-            for k in expected.keys() & found.keys()
-            if expected[k] != found[k]
-        ),
+    names = Names(model, own)
+    tried = [Fit(names.whole(state), model, own)]
+    if not tried[0].fits:
+        tried += [Fit(part, model, own) for part in names.parts(state)]
+    chosen = max(tried, key=lambda one: (len(one.given), one.fits))
+    if not chosen.fits:
+        raise _unfit(chosen, model, where)
+    rivals = [  # what has as much of the model is as good, whatever else it has
+        other.part.prefix
+        for other in tried
+        if other is not chosen
+        and (other.fits or len(other.given) == len(chosen.given))
+        and not same(other.part.state, chosen.part.state)
     ]
-    if faults or not found:
-        shown = sorted(faults)[:10]
-        more = f" and {len(faults) - 10} more" if len(faults) > 10 else ""
+    if rivals:
+        prefixes = sorted([chosen.part.prefix, *rivals])
         raise CheckpointError(
-            f"the checkpoint does not fit the model: {'; '.join(shown) or 'it is empty'}{more}",
+            "the checkpoint holds several parts that could be the model, with other weights: names "
+            f"that begin with {' and '.join(repr(p) if p else 'no prefix' for p in prefixes)}",
             where=where,
-            next="give the problem the architecture that the checkpoint was saved from",
+            next=f"save the one that is meant alone: {_saving(chosen.part.prefix)}, for instance",
         )
-    return Fitted(renamed, said, frozenset(absent))
+    absent = frozenset(name for name, tensor in own.items() if id(tensor) not in chosen.given)
+    said = "; ".join([*chosen.part.said(), *_conversions(chosen.part.state, own)])
+    return Fitted(chosen.part.state, said, absent, where)
+
+
+def _unfit(tried: Fit, model: nn.Module, where: str) -> CheckpointError:
+    part, faults = tried.part, sorted(tried.faults)
+    more = f" and {len(faults) - 10} more" if len(faults) > 10 else ""
+    below = f" below {part.prefix!r}" if part.prefix else ""
+    alone = f"save the model alone: {_saving(part.prefix)}"
+    hint = "give the problem the architecture that the checkpoint was saved from"
+    if part.left_out:
+        hint = f"{hint}; other parts are in it too ({part.others()}): {alone}"
+    elif faults and all(fault.startswith("unexpected") for fault in faults):
+        hint = f"{alone}, if the others are of the loss or of another part of a training; or {hint}"
+    elif adapters(model):
+        hint = f"{hint}; or {_SAVE}"
+    return CheckpointError(
+        f"the checkpoint does not fit the model{below}: "
+        f"{'; '.join(faults[:10]) or 'it is empty'}{more}",
+        where=where,
+        next=hint,
+    )
+
+
+def _saving(prefix: str) -> str:
+    module = f"module.get_submodule({prefix[:-1]!r})" if prefix else "model"
+    return f"torch.save({module}.state_dict(), path)"
+
+
+def _conversions(state: State, own: Mapping[str, Tensor]) -> list[str]:
+    """What is told of types that are not the model's."""
+    pairs = {(state[k].dtype, own[k].dtype) for k in state.keys() & own.keys()}
+    named = sorted((str(a).split(".")[1], str(b).split(".")[1]) for a, b in pairs if a != b)
+    return [f"what it holds in {a} is converted to the model's {b}" for a, b in named]
 
 
 def refuse_otherwise_absent(one: Fitted, absent: frozenset[str], *, where: str) -> None:
@@ -193,36 +239,3 @@ def refuse_otherwise_absent(one: Fitted, absent: frozenset[str], *, where: str) 
             where=where,
             next="save all checkpoints alike: with all tensors, or without the frozen ones",
         )
-
-
-def _is_frozen(tensor: Tensor) -> bool:
-    return isinstance(tensor, nn.Parameter) and not tensor.requires_grad
-
-
-def _is_tied(name: str, own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> bool:
-    return any(own[other] is own[name] for other in state if other in own and other != name)
-
-
-def _renamed(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[State, str]:
-    """The state without prefixes that the model's names don't have; and what was left out."""
-    renamed, left_out = dict(state), ""
-    while prefix := _foreign_prefix(renamed, own):
-        renamed = {name.removeprefix(prefix): tensor for name, tensor in renamed.items()}
-        left_out += prefix
-    adapters = {name.replace(p, "."): name for p in reversed(ADAPTER) for name in own if p in name}
-    renamed = {
-        name if name in own else adapters.get(name, name): tensor
-        for name, tensor in renamed.items()
-    }
-    return renamed, f"the prefix {left_out!r} of its names is left out" if left_out else ""
-
-
-def _foreign_prefix(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
-    """A wrapper's prefix, or the one attribute that a training module keeps the model in."""
-    if not state or any(name in own for name in state):
-        return ""
-    first = next(iter(state)).partition(".")[0] + "."
-    if not all(name.startswith(first) for name in state):
-        return ""
-    fits = all(name.removeprefix(first) in own for name in state)
-    return first if first in WRAPPERS or fits else ""

@@ -1,0 +1,115 @@
+"""Whether a part of a state dict fits a model: what torch's own loading would take of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from trak_dist.stages.names import Part, State
+
+_EXTRA_STATE = "_extra_state"  # how torch ends the name of what `get_extra_state` gives
+
+
+class Fit:
+    """Whether a part of a state dict fits a model, which stays as it is.
+
+    `given` are the ids of the model's tensors that it gives a value, `faults` what does not fit.
+    """
+
+    def __init__(self, part: Part, model: nn.Module, own: Mapping[str, Tensor]) -> None:
+        self.part, state = part, part.state
+        shared = state.keys() & own.keys()
+        others = {k for k in shared if state[k].shape != own[k].shape}
+        self.given = {id(own[k]) for k in shared - others}
+        faults = [
+            *self._missing(own, own.keys() - state.keys()),
+            *self._unexpected(state.keys() - own.keys()),
+            *(
+                f"{k} has shape {tuple(state[k].shape)}, the model's {tuple(own[k].shape)}"
+                for k in others
+            ),
+        ]
+        self.faults = self._asked_of_torch(model, own, faults) if faults else _torn(state, own)
+        self.fits = bool(self.given) and not self.faults
+
+    def _asked_of_torch(
+        self, model: nn.Module, own: Mapping[str, Tensor], faults: list[str]
+    ) -> list[str]:
+        """The faults that are left once its modules have read older names and versions."""
+        state = self.part.state
+        extra = {name for name in state if name.endswith(_EXTRA_STATE)}
+        # Copies, since some modules write into what they read.
+        tensors = {name: t.clone() for name, t in state.items() if name not in extra}
+        noted = _Noted((*own.values(), *model.buffers()))
+        try:
+            with noted:
+                found = model.load_state_dict(State(tensors, state.metadata), strict=False)
+            missing, unexpected = set(found.missing_keys), set(found.unexpected_keys)
+        except Exception as error:  # other sizes, or whatever the model's own hooks do
+            by_size = str(error).startswith("Error(s) in loading state_dict")
+            return faults if by_size else [*faults, f"loading it raises {in_short(error)}"]
+        self.given = noted.given | {id(own[name]) for name in extra & own.keys()}
+        return [
+            *self._missing(own, (missing & own.keys()) - extra),
+            *self._unexpected(unexpected | (extra - own.keys())),
+            *_torn(state, own),
+        ]
+
+    def _missing(self, own: Mapping[str, Tensor], names: Iterable[str]) -> list[str]:
+        """Those of `names` that have to be there: not frozen, nor tied to what is there."""
+        needed = (k for k in names if id(own[k]) not in self.given and not _is_frozen(own[k]))
+        return [f"missing {k} {tuple(own[k].shape)}" for k in needed]
+
+    def _unexpected(self, names: Iterable[str]) -> list[str]:
+        state = self.part.state
+        return [f"unexpected {k} {tuple(state[k].shape) if k in state else ''}" for k in names]
+
+
+class _Noted(TorchFunctionMode):
+    """Notes what would be copied into which tensors, and copies nothing."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._tensors = {id(tensor): tensor for tensor in tensors}
+        self.given: set[int] = set()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.copy_ and id(args[0]) in self._tensors:
+            if id(args[1]) not in self._tensors:  # else a default: the model's own value
+                self.given.add(id(args[0]))
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def same(one: State, other: State) -> bool:
+    """Whether two parts are the same weights, as of a module that has two names."""
+    return one.keys() == other.keys() and all(
+        a is b or (a.dtype == b.dtype and torch.equal(a, b))
+        for a, b in ((one[name], other[name]) for name in one)
+    )
+
+
+def in_short(error: Exception) -> str:
+    """What it is and says, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _torn(state: State, own: Mapping[str, Tensor]) -> list[str]:
+    """Tensors that are one in the model, and differ in the checkpoint."""
+    first: dict[int, str] = {}
+    pairs = ((name, first.setdefault(id(own[name]), name)) for name in own if name in state)
+    return [
+        f"{other} and {name} are one tensor in the model, and two in the checkpoint"
+        for name, other in pairs
+        if name != other and not same(State({"": state[name]}), State({"": state[other]}))
+    ]
+
+
+def _is_frozen(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) and not tensor.requires_grad

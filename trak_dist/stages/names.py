@@ -1,0 +1,160 @@
+"""Names in a state dict: which are the model's, however training tools write them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+WRAPPERS = ("module", "_orig_mod")  # of DistributedDataParallel, of torch.compile
+_PLACES = 5  # of what is left out, that are told
+
+
+class State(dict[str, Tensor]):
+    """Named tensors, with the versions of the modules that saved them if those are known.
+
+    By their versions modules know what of a state dict to read in an older way.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], metadata: Any = None) -> None:
+        super().__init__(tensors)
+        usable = isinstance(metadata, Mapping) and all(
+            isinstance(v, Mapping) for v in metadata.values()
+        )
+        self._metadata: Mapping[str, Any] | None = metadata if usable else None  # where torch looks
+
+    @property
+    def metadata(self) -> Mapping[str, Any] | None:
+        """What torch keeps of each module, by its name."""
+        return self._metadata
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a state dict holds below a prefix, under the model's names where it has such."""
+
+    prefix: str
+    state: State
+    wrappers: tuple[str, ...]
+    left_out: tuple[str, ...]
+
+    def said(self) -> list[str]:
+        """What was left out of the names, and of the tensors."""
+        said = [f"the prefix {self.prefix!r} of its names is left out"] if self.prefix else []
+        said += [f"{wrapper + '.'!r} inside of its names is left out" for wrapper in self.wrappers]
+        if self.left_out:
+            said.append(f"other parts that it holds are left out: {self.others()}")
+        return said
+
+    def others(self) -> str:
+        """The parts that are left out, as `criterion.weight, ema.* (12 tensors)`."""
+        below = defaultdict(list)
+        for name in self.left_out:
+            below[_apart(name, self.prefix)].append(name)
+        told = [
+            names[0] if len(names) == 1 else f"{place}.* ({len(names)} tensors)"
+            for place, names in below.items()
+        ]
+        return ", ".join(told[:_PLACES]) + (", …" if len(told) > _PLACES else "")
+
+
+class Names:
+    """The names of a model's tensors, in all the ways in which they are written."""
+
+    def __init__(self, model: nn.Module, own: Mapping[str, Tensor]) -> None:
+        self._own = own
+        self._modules = {_bare(place): place for name in own for place in _places(name)}
+        ways = defaultdict(set)
+        for name in own:
+            for way in (name, *(saved_by_peft(name, a) for a in adapters(model))):
+                ways[_bare(way)].add(name)
+        self._ways = {way: found for way, names in ways.items() if (found := self._one(names))}
+
+    def _one(self, names: set[str]) -> str:
+        """The one that is meant: of several adapters the one that is trained."""
+        trained = {name for name in names if self._own[name].requires_grad} or names
+        return next(iter(trained)) if len(trained) == 1 else ""
+
+    def whole(self, state: State) -> Part:
+        """The whole state dict."""
+        return self._part(state, "")
+
+    def parts(self, state: State) -> Iterator[Part]:
+        """What lies below each prefix, in order of its length, that some name of the model has."""
+        prefixes = {
+            name[:start] for name in state for start in _starts(name) if self.known(name[start:])
+        }
+        return (self._part(state, p) for p in sorted(prefixes, key=lambda p: (len(p), p)))
+
+    def known(self, name: str) -> str:
+        """The model's name for it; empty if there is none, or if it begins with a wrapper's."""
+        if name in self._own:
+            return name
+        return "" if name.partition(".")[0] in WRAPPERS else self._ways.get(_bare(name), "")
+
+    def _part(self, state: State, prefix: str) -> Part:
+        tensors: dict[str, Tensor] = {}
+        wrappers: dict[str, None] = {}
+        for whole, tensor in state.items():
+            if not whole.startswith(prefix):
+                continue
+            name = whole.removeprefix(prefix)
+            found = self.known(name)
+            if found and found not in tensors:
+                wrappers |= dict.fromkeys(w for w in WRAPPERS if w in _lost(name, found))
+                name = found
+            tensors[name] = tensor
+        left_out = tuple(name for name in state if not name.startswith(prefix))
+        below = {
+            whole[len(prefix) :]: version
+            for whole, version in (state.metadata or {}).items()
+            if f"{whole}.".startswith(prefix)
+        }
+        versions = {self._modules.get(_bare(place), place): v for place, v in below.items()}
+        return Part(prefix, State(tensors, versions or None), tuple(wrappers), left_out)
+
+
+def adapters(model: nn.Module) -> list[str]:
+    """The names of a PEFT model's adapters."""
+    found = getattr(model, "peft_config", None)
+    return [str(name) for name in found] if isinstance(found, Mapping) else []
+
+
+def saved_by_peft(name: str, adapter: str) -> str:
+    """The name that PEFT saves a tensor of an adapter under: its own, without the adapter's."""
+    if name.endswith(f".lora_magnitude_vector.{adapter}.weight"):
+        return name.removesuffix(f".{adapter}.weight")
+    parts = name.replace(f".modules_to_save.{adapter}.", ".").split(".")
+    at = next((i for i in (-1, -2) if parts[i:][:1] == [adapter]), len(parts))
+    return ".".join(part for i, part in enumerate(parts, -len(parts)) if i != at)
+
+
+def _bare(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def _lost(name: str, found: str) -> set[str]:
+    return set(name.split(".")) - set(found.split("."))
+
+
+def _starts(name: str) -> Iterable[int]:
+    """Where a prefix may end."""
+    return (i + 1 for i, letter in enumerate(name) if letter == ".")
+
+
+def _places(name: str) -> Iterator[str]:
+    """The modules that a tensor lies in."""
+    yield ""
+    yield from (name[: start - 1] for start in _starts(name))
+
+
+def _apart(name: str, prefix: str) -> str:
+    """The beginning of a name up to where it leaves the prefix."""
+    shared = 0
+    parts, others = name.split("."), prefix.split(".")
+    while shared < len(parts) - 1 and parts[shared] == others[shared]:
+        shared += 1
+    return ".".join(parts[: shared + 1])
