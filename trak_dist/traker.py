@@ -27,7 +27,7 @@ from trak_dist.errors import CellsFailed, ConfigError, ModelIDException
 from trak_dist.ops import model_outputs
 from trak_dist.ops.gradients import examples_in, select_params
 from trak_dist.plan import Plan
-from trak_dist.problem import model_digest
+from trak_dist.source import model_digest
 from trak_dist.stages import checkpoints, coverage, fed, feeding, state_dicts
 from trak_dist.stages.featurize import refuse_all_zero, refuse_unusable
 from trak_dist.stages.fed_checkpoint import FedCheckpoint

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -14,8 +13,9 @@ from trak_dist.errors import NonFiniteGradient, ProblemError
 from trak_dist.ops import rows as row_format
 from trak_dist.ops.gradients import examples_in
 from trak_dist.stages import fed
+from trak_dist.stages.inputs import Shown, refuse_changed_rows, refuse_unlike
 from trak_dist.stages.outcome import Outcome, grads_facts
-from trak_dist.stages.session import Session, batch_digest
+from trak_dist.stages.session import Session
 from trak_dist.store import contents
 
 
@@ -33,12 +33,13 @@ def featurize(session: Session, cell: FeaturizeCell) -> Outcome:
     if plan.split(cell.split).fed:
         return fed.gather(session.run, cell)
     loaded = session.load(cell.model_id)
+    session.once(f"rows of {cell.split}", lambda: refuse_changed_rows(session, cell))
     grads = torch.zeros(len(cell.rows), plan.store_dim, device=session.device)
     out_to_loss = torch.zeros(len(cell.rows), device=session.device)
-    inputs = hashlib.sha256()
+    shown = Shown()
     done = 0
     for host_batch in session.batches(cell.split, cell.rows):
-        batch_digest(inputs, host_batch)
+        shown.add(host_batch)
         batch = session.to_device(host_batch)
         size = examples_in(batch)
         wanted = min(spec.featurize.batch_rows, len(cell.rows) - done)
@@ -62,6 +63,7 @@ def featurize(session: Session, cell: FeaturizeCell) -> Outcome:
         where=cell.id,
     )
     refuse_all_zero(grads, where=cell.id)
+    refuse_unlike(session, cell, shown)
     stored, scale = row_format.encode(grads, spec.featurize.dtype)
     arrays = {"grads": stored, "row_scale": scale, "out_to_loss": out_to_loss}
     digests = contents.write(
@@ -71,7 +73,7 @@ def featurize(session: Session, cell: FeaturizeCell) -> Outcome:
         digests,
         {
             **grads_facts(plan, loaded.digest),
-            "inputs_digest": inputs.hexdigest()[:32],
+            **shown.facts(),
             "rows": len(cell.rows),
             "batch_rows": spec.featurize.batch_rows,
             "non_finite_rows": 0,

@@ -157,7 +157,7 @@ def fitted(state: Mapping[str, Tensor], model: nn.Module, *, where: str) -> Fitt
     """
     own = {k: v for k, v in model.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
     renamed, said = _renamed(state, own)
-    may_be_absent = {k for k in own if _is_frozen(own[k]) or _is_tied(k, own, renamed)}
+    may_be_absent = {k for k in own if is_frozen(own[k]) or _is_tied(k, own, renamed)}
     expected = {k: tuple(v.shape) for k, v in own.items()}
     found = {k: tuple(v.shape) for k, v in renamed.items()}
     absent = expected.keys() - found.keys()
@@ -195,7 +195,8 @@ def refuse_otherwise_absent(one: Fitted, absent: frozenset[str], *, where: str) 
         )
 
 
-def _is_frozen(tensor: Tensor) -> bool:
+def is_frozen(tensor: Tensor) -> bool:
+    """Whether it is a parameter without gradients, which a checkpoint may lack."""
     return isinstance(tensor, nn.Parameter) and not tensor.requires_grad
 
 
