@@ -33,7 +33,7 @@ def featurize(session: Session, cell: FeaturizeCell) -> Outcome:
     if plan.split(cell.split).fed:
         return fed.gather(session.run, cell)
     loaded = session.load(cell.model_id)
-    session.once(f"rows of {cell.split}", lambda: refuse_changed_rows(session, cell))
+    session.once(f"done cells of {cell.split}", lambda: refuse_changed_rows(session, cell))
     grads = torch.zeros(len(cell.rows), plan.store_dim, device=session.device)
     out_to_loss = torch.zeros(len(cell.rows), device=session.device)
     shown = Shown()

@@ -43,21 +43,20 @@ def damaged_cells(run: Run) -> Iterator[tuple[Cell, list[str]]]:
 def made_of(run: Run, sources: Collection[Cell]) -> dict[Cell, str]:
     """The done cells that were made of `sources`, or of what was; and of which."""
     found: dict[Cell, str] = {}
-    if not sources:
-        return found
-    done = run.receipts.done(cell for stage in STAGE_CELLS for cell in run.plan.cells(stage))
-    for cell in done:  # each after those it needs
-        needed = graph.needs(run.plan, cell, done)
+    cells = dict.fromkeys(c for stage in STAGE_CELLS for c in run.plan.cells(stage))
+    for cell in cells if sources else ():  # each after those it needs, done or taken back before
+        needed = graph.needs(run.plan, cell, cells)
         of = next((other for other in needed if other in sources or other in found), None)
         if of and cell not in sources:
             found[cell] = f"made of {of.id}"
-    return found
+    done = run.receipts.done(found)
+    return {cell: why for cell, why in found.items() if cell in done}
 
 
 def take_back(run: Run, damaged: Sequence[tuple[Cell, list[str]]]) -> None:
     """Make damaged cells missing again; and what other plans made of other rows of this run.
 
-    What was made of a cell is taken back before it, so that being killed here loses no trace.
+    What was made of a cell is taken back before it: the next call after a kill finds the rest.
     """
     odd = of_other_rows(run)
     for other in _sharing(run) if odd else ():
