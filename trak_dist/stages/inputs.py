@@ -115,11 +115,12 @@ def _refuse_changed(session: Session, split: str, done: Done) -> None:
     """Read all that the done cells were shown again, mark those that were shown something else."""
     run, size = session.run, session.run.plan.spec.featurize.batch_rows
     now = {rows: _shown(session, split, rows) for rows in {c.rows for c in done}}
-    odd: dict[FeaturizeCell, str] = {}
+    doubted, odd = run.receipts.doubted(done), dict[FeaturizeCell, str]()
     for cell, receipt in done.items():
         found = now[cell.rows]
         if _digest(receipt) == found["inputs_digest"]:
-            run.receipts.trust(cell)
+            if cell in doubted:
+                run.receipts.trust(cell)
             continue
         pairs = zip(*map(_each, (receipt.facts, found)), strict=False)
         at = next((i for i, (then, again) in enumerate(pairs) if then != again), None)

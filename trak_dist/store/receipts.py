@@ -74,7 +74,8 @@ class Receipts:
         """Make `cell` missing again, by a receipt whose key fits no plan."""
         receipt = Receipt(cell=cell.id, key="", fingerprint="", job={"revoked": why})
         atomic.write(self._layout.receipt(self._plan, cell), _dump(receipt))
-        self.trust(cell)
+        if self.doubted([cell]):
+            self.trust(cell)
 
     def doubt(self, cell: Cell, why: str) -> None:
         """Note that a done cell was not made of what is there now."""
