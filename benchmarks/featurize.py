@@ -1,17 +1,20 @@
 """What projected per-sample gradients cost, against a training step on the same batch.
 
-    OMP_NUM_THREADS=1 python benchmarks/featurize.py [model …]
+    OMP_NUM_THREADS=1 python benchmarks/featurize.py [--device cuda] [model …]
 
 One thread, one process; the ways take turns. Seconds are the processor's, which others on the
-machine disturb less; medians over rounds. The unit is a plain training step without the optimiser:
-forward, and backward by all weights, by the faster of two memory formats. The floor of whatever
-keeps examples apart is `by activations`: forward, and backward without any weight gradient.
+machine disturb less, or those until a GPU is done; medians over rounds. All is computed as in a
+cell: without TF32, in an order that is fixed. The unit is a plain training step without the
+optimiser: forward, and backward by all weights, by the faster of two memory formats. The floor of
+whatever keeps examples apart is `by activations`: forward, and backward without any weight
+gradient.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
-import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -20,11 +23,13 @@ from models import CASES, Case
 from rounds import Seconds, medians, ratios, take_turns
 from torch import Tensor
 
+from trak_dist.ops import numerics
 from trak_dist.ops.gradients import GradientComputer, VmapGradients, select_params
 from trak_dist.ops.hooks import HookGradients
 from trak_dist.ops.model_outputs import out_to_loss
 from trak_dist.ops.projection import Projector, make_projector
-from trak_dist.stages.session import adding
+from trak_dist.stages.loaded import adding
+from trak_dist.stages.session import open_device
 
 ROUNDS, DIM = 5, 4096
 DIMS = (512, 2048, 16384)
@@ -33,18 +38,25 @@ STEPS = ("training step", "the same, channels last")
 Batch = tuple[Tensor, Tensor]
 
 
-def main(names: Sequence[str] = tuple(CASES)) -> dict[str, dict]:
+def main(names: Sequence[str] = tuple(CASES), device: str = "cpu") -> dict[str, dict]:
+    on = open_device(device)
     torch.set_num_threads(1)
+    if on.type == "cuda":
+        print(f"{torch.cuda.get_device_name(on)}, torch {torch.__version__}")
     found = {}
     for name in names:
         torch.manual_seed(0)
-        found[name] = measure(CASES[name]())
+        with numerics.kept():
+            numerics.fix(on)
+            found[name] = measure(CASES[name](), on)
         report(name, found[name])
     return found
 
 
-def measure(case: Case) -> dict:
-    batch = case.batch(case.rows)
+def measure(case: Case, device: torch.device) -> dict:
+    case.model.to(device)
+    images_or_ids, labels = case.batch(case.rows)
+    batch = (images_or_ids.to(device), labels.to(device))
     ways: dict[str, Callable[[], object]] = {STEPS[0]: lambda: training_step(case, batch)}
     if batch[0].ndim == 4:
         last = replace(case, model=copy.deepcopy(case.model).to(memory_format=torch.channels_last))
@@ -56,7 +68,15 @@ def measure(case: Case) -> dict:
     for dim in DIMS:
         ways[f"hooks, sjlt to {dim}"] = featurizing(case, batch, dim)
     parameters = sum(p.numel() for p in case.model.parameters())
-    return {"rows": case.rows, "parameters": parameters, "seconds": take_turns(ways, ROUNDS)}
+    clock = time.process_time if device.type == "cpu" else when_done
+    seconds = take_turns(ways, ROUNDS, clock)
+    return {"rows": case.rows, "parameters": parameters, "seconds": seconds}
+
+
+def when_done() -> float:
+    """Seconds, once a GPU has done all that it was given."""
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def featurizing(
@@ -70,7 +90,8 @@ def featurizing(
     )
 
     def featurize() -> Tensor:
-        f = compute(batch, adding(project, torch.zeros(case.rows, dim)))
+        into = torch.zeros(case.rows, dim, device=batch[0].device)
+        f = compute(batch, adding(project, into))
         return out_to_loss(case.output, case.model, batch, f)
 
     return featurize
@@ -113,8 +134,12 @@ def report(name: str, found: dict) -> None:
     print(f"{name}: p {found['parameters']:,}, {rows} rows")
     print(f"{'way':<26}{'ms':>8}{'rows/s':>9}{'÷ step':>8}")
     for way, median in medians(seconds).items():
-        print(f"{way:<26}{median * 1e3:>8.0f}{rows / median:>9.1f}{found_ratios[way]:>8.2f}")
+        print(f"{way:<26}{median * 1e3:>8.1f}{rows / median:>9.1f}{found_ratios[way]:>8.2f}")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:] or tuple(CASES))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", default=tuple(CASES))
+    parser.add_argument("--device", default="cpu")
+    given = parser.parse_args()
+    main(given.models, given.device)

@@ -102,7 +102,7 @@ class NextToken:
     def get_out_to_loss_grad(
         self, model: nn.Module, weights: Any, buffers: Any, batch: Sequence[Any]
     ) -> Tensor:
-        return torch.ones(len(batch[0]))  # the output is minus the loss
+        return torch.ones(len(batch[0]), device=batch[0].device)  # the output is minus the loss
 
 
 def resnet9_case() -> Case:

@@ -9,10 +9,15 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from devices import DEVICE
 from launching import Ended, Launch
 
 from trak_dist import worker
 from trak_dist.launch import main
+
+
+def pytest_report_header() -> str:
+    return f"instructions: {torch.backends.cpu.get_cpu_capability()}"
 
 
 @pytest.fixture(autouse=True)
@@ -20,6 +25,16 @@ def _leave_threads_as_they_were() -> object:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _compute_as_a_cell_does(request: pytest.FixtureRequest) -> object:
+    """On a GPU, where tests are marked `device`: in full float32, in an order that is fixed."""
+    if DEVICE.type == "cpu" or not request.node.get_closest_marker("device"):
+        yield
+        return
+    with worker.own_numerics(DEVICE):
+        yield
 
 
 @pytest.fixture

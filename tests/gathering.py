@@ -17,7 +17,7 @@ def gathered(
     batch: Sequence[Any],
     params: Sequence[str] = ("*",),
 ) -> dict[str, Tensor]:
-    """(batch, …) gradients by name; zero where nothing was handed over."""
+    """(batch, …) gradients by name, on the CPU; zero where nothing was handed over."""
     size, weights = examples_in(batch), dict(model.named_parameters())
     names = select_params(model, params)
     found = {n: torch.zeros(size, *weights[n].shape, dtype=weights[n].dtype) for n in names}
@@ -25,7 +25,7 @@ def gathered(
     def take(name: str, rows: slice, grads: Tensor) -> None:
         assert grads.shape == found[name][rows].shape
         assert grads.dtype == weights[name].dtype
-        found[name][rows] += grads
+        found[name][rows] += grads.cpu()
 
     compute(batch, take)
     return found

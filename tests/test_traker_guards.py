@@ -59,7 +59,7 @@ def test_other_examples_for_rows_that_are_there_are_refused(
 
 
 BATCHES = {
-    "another dtype": (lambda x, y: (x.double(), y), RuntimeError, "should be the same"),
+    "another dtype": (lambda x, y: (x.double(), y), ProblemError, "should be the same"),
     "labels that are no class": (lambda x, y: (x, y + 9), NonFiniteGradient, "in 2 of 2 rows"),
     "labels with a dimension": (
         lambda x, y: (x, y[:, None].expand(-1, 2)),

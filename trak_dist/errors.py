@@ -69,6 +69,10 @@ class NotCovered(TrakDistError):
     """Hooks can't give the per-sample gradients of some parameters."""
 
 
+class WrongGradient(TrakDistError):
+    """An audit found other gradients, or another out-to-loss, than plain autograd gives."""
+
+
 class SingularGram(TrakDistError):
     """XᵀX + λI is singular to working precision."""
 

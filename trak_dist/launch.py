@@ -230,7 +230,10 @@ def _run_stage(run: Run, stage: str, cluster: ClusterConfig, executor: Executor)
         label = stage if len(phases) == 1 else f"{stage} {number}/{len(phases)}"
         live = out.is_terminal and cluster.kind != "debug"
         with Progress(run, waiting, label=label, console=out, live=live) as progress:
+            distrusted = run.receipts.all_distrusted()
             executor.run(job, [tuple(c.id for c in t) for t in tasks if t], progress.tick)
+        if run.receipts.all_distrusted() != distrusted:  # cells were taken back, of other tasks too
+            return _run_stage(run, stage, cluster, executor)
         if not telling.all_done(run, stage, waiting):
             return False
     return True

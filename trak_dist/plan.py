@@ -50,6 +50,7 @@ CHUNK_BYTES = 64 * 2**20
 HALVES_TARGETS = 64  # of each target set, for which scores of halves of the ensemble are kept
 MIN_CELLS = 8  # a small split is still cut into about so many cells, to lose little at a kill
 REDUCE_KEYS = ("proj_dim", "reduce.", "checkpoints.use")
+GRADIENTS_KEY = "featurize.gradients"
 SWEEP_KEYS = (
     *("proj_dim", "store_dim", "projection.", "checkpoints.use"),
     *("reduce.lambda_", "reduce.kernel_"),  # not its threads: they set the bits of the shared Gram

@@ -10,7 +10,7 @@ from typing import Any
 from trak_dist import machine, needs, settings, sweep, telling
 from trak_dist.config import ClusterConfig, Config, Counterfactuals, SlurmConfig
 from trak_dist.errors import ConfigError, MemoryRefused, StoreError
-from trak_dist.plan import REDUCE_KEYS, SWEEP_KEYS, Plan
+from trak_dist.plan import GRADIENTS_KEY, REDUCE_KEYS, SWEEP_KEYS, Plan
 from trak_dist.store import atomic
 from trak_dist.store.run import Run
 from trak_dist.sweep import Task
@@ -43,7 +43,7 @@ def prepared(
 
     run, run_dir, plan = base, Path(config.run_dir), None
     if base:
-        may = SWEEP_KEYS if task else () if base.layout.member else REDUCE_KEYS
+        may = SWEEP_KEYS if task else () if base.layout.member else (*REDUCE_KEYS, GRADIENTS_KEY)
         plan = wanted(config, base, may)
         if task:
             run_dir = sweep.home(base, plan)
@@ -59,7 +59,10 @@ def prepared(
     retrains = settings.given_in("ground_truth", given) or settings.given_in(
         "counterfactuals", given
     )
-    if plan is None or config.stage != "reduce" or retrains:
+    other_grads = (
+        base is not None and plan is not None and plan.spec.featurize != base.plan.spec.featurize
+    )
+    if plan is None or config.stage != "reduce" or retrains or other_grads:
         plan = _plan_with_problem(config, plan, run or base, given)
     planning.refuse_unknown_ids(plan)
     planning.refuse_rank_deficient(plan)
@@ -131,6 +134,8 @@ def _plan_with_problem(
             train=config.checkpoints.train if "checkpoints.train" in given else trained,
             accept_source=config.accept_source,
         )
+    if run and run.plan.spec.featurize != plan.spec.featurize:
+        plan = planning.with_gradients(plan, problem)
     if config.stage != "report":
         planning.check_checkpoints(plan, problem, run, out.print)
     if asked := settings.given_in("ground_truth", given):

@@ -25,13 +25,16 @@ from trak_dist.compat import FunctionalGradientComputer
 from trak_dist.config import Spec
 from trak_dist.errors import CellsFailed, ConfigError, ModelIDException
 from trak_dist.ops import model_outputs
-from trak_dist.ops.gradients import examples_in, select_params
+from trak_dist.ops.batches import examples_in, rows_of
+from trak_dist.ops.gradients import select_params
 from trak_dist.plan import Plan
 from trak_dist.source import model_digest
 from trak_dist.stages import checkpoints, coverage, fed, feeding, state_dicts
+from trak_dist.stages.audit import Audit
 from trak_dist.stages.featurize import refuse_all_zero, refuse_unusable
 from trak_dist.stages.fed_checkpoint import FedCheckpoint
-from trak_dist.stages.session import Loaded, as_batch, open_device
+from trak_dist.stages.loaded import Loaded
+from trak_dist.stages.session import as_batch, open_device
 from trak_dist.store import contents
 from trak_dist.store.prepare import prepare_checkpoint, prepare_scores
 from trak_dist.store.results import Results
@@ -327,7 +330,9 @@ class TRAKer:
             keep = torch.from_numpy(np.flatnonzero(left))
             batch = pytree.tree_map_only(Tensor, lambda t: t[keep.to(t.device)], batch)
             in_plan = loaded.in_plan(run.plan, self.task)
-            grads, q = self._grads(run.plan, in_plan, batch, rows[left], split)
+            checks = Audit.of_call(rows[left], first=not feed.begun)
+            grads, q = self._grads(run.plan, in_plan, batch, rows[left], split, checks)
+            loaded.note_weights()
             if not feed.begun and len(grads) > 1:  # a single one may have none
                 refuse_all_zero(grads)
             feed.write(rows[left], grads, q, inputs[left])
@@ -335,15 +340,23 @@ class TRAKer:
             self._next[split] = first + num_samples
 
     def _grads(
-        self, plan: Plan, loaded: Loaded, batch: Any, rows: NDArray[np.int64], split: str
+        self,
+        plan: Plan,
+        loaded: Loaded,
+        batch: Any,
+        rows: NDArray[np.int64],
+        split: str,
+        checks: Audit | None,
     ) -> tuple[Tensor, Tensor]:
         """X / √p and Q of a batch, all of them finite."""
         batch = pytree.tree_map_only(Tensor, lambda t: t.to(self.device), batch)
         grads = torch.zeros(examples_in(batch), plan.store_dim, device=self.device)
+        what = f"checkpoint {loaded.model_id}"
         with worker.own_numerics(self.device):
             q = loaded.featurize(batch, grads)
-        what = f"checkpoint {loaded.model_id}"
-        refuse_unusable(grads, q, rows=rows.tolist(), split=split, what=what)
+            refuse_unusable(grads, q, rows=rows.tolist(), split=split, what=what)
+            if checks:
+                checks.check(loaded, batch, grads, q, lambda at: f"row {rows[at]} of {split!r}")
         return grads, q
 
     def _created(
@@ -354,13 +367,14 @@ class TRAKer:
         Two examples are computed before it is: a mistake in the batch makes no run.
         """
         if not Run.exists(self.save_dir):
-            first = pytree.tree_map_only(Tensor, lambda t: t[:2].to(self.device), batch)
+            whole = pytree.tree_map_only(Tensor, lambda t: t.to(self.device), batch)
+            turned = rows_of(whole, list(reversed(range(max(1, examples_in(batch) - 1)))))
             spec = self._wanted.spec()
             with worker.own_numerics(self.device):
                 way, why = coverage.choose(
                     self.model,
                     self.task,
-                    {TRAIN: first},
+                    {TRAIN: whole, f"{TRAIN}, turned": turned},
                     params=spec.featurize.params,
                     asked=spec.featurize.gradients,
                 )
@@ -372,7 +386,9 @@ class TRAKer:
                 gradients=way,
             )
             probe = Loaded(plan, loaded.model_id, loaded.digest, self.model, self.task)
-            self._grads(plan, probe, first, rows[:2], TRAIN)
+            first = rows_of(batch, slice(2))
+            self._grads(plan, probe, first, rows[:2], TRAIN, None)
+            loaded.note_weights()
             if why:
                 log.warning("gradients by %s, %s", way, why)
             feeding.created(self.save_dir, plan)

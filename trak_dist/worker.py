@@ -34,6 +34,7 @@ from trak_dist.errors import (
     StoreError,
     TrakDistError,
 )
+from trak_dist.ops import numerics
 from trak_dist.plan import Plan
 from trak_dist.stages.outcome import Outcome
 from trak_dist.stages.session import Session, open_device
@@ -114,6 +115,9 @@ def run_cells(
                 run.receipts.fail(cell, _failure(session, cell, error))
             if isinstance(error, STOPS_WORKER):
                 return False
+    if session.took_back:
+        session.took_back = False
+        return run_cells(run_dir, fingerprint, device, cell_ids, stopped)
     return finished == len(cells)
 
 
@@ -154,25 +158,17 @@ def _run_cell(session: Session, cell: Cell) -> None:
 @contextlib.contextmanager
 def own_numerics(device: torch.device) -> Iterator[None]:
     """Compute as a cell does, and leave the process as it was: random numbers, threads, flags."""
-    with torch.random.fork_rng():
-        threads, deterministic = torch.get_num_threads(), torch.backends.cudnn.deterministic
-        benchmark, tf32 = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
-        products = torch.backends.cuda.matmul.allow_tf32
-        strict = torch.are_deterministic_algorithms_enabled()
-        warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), numerics.kept():
+        threads = torch.get_num_threads()
         states = random.getstate(), np.random.get_state()  # noqa: NPY002
         try:
-            _fix_kernels(device)
+            numerics.fix(device)
             yield
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])  # noqa: NPY002
             torch.set_num_threads(threads)
-            torch.backends.cudnn.deterministic = deterministic
-            torch.backends.cudnn.benchmark = benchmark
-            torch.backends.cudnn.allow_tf32 = tf32
-            torch.backends.cuda.matmul.allow_tf32 = products
-            torch.use_deterministic_algorithms(strict, warn_only=warns)
 
 
 def _fix_numerics(session: Session, cell: Cell) -> None:
@@ -185,18 +181,7 @@ def _fix_numerics(session: Session, cell: Cell) -> None:
     np.random.seed(seed)  # noqa: NPY002
     torch.manual_seed(seed)
     torch.set_num_threads(spec.featurize.threads if featurizes else spec.reduce.threads)
-    _fix_kernels(session.device)
-
-
-def _fix_kernels(device: torch.device) -> None:
-    """Have torch take kernels that give the same bits each time, and float32 where it says so."""
-    torch.backends.cudnn.deterministic = True
-    torch.backends.cudnn.benchmark = False
-    if device.type == "cuda":  # on the CPU it only costs the import of inductor, 1.4 s
-        # Scatter-adds sum in any order otherwise; a warning where there is no such kernel.
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.allow_tf32 = False
-    torch.backends.cuda.matmul.allow_tf32 = False
+    numerics.fix(session.device)
 
 
 def _job(session: Session, cell: Cell) -> dict[str, Any]:

@@ -1,22 +1,32 @@
-"""The contract of a projector; a new kind is right when it passes with its name in KINDS."""
+"""The contract of a projector; a new kind is right when it passes with its name in KINDS.
+
+On the CPU `sjlt` passes twice: as it is there, and with the sums as a GPU has them.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from devices import DEVICE
 from torch import Tensor
 
 from trak_dist.config import PROJECTIONS
+from trak_dist.ops import segments
 from trak_dist.ops.projection import Projector, make_projector
 
-KINDS = PROJECTIONS
+IN_DRAWN_ORDER = "sjlt in a drawn order"
+KINDS = (*PROJECTIONS, IN_DRAWN_ORDER)
 SHAPES = {"w": torch.Size([4, 3, 2]), "b": torch.Size([4]), "v": torch.Size([4]), "s": torch.Size()}
 PARAMETERS = 33
 BATCH = 5
+pytestmark = pytest.mark.device
 
 
 @pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == IN_DRAWN_ORDER:
+        monkeypatch.setattr(segments, "scatters_in_order", lambda device: False)
+        return "sjlt"
     return request.param
 
 
@@ -28,11 +38,11 @@ def make(kind: str, **changes: int) -> Projector:
 def gradients(name: str, seed: int = 0) -> Tensor:
     """Small whole numbers: the sums of all kinds but gaussian are then exact."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-8, 9, (BATCH, *SHAPES[name]), generator=generator).float()
+    return torch.randint(-8, 9, (BATCH, *SHAPES[name]), generator=generator).float().to(DEVICE)
 
 
 def project(projector: Projector, *named: tuple[str, Tensor]) -> Tensor:
-    into = torch.zeros(BATCH, projector.dim)
+    into = torch.zeros(BATCH, projector.dim, device=DEVICE)
     for name, grads in named:
         projector.add(into, name, grads)
     return into
@@ -54,7 +64,7 @@ def test_it_is_linear(kind: str) -> None:
 
 def test_it_adds_to_what_is_in_the_accumulator(kind: str) -> None:
     projector = make(kind)
-    before = torch.arange(BATCH * projector.dim).view(BATCH, -1).float()
+    before = torch.arange(BATCH * projector.dim, device=DEVICE).view(BATCH, -1).float()
     into = before.clone()
     projector.add(into, "w", gradients("w"))
     expected = before + project(projector, ("w", gradients("w")))
@@ -64,7 +74,7 @@ def test_it_adds_to_what_is_in_the_accumulator(kind: str) -> None:
 def test_it_writes_nothing_but_the_rows_it_is_given(kind: str) -> None:
     projector, grads = make(kind), gradients("w")
     untouched = grads.clone()
-    whole = torch.full((BATCH + 2, projector.dim), 7.0)
+    whole = torch.full((BATCH + 2, projector.dim), 7.0, device=DEVICE)
     whole[1:-1] = 0
     projector.add(whole[1:-1], "w", grads)
     assert torch.equal(grads, untouched)
@@ -95,7 +105,7 @@ def test_each_example_projects_as_if_alone(kind: str) -> None:
     projector, grads = make(kind), gradients("w")
     together = project(projector, ("w", grads))
     for row in range(BATCH):
-        into = torch.zeros(1, projector.dim)
+        into = torch.zeros(1, projector.dim, device=DEVICE)
         projector.add(into, "w", grads[row : row + 1])
         torch.testing.assert_close(into[0], together[row], rtol=0, atol=1e-4)
 
@@ -110,8 +120,8 @@ def test_gradients_need_not_be_contiguous(kind: str) -> None:
 
 def test_a_parameter_may_be_a_scalar(kind: str) -> None:
     assert gradients("s").shape == (BATCH,)
-    sketch = project(make(kind), ("s", torch.arange(1.0, BATCH + 1)))
-    norms = sketch.norm(dim=1)
+    sketch = project(make(kind), ("s", torch.arange(1.0, BATCH + 1, device=DEVICE)))
+    norms = sketch.norm(dim=1).cpu()
     torch.testing.assert_close(norms, norms[0] * torch.arange(1.0, BATCH + 1))
     assert norms[0] > 0
 

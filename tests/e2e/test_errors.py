@@ -182,7 +182,7 @@ def test_singular_gram_at_lambda_zero_and_the_way_out(launch, tiny_run) -> None:
     says(
         ended,
         1,
-        "XᵀX + λI is singular to working precision at λ = 0: (smallest pivot / largest)² = ",
+        "XᵀX + λI is singular to working precision at λ = 0: scaled to a diagonal of ones it is ",
         "where: kernel/0",
         "next:  reduce.lambda_reg=1.0 reduce.lambda_unit=mean_diagonal, or another λ > 0",
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -53,4 +55,17 @@ def test_who_asks_for_cuda_does_not_get_the_cpu(monkeypatch) -> None:
 def test_a_gpu_that_torch_sees_is_used(monkeypatch) -> None:
     monkeypatch.setenv("SLURM_STEP_GPUS", "0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")  # and as it was, afterwards
     assert open_device("auto") == torch.device("cuda")
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:1"])
+def test_before_a_gpu_is_used_cublas_is_told_to_sum_in_one_order(monkeypatch, name: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    open_device(name)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    open_device(name)
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from devices import DEVICE
 from gathering import gathered
 from test_layers import Weighed, moved
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from trak_dist.ops.bundles import Bundles, has_bundles
 from trak_dist.ops.gradients import VmapGradients, select_params
 from trak_dist.ops.hooks import HookGradients
 from trak_dist.ops.projection import Projector, make_projector
-from trak_dist.stages.session import adding
+from trak_dist.stages.loaded import adding
 
 BATCH, DIM = 3, 96
 
@@ -78,20 +79,20 @@ LAYERS = {
 }  # fmt: skip
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("piece_elements", [1, 2**20])
 def test_hooks_hand_over_what_vmap_would_have_bundled(layer: str, piece_elements: int) -> None:
     model, x = LAYERS[layer]
     model = moved(model)
-    project = projector(model)
+    wanted, found = torch.zeros(BATCH, DIM), torch.zeros(BATCH, DIM, device=DEVICE)
+    VmapGradients(model, Weighed(), ["*"])((x,), adding(projector(model), wanted))
+    project = projector(model.to(DEVICE))
     hooks = HookGradients(
         model, Weighed(), ["*"], piece_elements=piece_elements, bundles=project.bundles
     )
-    sketches = [torch.zeros(BATCH, DIM, dtype=torch.float32) for _ in range(2)]
-    hooks((x,), adding(project, sketches[0]))
-    VmapGradients(model, Weighed(), ["*"])((x,), adding(project, sketches[1]))
-    rounding = 1e-5 * float(sketches[1].norm())
-    torch.testing.assert_close(*sketches, rtol=0, atol=rounding)
+    hooks((x.to(DEVICE),), adding(project, found))
+    torch.testing.assert_close(found.cpu(), wanted, rtol=0, atol=1e-5 * float(wanted.norm()))
 
 
 SHORTER = [n for n in LAYERS if n not in ("positions", "convolution in groups")]

@@ -91,7 +91,7 @@ def test_bucket_and_sign_are_disjoint_bits_of_one_draw(
 
 
 def test_the_normal_table_has_mean_0_and_variance_1() -> None:
-    table = draws._normal_table()
+    table = draws._normal_table(torch.device("cpu"))
     assert table.shape == (2**16,)
     assert (table[1:] > table[:-1]).all()
     assert torch.equal(table, -table.flip(0))

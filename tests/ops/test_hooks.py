@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from devices import DEVICE
 from gathering import gathered
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
@@ -143,7 +144,7 @@ class LanguageModel(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.tokens(ids)
-        x += self.positions(torch.arange(ids.shape[1]))
+        x += self.positions(torch.arange(ids.shape[1], device=ids.device))
         q, k, v = (
             h.view(*h.shape[:2], 2, 4).transpose(1, 2) for h in self.qkv(self.norm(x)).split(8, -1)
         )
@@ -206,12 +207,14 @@ def built(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, tup
 
 def by_hooks(model: nn.Module, batch: tuple[Tensor, Tensor], *params: str) -> dict[str, Tensor]:
     chosen = params or ("*",)
+    model.to(DEVICE)
     hooks = HookGradients(model, ImageClassification(), chosen, piece_elements=1000)
-    return gathered(hooks, model, batch, chosen)
+    return gathered(hooks, model, [t.to(DEVICE) for t in batch], chosen)
 
 
 def by_vmap(model: nn.Module, batch: tuple[Tensor, Tensor], *params: str) -> dict[str, Tensor]:
     chosen = params or ("*",)
+    model.cpu()
     return gathered(VmapGradients(model, ImageClassification(), chosen), model, batch, chosen)
 
 
@@ -225,18 +228,21 @@ def assert_agree(found: dict[str, Tensor], wanted: dict[str, Tensor], to: float)
         assert (error <= to * torch.maximum(size, 1e-3 * whole)).all(), name
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("name", [n for n in MODELS if n != "up and down"])
 def test_hooks_agree_with_vmap_on(name: str) -> None:
     model, batch = built(name)
     assert_agree(by_hooks(model, batch), by_vmap(model, batch), to=1e-10)
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("name", ["cnn", "resnet9", "vit", "language model"])
 def test_hooks_agree_with_vmap_in_float32_on(name: str) -> None:
     model, batch = built(name, torch.float32)
     assert_agree(by_hooks(model, batch), by_vmap(model, batch), to=1e-5)
 
 
+@pytest.mark.device
 def test_chosen_parameters_have_the_gradients_that_they_have_among_all() -> None:
     model, batch = built("vit")
     everything = by_hooks(model, batch)
@@ -262,6 +268,7 @@ def test_pieces_are_small_and_their_order_is_always_the_same() -> None:
     assert handed[0][0] == ("11.weight", 0, BATCH), "the last layer comes first"
 
 
+@pytest.mark.device
 def test_hooks_give_the_same_bits_every_time() -> None:
     model, batch = built("vit", torch.float32)
     first, second = by_hooks(model, batch), by_hooks(model, batch)

@@ -1,9 +1,10 @@
-"""The rule of each function against vmap, over its settings: in float64, each example apart."""
+"""Each rule against vmap on the CPU, over its settings: in float64, each example apart."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from devices import DEVICE
 from gathering import gathered
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,11 +12,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F  # noqa: N812
 
+from trak_dist.ops import segments
 from trak_dist.ops.gradients import VmapGradients
 from trak_dist.ops.hooks import HookGradients
 
 BATCH = 3
 examples = settings(max_examples=40, deadline=None, derandomize=True)
+pytestmark = pytest.mark.device
 
 
 class Weighed:
@@ -27,13 +30,14 @@ class Weighed:
     def get_batch_output(self, model, weights, buffers, batch) -> Tensor:
         out = functional_call(model, (dict(weights), dict(buffers)), tuple(batch))
         out = out.flatten(1)
-        return (torch.sin(out) * torch.arange(1, out.shape[1] + 1)).sum(1)
+        weights = torch.arange(1, out.shape[1] + 1, device=out.device)
+        return (torch.sin(out) * weights).sum(1)
 
 
 def moved(model: nn.Module) -> nn.Module:
     """In float64, with weights and running statistics that are neither 0 nor 1."""
     generator = torch.Generator().manual_seed(0)
-    model = model.double().eval()
+    model = model.cpu().double().eval()
     for tensor in model.state_dict().values():
         if tensor.is_floating_point():
             noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
@@ -43,9 +47,10 @@ def moved(model: nn.Module) -> nn.Module:
 
 def assert_agree(model: nn.Module, *batch: Tensor, piece_elements: int = 2**20) -> None:
     model = moved(model)
-    hooks = HookGradients(model, Weighed(), ["*"], piece_elements=piece_elements)
-    found = gathered(hooks, model, batch)
     wanted = gathered(VmapGradients(model, Weighed(), ["*"]), model, batch)
+    model.to(DEVICE)
+    hooks = HookGradients(model, Weighed(), ["*"], piece_elements=piece_elements)
+    found = gathered(hooks, model, [t.to(DEVICE) for t in batch])
     for name, grads in wanted.items():
         difference = (found[name] - grads).reshape(BATCH, -1).norm(dim=1)
         assert (difference <= 1e-9 * grads.reshape(BATCH, -1).norm(dim=1) + 1e-12).all(), name
@@ -130,6 +135,15 @@ def test_embedding(shape: list[int], padding: int | None) -> None:
     assert_agree(nn.Embedding(5, 3, padding_idx=padding), tokens(5, *shape))
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (400,), (2, 3)])
+def test_embedding_with_its_sums_in_a_drawn_order(
+    shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(segments, "scatters_in_order", lambda device: False)
+    for padding in (None, 2):
+        assert_agree(nn.Embedding(5, 3, padding_idx=padding), tokens(5, *shape))
+
+
 @examples
 @given(
     st.lists(st.integers(1, 3), max_size=2),
@@ -180,7 +194,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, ignored: Tensor) -> Tensor:
         x, y = (x, y) if self.first else (x.transpose(0, 1), y.transpose(0, 1))
-        causal = torch.ones(x.shape[-2 if self.first else 0], 4, dtype=torch.bool).triu(1)
+        queries = x.shape[-2 if self.first else 0]
+        causal = torch.ones(queries, 4, dtype=torch.bool, device=x.device).triu(1)
         out, weights = self.inner(
             x, y, y, ignored, need_weights=self.need_weights, attn_mask=causal
         )
@@ -209,7 +224,7 @@ class SelfAttention(nn.Module):
         self.inner = nn.MultiheadAttention(6, 3, batch_first=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        mask = torch.zeros(3 * len(x), 4, 4).double().fill_(0.3)
+        mask = torch.full((3 * len(x), 4, 4), 0.3, dtype=x.dtype, device=x.device)
         return self.inner(x, x, x, attn_mask=mask, average_attn_weights=False)[0]
 
 
@@ -259,7 +274,7 @@ BARE = {
     "repeated token": (lambda x, p: torch.cat((x, p.repeat(len(x), 1, 1)), dim=-2), 1, 2, 5),
     "expanded and added": (lambda x, p: x * p.expand(len(x), 4, 5), 4, 5),
     "weight of norm 1": (lambda x, p: F.linear(x, p / p.norm(dim=1, keepdim=True)), 7, 5),
-    "positions": (lambda x, p: x + F.embedding(torch.arange(4), p), 9, 5),
+    "positions": (lambda x, p: x + F.embedding(torch.arange(4, device=x.device), p), 9, 5),
     "two parts": (lambda x, p: F.linear(x, p.chunk(2)[0], p.chunk(2)[1][:, 0]), 8, 5),
     "frames in the batch": (
         lambda x, p: F.conv1d(x.reshape(-1, 1, 5), p).view(len(x), 4, -1), 2, 1, 3,

@@ -8,13 +8,15 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
+from devices import DEVICE
 
-from trak_dist.ops import projection
+from trak_dist.ops import projection, segments
 from trak_dist.ops.projection import fold, make_projector
 
 RANDOM = ("sjlt", "rademacher", "gaussian")
 SHAPES = {"a": torch.Size([6]), "b": torch.Size([3, 2]), "c": torch.Size([41])}
 DRAWS = 6000
+CPU = torch.device("cpu")
 
 
 def matrix(
@@ -25,6 +27,7 @@ def matrix(
     model_id: int = 0,
     order: str = "abc",
     passes: int = 1,
+    device: torch.device = CPU,
 ):
     """The projection as a (p, dim) matrix, parameters in the order a, b, c.
 
@@ -34,9 +37,10 @@ def matrix(
     blocks = {}
     for name in order * passes:
         size = SHAPES[name].numel()
-        blocks[name] = torch.zeros(size, dim)
-        projector.add(blocks[name], name, torch.eye(size).view(size, *SHAPES[name]))
-    return torch.cat([blocks[n] for n in sorted(blocks)])
+        blocks[name] = torch.zeros(size, dim, device=device)
+        unit = torch.eye(size, device=device)
+        projector.add(blocks[name], name, unit.view(size, *SHAPES[name]))
+    return torch.cat([blocks[n] for n in sorted(blocks)]).cpu()
 
 
 # Statistics -----------------------------------------------------------------------------------
@@ -155,6 +159,26 @@ def test_sketches_do_not_depend_on_the_number_of_threads(kind: str) -> None:
         sketches.append(into)
     tolerance = 1e-5 * float(grads.flatten(1).norm(dim=1).max()) if kind == "gaussian" else 0
     torch.testing.assert_close(*sketches, rtol=0, atol=tolerance)
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("kind", RANDOM)
+@pytest.mark.parametrize("dim", [8, 4096])
+def test_draws_do_not_depend_on_the_device(kind: str, dim: int) -> None:
+    assert torch.equal(matrix(kind, dim=dim, device=DEVICE), matrix(kind, dim=dim))
+
+
+@pytest.mark.parametrize("block", [7, 2**22])
+@pytest.mark.parametrize("cache_bytes", [0, 2**30])
+@pytest.mark.parametrize("dim", [1, 8, 4096])
+def test_sums_in_a_drawn_order_are_of_the_same_draw(
+    block: int, cache_bytes: int, dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = matrix("sjlt", dim=dim)
+    monkeypatch.setattr(segments, "scatters_in_order", lambda device: False)
+    monkeypatch.setattr(projection, "BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(projection, "CACHE_BYTES", cache_bytes)
+    assert torch.equal(matrix("sjlt", dim=dim, passes=2), wanted)
 
 
 def test_draws_are_pinned() -> None:

@@ -47,7 +47,7 @@ def normals(key: int, rows: Int64[Tensor, " rows"], columns: int) -> Float[Tenso
     A table, since logarithms and cosines round differently from device to device.
     """
     lanes = _lanes(key, rows, columns, per_draw=NORMALS_PER_DRAW)
-    return _normal_table().to(rows.device)[lanes]
+    return _normal_table(rows.device)[lanes]
 
 
 def bucket_and_sign(
@@ -95,7 +95,9 @@ def _signed(value: int) -> int:
 
 
 @functools.cache
-def _normal_table() -> Float[Tensor, " 65536"]:
+def _normal_table(device: torch.device) -> Float[Tensor, " 65536"]:
+    if device.type != "cpu":  # once: each copy to a GPU waits for it
+        return _normal_table(torch.device("cpu")).to(device)
     half = [statistics.NormalDist().inv_cdf((i + 0.5) / 65536) for i in range(32768, 65536)]
     table = torch.tensor([-x for x in reversed(half)] + half, dtype=torch.float64)
     return (table / table.square().mean().sqrt()).to(torch.float32)

@@ -15,9 +15,10 @@ from typing import Any, Protocol
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from trak_dist.errors import ConfigError, ProblemError
+from trak_dist.ops.batches import examples_in, fresh, rows_of
+from trak_dist.ops.intact import Intact
 from trak_dist.ops.model_outputs import ModelOutput
 
 Take = Callable[[str, slice, Float[Tensor, "rows ..."]], None]
@@ -49,16 +50,17 @@ class VmapGradients:
         self._weights = {n: p.detach() for n, p in model.named_parameters() if n in selected}
         self._buffers = {n: b.detach() for n, b in model.named_buffers()}
         self._frozen = {n: p.detach() for n, p in model.named_parameters() if n not in selected}
-        self._model = model
+        self._model, self._intact = model, Intact(model)
         self._gradient = torch.func.grad(model_output.get_output, argnums=1)
 
     def __call__(self, batch: Sequence[Any], take: Take) -> None:
         """See `GradientComputer`; the output is not known."""
         axes = (None, None, None, *([0] * len(batch)))
         per_sample = torch.func.vmap(self._gradient, in_dims=axes)
-        grads: dict[str, Tensor] = per_sample(
-            self._model, self._weights, {**self._buffers, **self._frozen}, *batch
-        )
+        with self._intact.kept():
+            grads: dict[str, Tensor] = per_sample(
+                self._model, self._weights, {**self._buffers, **self._frozen}, *fresh(batch)
+            )
         for name in sorted(grads):
             values = grads.pop(name)
             take(name, slice(0, len(values)), values)
@@ -72,17 +74,17 @@ class LoopGradients:
         self._weights = dict(model.named_parameters())
         self._selected = {n: self._weights[n] for n in select_params(model, params)}
         self._buffers = {n: b.detach() for n, b in model.named_buffers()}
-        self._model = model
+        self._model, self._intact = model, Intact(model)
         self._output = model_output.get_output
 
     def __call__(self, batch: Sequence[Any], take: Take) -> Float[Tensor, " batch"]:
         """See `GradientComputer`."""
         outputs = []
         for row in range(examples_in(batch)):
-            example = _example(batch, row)
-            with torch.enable_grad():
+            example = fresh(rows_of(batch, row))
+            with self._intact.kept(), torch.enable_grad():
                 f = _scalar(self._output(self._model, self._weights, self._buffers, *example))
-            found = torch.autograd.grad(f, list(self._selected.values()), allow_unused=True)
+                found = torch.autograd.grad(f, list(self._selected.values()), allow_unused=True)
             outputs.append(f.detach())
             for name, grads in zip(self._selected, found, strict=True):
                 if grads is not None:
@@ -100,32 +102,6 @@ def _scalar(output: Tensor) -> Float[Tensor, ""]:
     return output.reshape(())
 
 
-def _example(batch: Sequence[Any], row: int) -> tuple[Any, ...]:
-    """One example of a batch, without a batch dimension."""
-    example: tuple[Any, ...] = pytree.tree_map_only(Tensor, lambda t: t[row], tuple(batch))
-    return example
-
-
-def examples_in(batch: Sequence[Any]) -> int:
-    """The number of examples in a batch: the length of its first tensor.
-
-    Raises
-    ------
-    ProblemError
-        If no tensor is in it, or one that has no examples.
-    """
-    for leaf in pytree.tree_leaves(batch):
-        if isinstance(leaf, Tensor):
-            if leaf.ndim:
-                return len(leaf)
-            break
-    raise ProblemError(
-        "a batch holds no tensor with the examples first",
-        where="the batch",
-        next="let the collate function give tensors whose first dimension is the examples",
-    )
-
-
 def outputs(
     model: nn.Module, model_output: ModelOutput, batch: Sequence[Any]
 ) -> Float[Tensor, " batch"]:
@@ -133,9 +109,17 @@ def outputs(
     weights = {n: p.detach() for n, p in model.named_parameters()}
     buffers = dict(model.named_buffers())
     axes = (None, None, None, *([0] * len(batch)))
-    values: Tensor = torch.func.vmap(model_output.get_output, in_dims=axes)(
-        model, weights, buffers, *batch
-    )
+    intact = Intact(model)
+    try:
+        with intact.kept():
+            values: Tensor = torch.func.vmap(model_output.get_output, in_dims=axes)(
+                model, weights, buffers, *fresh(batch)
+            )
+    except RuntimeError:  # torch.func can't trace it
+        examples = [fresh(rows_of(batch, row)) for row in range(examples_in(batch))]
+        with torch.no_grad(), intact.kept():
+            of_each = [model_output.get_output(model, weights, buffers, *e) for e in examples]
+        values = torch.stack([_scalar(f) for f in of_each])
     return values
 
 
@@ -150,8 +134,9 @@ def activation_bytes(model: nn.Module, model_output: ModelOutput, batch: Sequenc
         held[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        output = model_output.get_output(model, weights, buffers, *_example(batch, 0))
+    kept = Intact(model).kept()
+    with kept, torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        output = model_output.get_output(model, weights, buffers, *fresh(rows_of(batch, 0)))
     del output
     for tensor in (*weights.values(), *buffers.values()):
         held.pop(tensor.untyped_storage().data_ptr(), None)

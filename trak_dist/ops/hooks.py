@@ -6,28 +6,36 @@ the parameter's per-sample gradients by the function's rule (`ops.layers`), hand
 pieces, and lets go of them. So neither the (batch, p) matrix nor the summed weight gradients exist.
 
 What is watched are functions and not modules, so `F.linear(x, self.fc.weight)`, tied weights and
-modules used twice need no case of their own; a use without a rule is found, never passed over.
+modules used twice need no case of their own; a use without a rule is found, never passed over. The
+examples are followed too (`ops.following`): a layer's rows are read as examples only where it is
+known whose they are, however the model has sorted, packed or routed them.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode, resolve_name
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from trak_dist.errors import NotCovered, ProblemError
-from trak_dist.ops.attention import REWRITTEN
+from trak_dist.ops import examples
+from trak_dist.ops.batches import examples_in, fresh
 from trak_dist.ops.bundles import Bundles
-from trak_dist.ops.gradients import Take, examples_in, select_params
+from trak_dist.ops.examples import Along, Lost, Rows
+from trak_dist.ops.following import follow, holds_examples
+from trak_dist.ops.following.call import name_of, tensors_in
+from trak_dist.ops.gradients import Take, select_params
+from trak_dist.ops.intact import Intact
 from trak_dist.ops.layers import RULES
-from trak_dist.ops.model_outputs import ModelOutput
+from trak_dist.ops.model_outputs import ModelOutput, own_form
+from trak_dist.ops.rewriting import rewritten
 from trak_dist.ops.use import Use
 
 Receive = Callable[[slice, Float[Tensor, "rows ..."]], None]
@@ -66,11 +74,17 @@ class HookGradients:
         bundles: Callable[[str, torch.device], Bundles | None] = lambda *_: None,
     ) -> None:
         # TRAK's model outputs have no such method: it is optional.
-        output = getattr(model_output, "get_batch_output", None)
+        output = own_form(model_output, "get_batch_output")
         if output is None:
-            raise NotCovered(f"{type(model_output).__qualname__} has no get_batch_output")
+            kind = type(model_output).__qualname__
+            inherits = hasattr(model_output, "get_batch_output")
+            raise NotCovered(
+                f"{kind} overrides get_output, not get_batch_output"
+                if inherits
+                else f"{kind} has no get_batch_output"
+            )
         self._output: Callable[..., Tensor] = output
-        self._model = model
+        self._model, self._intact = model, Intact(model)
         self._weights = {n: p.detach() for n, p in model.named_parameters()}
         self._buffers = {n: b.detach() for n, b in model.named_buffers()}
         self._selected = select_params(model, params)
@@ -84,19 +98,31 @@ class HookGradients:
         for name in self._selected:
             weight = self._weights[name]
             watch.add_parameter(name, weight, take, self._bundles(name, weight.device))
-        batch = pytree.tree_map_only(Tensor, _of_batch, tuple(batch))
-        with torch.enable_grad(), watch:
-            f = self._output(self._model, self._weights, self._buffers, batch)
-        watch.refuse_uncovered()
-        if f.numel() != size:
-            raise ProblemError(
-                f"get_batch_output gave {tuple(f.shape)} for {size} examples",
-                where="the model output",
-                next="it must give one value for each example: no mean over the batch",
-            )
-        if watch.roots:
-            torch.autograd.grad(f, watch.roots, torch.ones_like(f), allow_unused=True)
+        batch = pytree.tree_map_only(Tensor, lambda t: examples.come_first(t, size), fresh(batch))
+        with self._intact.kept():
+            with torch.enable_grad(), watch:
+                f = self._output(self._model, self._weights, self._buffers, batch)
+            watch.refuse_uncovered()
+            _refuse_mixed(f, size)
+            if watch.roots:
+                torch.autograd.grad(f, watch.roots, torch.ones_like(f), allow_unused=True)
         return f.detach().reshape(size)
+
+
+def _refuse_mixed(f: Any, size: int) -> None:
+    """Raise `NotCovered` unless there is one output for each example, in their order."""
+    if not isinstance(f, Tensor) or f.numel() != size:
+        found = tuple(f.shape) if isinstance(f, Tensor) else type(f).__name__
+        raise ProblemError(
+            f"get_batch_output gave {found} for {size} examples",
+            where="the model output",
+            next="it must give one value for each example: no mean over the batch",
+        )
+    where = examples.of(f)
+    if isinstance(where, Lost):
+        raise NotCovered(f"the model output, since examples can't be told apart after {where.by}")
+    if where is not None and not torch.equal(where.ids, torch.arange(size)):
+        raise NotCovered("the model output, which comes in another order than the batch")
 
 
 @dataclass(frozen=True)
@@ -112,6 +138,15 @@ class _Source:
     elements: int
     receive: Receive
     bundles: Bundles | None = None
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What a function gave, and the uses of parameters for it; saved tensors had those versions."""
+
+    out: Any
+    uses: list[Use] = field(default_factory=list)
+    versions: list[int] = field(default_factory=list)
 
 
 class _Watch(TorchFunctionMode):
@@ -145,24 +180,31 @@ class _Watch(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = dict(kwargs or {})
-        tensors = list(_tensors((*args, *kwargs.values())))
+        tensors = tensors_in((args, kwargs))
         sources = [self._sources[id(t)] for t in tensors if id(t) in self._sources]
-        with_batch = any(map(_is_of_batch, tensors))
-        if not (sources and torch.is_grad_enabled()):
+        with_batch = holds_examples(tensors)
+        uses = bool(sources) and torch.is_grad_enabled()
+        if with_batch and (others := rewritten(func, args, kwargs, uses=uses)):
+            with self:
+                out = others()
+            if out is not None:
+                return out
+        made: _Made | None = None
+        if not uses:
             out = func(*args, **kwargs)
-        elif not with_batch:
-            out = self._made_of_parameters(func, args, kwargs, sources)
+        elif with_batch:
+            made = self._called(func, args, kwargs, sources)
+            out = made.out
         else:
-            if func in REWRITTEN:
-                with self:
-                    out = REWRITTEN[func](*args, **kwargs)
-                if out is not None:
-                    return out
-            out = self._used(func, args, kwargs, sources)
+            out = self._made_of_parameters(func, args, kwargs, sources)
+        if func is Tensor.__iter__ and with_batch:  # its pieces are seen nowhere else
+            pieces = tuple(out)
+            follow(Tensor.unbind, args, {}, pieces)
+            return iter(pieces)
         if with_batch:
-            pytree.tree_map_only(Tensor, _mark, out)
-            if out is None:  # x[i] = y
-                _mark(tensors[0])
+            follow(func, args, kwargs, out)
+        if made and made.uses:
+            self._hook(made, name_of(func))
         return out
 
     def _made_of_parameters(
@@ -172,7 +214,7 @@ class _Watch(TorchFunctionMode):
         before = [s.tensor._version for s in sources]  # noqa: SLF001
         out = func(*args, **kwargs)
         if before != [s.tensor._version for s in sources]:  # noqa: SLF001
-            self._note_uncovered(func, sources)
+            self._note_uncovered(name_of(func), sources)
         several = isinstance(out, list | tuple)
         for index, made in enumerate(out if several else [out]):
             if not isinstance(made, Tensor) or id(made) in self._sources:
@@ -184,56 +226,64 @@ class _Watch(TorchFunctionMode):
                 self._sources[id(made)] = _Source(made, names, elements, receive)
         return out
 
-    def _used(self, func: Any, args: Any, kwargs: Any, sources: Sequence[_Source]) -> Any:
-        """Call a function that examples go into, and hook its output."""
+    def _called(self, func: Any, args: Any, kwargs: Any, sources: Sequence[_Source]) -> _Made:
+        """Call a function that examples and parameters go into."""
         uses = list(RULES[func](*args, **kwargs)) if func in RULES else []
         found = {id(use.operand) for use in uses}
         missing = [s for s in sources if id(s.tensor) not in found]
         ours = [use for use in uses if id(use.operand) in self._sources]
         versions = [t._version for use in ours for t in use.saved]  # noqa: SLF001
         out = func(*args, **kwargs)
-        if missing and any(isinstance(t, Tensor) for t in pytree.tree_leaves(out)):
-            self._note_uncovered(func, missing)
+        if missing and tensors_in(out):
+            self._note_uncovered(name_of(func), missing)
         if self._uncovered or not ours:
-            return out
+            return _Made(out)
+        in_place = any(out is t for t in tensors_in(args))
+        if in_place and (out._is_view() or not out.requires_grad):  # noqa: SLF001
+            # What is used later on is another tensor, whose gradient no hook would see.
+            self._note_uncovered(name_of(func), sources)
+            return _Made(out)
         if not out.requires_grad:
-            if any(out is t for t in _tensors(args)):  # in place: it can't become another tensor
-                self._note_uncovered(func, sources)
-                return out
             self.roots.append(out.requires_grad_())
             out = out.clone()  # a leaf would refuse what a model does to it in place
+        return _Made(out, ours, versions)
+
+    def _hook(self, made: _Made, by: str) -> None:
+        """Have uses' gradients handed over when that of the function's result is known."""
+        out, ours, versions = made.out, made.uses, made.versions
+        sources = [self._sources[id(use.operand)] for use in ours]
+        where = examples.of(out)
+        if not isinstance(where, Along) or where.dim:
+            since = f" after {where.by}" if isinstance(where, Lost) and where.by != by else ""
+            self._note_uncovered(f"{by}{since}", sources)
+            return
+        rows = Rows(where.ids, self._size)
 
         def hook(grad: Tensor) -> None:
+            names = ", ".join(name for s in sources for name in s.names)
             if versions != [t._version for use in ours for t in use.saved]:  # noqa: SLF001
-                names = ", ".join(n for s in sources for n in s.names)
                 raise NotCovered(f"{names} (its input was changed in place)")
-            for use in ours:
-                self._hand_over(use, self._sources[id(use.operand)], grad)
+            if rows.left_out(grad):
+                raise NotCovered(f"{names} (in {by}, on rows that are of no example)")
+            for use, source in zip(ours, sources, strict=True):
+                self._hand_over(use, source, grad, rows)
             ours.clear()  # the graph keeps this function until its end: free the activations now
 
         out.register_hook(hook)
-        return out
 
-    def _hand_over(self, use: Use, source: _Source, grad: Tensor) -> None:
-        tensors = [self._by_example(t, source) for t in (grad, *use.saved)]
+    def _hand_over(self, use: Use, source: _Source, grad: Tensor, rows: Rows) -> None:
+        tensors = [rows.dealt(t) for t in (grad, *use.saved)]
         formula, elements = use.formula, source.elements
         if source.bundles and use.bundled:
             formula = functools.partial(use.bundled, source.bundles)
             elements = source.bundles.bundled_shape.numel()
         largest = max(elements, *(t[0].numel() for t in tensors))
-        rows = max(1, self._piece_elements // largest)
-        for start in range(0, self._size, rows):
-            piece = slice(start, min(start + rows, self._size))
+        step = max(1, self._piece_elements // largest)
+        for start in range(0, self._size, step):
+            piece = slice(start, min(start + step, self._size))
             source.receive(piece, formula(*(t[piece] for t in tensors)))
 
-    def _by_example(self, tensor: Tensor, source: _Source) -> Tensor:
-        if not tensor.ndim or len(tensor) % self._size:
-            names = ", ".join(source.names)
-            raise NotCovered(f"{names} (used on {tuple(tensor.shape)}, not on examples)")
-        return tensor.reshape(self._size, len(tensor) // self._size, *tensor.shape[1:])
-
-    def _note_uncovered(self, func: Any, sources: Sequence[_Source]) -> None:
-        by = resolve_name(func) or getattr(func, "__name__", str(func))
+    def _note_uncovered(self, by: str, sources: Sequence[_Source]) -> None:
         for source in sources:
             for name in source.names:
                 self._uncovered.setdefault(name, by)
@@ -263,27 +313,3 @@ def _pullback(
             source.receive(rows, values)
 
     return receive
-
-
-def _tensors(values: Sequence[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _tensors(value)
-        elif isinstance(value, dict):
-            yield from _tensors(list(value.values()))
-
-
-# Whether a tensor depends on the batch is noted on the tensor: its id may be another's later on.
-def _mark(tensor: Tensor) -> Tensor:
-    tensor._of_batch = True  # type: ignore[attr-defined]  # noqa: SLF001
-    return tensor
-
-
-def _of_batch(tensor: Tensor) -> Tensor:
-    return _mark(tensor.view_as(tensor))
-
-
-def _is_of_batch(tensor: Tensor) -> bool:
-    return hasattr(tensor, "_of_batch")

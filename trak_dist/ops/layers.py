@@ -15,9 +15,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from trak_dist.ops import segments
 from trak_dist.ops.bundles import GROUPS, Bundles
 from trak_dist.ops.convolutions import convolution, per_channel, transposed_convolution
 from trak_dist.ops.products import addmm, einsum, linear, matmul
+from trak_dist.ops.segments import Segments
 from trak_dist.ops.use import Formula, Rule, Use
 
 # Look-up --------------------------------------------------------------------------------------
@@ -50,8 +52,11 @@ def embedding(  # noqa: PLR0913, PLR0917
         if padding_idx is not None:
             g = g.masked_fill((index == padding_idx % size)[..., None], 0)
         first = size * torch.arange(len(index), device=index.device)
-        table = g.new_zeros(len(index) * size, g.shape[-1])
-        table.index_add_(0, (index + first[:, None]).flatten(), g.flatten(0, 1))
+        place, g = (index + first[:, None]).flatten(), g.flatten(0, 1)
+        if segments.scatters_in_order(g.device):
+            table = g.new_zeros(len(index) * size, g.shape[-1]).index_add_(0, place, g)
+        else:
+            table = Segments.of(place, len(index) * size).sums(g)
         return table.view(len(index), size, -1)
 
     yield Use(weight, (input,), by_weight, by_bundled_weight)

@@ -8,7 +8,7 @@ from f, a fourth, `get_out_to_loss_from_output(output, batch)`, spares another f
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +18,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from trak_dist.errors import ProblemError
+from trak_dist.ops.batches import examples_in, fresh
 
 Weights = Mapping[str, Tensor]
 State = tuple[dict[str, Tensor], dict[str, Tensor]]
@@ -156,21 +157,62 @@ def _alone(example: tuple[Any, ...]) -> tuple[Any, ...]:
     return batch
 
 
+def own_form(model_output: ModelOutput, name: str) -> Callable[..., Any] | None:
+    """The method `name` of a model output, if it is of the function that its class has now.
+
+    A class that overrides `get_output`, and inherits the form for batches of another function, has
+    none; nor one that overrides `get_out_to_loss_grad` and inherits Q from f.
+    """
+    method: Callable[..., Any] | None = getattr(model_output, name, None)
+    for written in ("get_output", "get_out_to_loss_grad")[: 1 if name == "get_batch_output" else 2]:
+        if _depth(model_output, written) < _depth(model_output, name):
+            return None
+    return method
+
+
+def _depth(value: object, name: str) -> int:
+    """How far up its classes an attribute is defined; on the object itself, before all of them."""
+    if name in getattr(value, "__dict__", {}):
+        return -1
+    lines = type(value).__mro__
+    return next((i for i, line in enumerate(lines) if name in vars(line)), len(lines))
+
+
 def out_to_loss(
     model_output: ModelOutput,
     model: nn.Module,
     batch: Sequence[Any],
     output: Float[Tensor, " batch"] | None,
 ) -> Float[Tensor, " batch"]:
-    """Q of each example, by the model output's own way: from f where that is known to do."""
-    from_output = getattr(model_output, "get_out_to_loss_from_output", None)
+    """Q of each example, by the model output's own way: from f where that is known to do.
+
+    Raises
+    ------
+    ProblemError
+        If it is no numbers, or not one for each example.
+    """
+    size = examples_in(batch)
+    from_output = own_form(model_output, "get_out_to_loss_from_output")
     with torch.no_grad():
         # What half precision left of f is too little for 1 − p.
         if from_output and output is not None and output.dtype.itemsize >= 4:
-            q: Tensor = from_output(output, batch)
-            return q
-        weights, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-        return model_output.get_out_to_loss_grad(model, weights, buffers, batch)
+            given = from_output(output, fresh(batch))
+        else:
+            weights, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+            given = model_output.get_out_to_loss_grad(model, weights, buffers, fresh(batch))
+    try:
+        q = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):
+        found = f"{type(given).__name__}, which is no numbers"
+    else:
+        if q.numel() == size:
+            return q.reshape(size)  # TRAK's own classes give (size, 1)
+        found = f"values of shape {tuple(q.shape)}"
+    raise ProblemError(
+        f"out-to-loss of {size} examples came as {found}",
+        where=type(model_output).__qualname__,
+        next="get_out_to_loss_grad must give one number for each example: no mean over the batch",
+    )
 
 
 def _margins(

@@ -10,19 +10,22 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from trak_dist.config import CACHE_BYTES
-from trak_dist.ops import draws
+from trak_dist.ops import draws, segments
 from trak_dist.ops.bundles import Bundles, has_bundles
+from trak_dist.ops.segments import Segments
 
 BLOCK_ELEMENTS = 2**22
 CACHED_PIECE = 2**20  # 4 MiB: what was just computed is still in the processor's cache
 WHOLE_BATCH = 2**62
+
+Drawn = TypeVar("Drawn", bound=Tensor | Segments)
 
 
 class Projector(Protocol):
@@ -53,15 +56,15 @@ class _Draws:
 
     def __init__(self, seed: int, model_id: int, shapes: Mapping[str, torch.Size]) -> None:
         self._seed, self._model_id, self._shapes = seed, model_id, shapes
-        self._cache: dict[tuple[str, torch.Size, int], Tensor] = {}
+        self._cache: dict[tuple[str, torch.Size, int], Any] = {}
         self._free = CACHE_BYTES
 
     def key(self, name: str, *more: str) -> int:
         return draws.stream_key(self._seed, self._model_id, name, tuple(self._shapes[name]), *more)
 
-    def cached(self, name: str, grads: Tensor, start: int, make: Callable[[], Tensor]) -> Tensor:
+    def cached(self, name: str, grads: Tensor, start: int, make: Callable[[], Drawn]) -> Drawn:
         key = (name, grads.shape[1:], start)
-        found = self._cache.get(key)
+        found: Drawn | None = self._cache.get(key)
         if found is None:
             found = make()
             if found.nbytes <= self._free:
@@ -85,7 +88,8 @@ class Sjlt:
     Those of a parameter that `has_bundles` are so by bundles only; see there for what that adds.
 
     Positive and negative signs have sums of their own, subtracted at the end: so the gradients are
-    read once, and no signed copy is made of them, unless that is the smaller one.
+    read once, and no signed copy is made of them, unless that is the smaller one. Where scattered
+    sums come in any order, on a GPU, the order of each sum is drawn with it (`ops.segments`).
     """
 
     piece_elements = CACHED_PIECE
@@ -119,6 +123,10 @@ class Sjlt:
             block = flat[:, start : start + BLOCK_ELEMENTS]
             draw = functools.partial(self._places, name, bundles, start, block)
             places = self._draws.cached(name, grads, start, draw)
+            if isinstance(places, Segments):
+                by_sign = places.sums(block.T).view(2, self.dim, -1)
+                into += (by_sign[0] - by_sign[1]).T
+                continue
             if len(places) < self.dim:
                 signed = torch.where(places < self.dim, block, -block)
                 into.scatter_add_(1, (places % self.dim).expand(block.shape), signed)
@@ -129,7 +137,7 @@ class Sjlt:
 
     def _places(
         self, name: str, bundles: Bundles | None, start: int, block: Float[Tensor, "batch m"]
-    ) -> Int64[Tensor, " m"]:
+    ) -> Int64[Tensor, " m"] | Segments:
         """Buckets, those of negative signs from k on, of a block of a parameter's numbers."""
         counters = torch.arange(start, start + block.shape[1], device=block.device)
         if bundles:
@@ -137,7 +145,10 @@ class Sjlt:
         bucket, sign = draws.bucket_and_sign(self._draws.key(name), counters, self.dim)
         if bundles:
             sign *= bundled
-        return torch.where(sign < 0, bucket + self.dim, bucket)
+        places = torch.where(sign < 0, bucket + self.dim, bucket)
+        if segments.scatters_in_order(block.device):
+            return places
+        return Segments.of(places, 2 * self.dim)
 
 
 class Dense:

@@ -1,40 +1,38 @@
 """Which way of computing gradients a plan takes: the fastest that is right.
 
 Hooks refuse what they have no rule for, and torch.func what it can't trace. What they could still
-get wrong, a model output whose batched form is another function or a model whose examples meet,
-shows in numbers: on the first examples they must agree with a loop over them. They are compared at
-weights moved away from the problem's own, among which there may be zeros that hide a difference.
+get wrong shows in numbers, on whole batches of real examples: each row alone, and all of a batch in
+one weighted sum (`ops.audit`). They are compared at weights moved away from the problem's own,
+among which there may be zeros that hide a difference. No way is right for an output that is random,
+or whose out-to-loss depends on an example's companions: those are refused.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from trak_dist.errors import ConfigError, NotCovered
-from trak_dist.ops.gradients import (
-    GradientComputer,
-    LoopGradients,
-    VmapGradients,
-    examples_in,
-    select_params,
-)
+from trak_dist.errors import ConfigError, NotCovered, ProblemError, TrakDistError
+from trak_dist.ops import audit
+from trak_dist.ops.batches import Batch, examples_in, rows_of
+from trak_dist.ops.gradients import GradientComputer, VmapGradients, select_params
 from trak_dist.ops.hooks import HookGradients
+from trak_dist.ops.intact import Intact, copied
 from trak_dist.ops.model_outputs import ModelOutput, out_to_loss
 from trak_dist.ops.projection import CACHED_PIECE
 
-TOLERANCE = 1e-4  # of a parameter's gradients, in relative 2-norm
-ROUNDING = 1e-6  # of all gradients: what may be left where a parameter's are zero but for rounding
+ROWS = 4  # of each batch that are computed alone
+ROUNDING = 1e-2  # of the tolerance, of all gradients: where a parameter's are zero but for rounding
+VMAP_BYTES = 2**30  # what a batch's gradients may take here; a worker has its own memory
 
 
 def choose(
     model: nn.Module,
     model_output: ModelOutput,
-    batches: Mapping[str, Sequence[Any]],
+    batches: Mapping[str, Batch],
     *,
     params: Sequence[str],
     asked: str,
@@ -46,7 +44,7 @@ def choose(
     model, model_output
         What is to be planned.
     batches : mapping
-        The first examples of each split.
+        Whole batches, by what they are of.
     params : sequence of str
         Globs that select parameters.
     asked : str
@@ -56,8 +54,12 @@ def choose(
     ------
     ConfigError
         If it asks for a way that can't be.
+    ProblemError
+        If no way can be right.
     """
     moved = _moved(model)
+    for name, batch in batches.items():
+        refuse_unfit(moved, model_output, params, batch, where=name)
     reasons: list[str] = []
     for way in ("hooks", "vmap") if asked == "auto" else (asked,):
         why = "" if way == "loop" else _objection(moved, model_output, batches, params, way)
@@ -74,48 +76,148 @@ def choose(
     return "loop", ", ".join(reasons)
 
 
+def refuse_unfit(
+    model: nn.Module,
+    model_output: ModelOutput,
+    params: Sequence[str],
+    batch: Batch,
+    *,
+    where: str,
+) -> None:
+    """Raise `ProblemError` if examples of a batch can't be computed one by one and be the same.
+
+    Parameters
+    ----------
+    where : str
+        What it is of, for the message.
+    """
+    rows = _some(examples_in(batch))
+    kind = type(model_output).__qualname__
+    try:
+        audit.refuse_random(model, model_output, params, batch, where=kind)
+        own = audit.out_to_loss_alone(model, model_output, batch, rows)
+        with Intact(model).kept():
+            q = out_to_loss(model_output, model, batch, None)[rows]
+    except TrakDistError:
+        raise
+    except Exception as error:  # whatever the user's model and output do
+        raise ProblemError(
+            f"the model output can't be computed on examples of {where}, one by one and as a "
+            f"batch: {_text(error)}",
+            where=f"{kind}, {type(model).__qualname__}",
+            next="see docs/your-problem.md on what a batch holds and what a model output gives",
+        ) from error
+    close = audit.tolerance(model)
+    if not torch.allclose(q.float(), own.float(), rtol=close, atol=close, equal_nan=True):
+        at = int((q.float() - own.float()).abs().nan_to_num(torch.inf).argmax())
+        raise ProblemError(
+            f"the out-to-loss of an example of {where} depends on its companions: "
+            f"{float(q[at]):.6g} in a batch of {examples_in(batch)}, {float(own[at]):.6g} alone",
+            where=f"{kind}, {type(model).__qualname__}",
+            next="an example's loss must be its own: no statistics of the batch "
+            "(BatchNorm with track_running_stats=False), no mean over it",
+        )
+
+
 def _objection(
     model: nn.Module,
     output: ModelOutput,
-    batches: Mapping[str, Sequence[Any]],
+    batches: Mapping[str, Batch],
     params: Sequence[str],
     way: str,
 ) -> str:
     """What speaks against hooks or vmap; empty if nothing."""
-    shapes = select_params(model, params)
-    for split, batch in batches.items():
+    p = sum(shape.numel() for shape in select_params(model, params).values())
+    for name, whole in batches.items():
+        batch = whole if way == "hooks" else rows_of(whole, slice(max(2, VMAP_BYTES // (4 * p))))
         try:
-            if way == "hooks":
-                compute: GradientComputer = HookGradients(
-                    model, output, params, piece_elements=CACHED_PIECE
-                )
-            else:
-                compute = VmapGradients(model, output, params)
-            found, f = _gathered(compute, batch, shapes)
-            q = out_to_loss(output, model, batch, f)
+            why = _difference(model, output, batch, params, way)
         except NotCovered as error:
             return error.what
         except Exception as error:  # whatever a rule, a trace, or the user's batched output does
-            text = " ".join(str(error).split())
-            return f"{type(error).__name__} on the first examples of {split!r}: {text[:300]}"
-        wanted, _ = _gathered(LoopGradients(model, output, params), batch, shapes)
-        whole = sum(float(w.square().sum()) for w in wanted.values()) ** 0.5
-        for name in shapes:
-            error_norm = float((found[name] - wanted[name]).norm())
-            norm = float(wanted[name].norm())
-            if not error_norm <= TOLERANCE * norm + ROUNDING * whole:
-                return (
-                    f"{name} has other gradients than one by one on the first examples of "
-                    f"{split!r} (difference {error_norm:.1e}, norm {norm:.1e})"
-                )
-        own = out_to_loss(output, model, batch, None)
-        if not torch.allclose(q.flatten(), own.flatten(), rtol=TOLERANCE, atol=ROUNDING):
-            return f"get_out_to_loss_from_output differs from get_out_to_loss_grad on {split!r}"
+            why = _text(error)
+        if why:
+            return f"{why} on examples of {name}"
     return ""
 
 
+def _difference(
+    model: nn.Module, output: ModelOutput, batch: Batch, params: Sequence[str], way: str
+) -> str:
+    shapes, size = select_params(model, params), examples_in(batch)
+    rows, weights = _some(size), audit.random_weights(size, seed=0)
+    if way == "hooks":
+        compute: GradientComputer = HookGradients(
+            model, output, params, piece_elements=CACHED_PIECE
+        )
+    else:
+        compute = VmapGradients(model, output, params)
+    grads, sums, f = audit.weighed(compute, batch, rows, weights, shapes)
+    q = out_to_loss(output, model, batch, f)[rows]
+    alone = audit.Alone.of(model, output, params, batch, rows)
+    exact, close = _exact(model, output, params, batch, rows, alone), audit.tolerance(model)
+    if name := _differing(grads, exact, close, alone.grads):
+        return f"{name} in a batch of {size} has other gradients than one by one"
+    if f is not None and not torch.allclose(f[rows].double(), alone.f.double(), close, close):
+        return f"the output of an example in a batch of {size} is another one than alone"
+    if not torch.allclose(q.double(), alone.q.double(), close, close, equal_nan=True):
+        return "get_out_to_loss_from_output differs from get_out_to_loss_grad"
+    if way == "hooks":
+        whole = {n: torch.zeros(1, *shape, dtype=torch.float64) for n, shape in shapes.items()}
+
+        def take(name: str, _: slice, values: Tensor) -> None:
+            whole[name] += values.cpu()
+
+        audit.summed(model, output, params, batch, weights, take)
+        together = {n: values[None] for n, values in sums.items()}
+        if name := _differing(together, whole, close, whole):
+            return f"{name} has other gradients than autograd gives of a batch of {size}"
+    return ""
+
+
+def _exact(
+    model: nn.Module,
+    output: ModelOutput,
+    params: Sequence[str],
+    batch: Batch,
+    rows: Sequence[int],
+    alone: audit.Alone,
+) -> audit.Grads:
+    """Gradients of rows: those of the loop, but for weights of half precision in float64."""
+    if not any(p.dtype.itemsize < 4 for p in model.parameters() if p.is_floating_point()):
+        return alone.grads
+    doubled: Batch = pytree.tree_map_only(
+        Tensor, lambda t: t.double() if t.is_floating_point() else t, batch
+    )
+    try:
+        return audit.Alone.of(copied(model).double(), output, params, doubled, rows).grads
+    except RuntimeError:  # a model that says itself in which types it computes
+        return alone.grads
+
+
+def _differing(found: audit.Grads, wanted: audit.Grads, close: float, loop: audit.Grads) -> str:
+    """The parameter whose gradients are not those wanted; they may be as far off as the loop's."""
+    whole = sum(float(w.square().sum()) for w in wanted.values()) ** 0.5
+    for name, want in wanted.items():
+        error, of_loop = (float((g[name] - want).norm()) for g in (found, loop))
+        bound = max(close * float(want.norm()), 2 * of_loop) + close * ROUNDING * whole
+        if not error <= bound:
+            return f"{name} (difference {error:.1e}, norm {float(want.norm()):.1e})"
+    return ""
+
+
+def _some(size: int) -> list[int]:
+    """Rows of a batch, spread from the first to the last."""
+    count = min(ROWS, size)
+    return sorted({round(i * (size - 1) / max(1, count - 1)) for i in range(count)})
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 def _moved(model: nn.Module) -> nn.Module:
-    moved = copy.deepcopy(model).eval()
+    moved = copied(model).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in moved.parameters():
@@ -123,16 +225,3 @@ def _moved(model: nn.Module) -> nn.Module:
             size = float(parameter.float().square().mean().sqrt()) if parameter.numel() else 0
             parameter.add_(noise, alpha=0.1 * size + 0.01)
     return moved
-
-
-def _gathered(
-    compute: GradientComputer, batch: Sequence[Any], shapes: Mapping[str, torch.Size]
-) -> tuple[dict[str, Tensor], Tensor | None]:
-    size = examples_in(batch)
-    grads = {n: torch.zeros(size, *shape, dtype=torch.float64) for n, shape in shapes.items()}
-
-    def take(name: str, rows: slice, values: Tensor) -> None:
-        grads[name][rows] += values.cpu()
-
-    f = compute(batch, take)
-    return grads, f

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -9,10 +10,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trak_dist.cells import FeaturizeCell
-from trak_dist.errors import NonFiniteGradient, ProblemError
+from trak_dist.errors import NonFiniteGradient, ProblemError, WrongGradient
 from trak_dist.ops import rows as row_format
-from trak_dist.ops.gradients import examples_in
-from trak_dist.stages import fed
+from trak_dist.ops.batches import examples_in
+from trak_dist.stages import audit, fed
 from trak_dist.stages.inputs import Shown, refuse_changed_rows, refuse_unlike
 from trak_dist.stages.outcome import Outcome, grads_facts
 from trak_dist.stages.session import Session
@@ -22,22 +23,40 @@ from trak_dist.store import contents
 def featurize(session: Session, cell: FeaturizeCell) -> Outcome:
     """Compute and write grads X / √p, their row scales, and out-to-loss Q.
 
+    If the audit fails, and `featurize.gradients` leaves the way open, the cell and all others of
+    its checkpoint are computed one by one.
+
     Raises
     ------
     NonFiniteGradient
         If a row has NaN or infinite entries; nothing is written then.
+    WrongGradient
+        If the audit fails.
     CheckpointError, DatasetError, ProblemError
         If the inputs are not the planned ones.
     """
+    run, spec = session.run, session.run.plan.spec
+    if run.plan.split(cell.split).fed:
+        return fed.gather(run, cell)
+    try:
+        return _computed(session, cell)
+    except WrongGradient as error:
+        if spec.featurize.gradients != "auto" or audit.way(run, cell.model_id) == "loop":
+            raise WrongGradient(error.what, where=cell.id, next=error.next) from None
+        audit.distrust(run, cell, error)
+        session.took_back = True
+    return _computed(session, cell)
+
+
+def _computed(session: Session, cell: FeaturizeCell) -> Outcome:
     plan, spec = session.run.plan, session.run.plan.spec
-    if plan.split(cell.split).fed:
-        return fed.gather(session.run, cell)
     loaded = session.load(cell.model_id)
     session.once(f"done cells of {cell.split}", lambda: refuse_changed_rows(session, cell))
     grads = torch.zeros(len(cell.rows), plan.store_dim, device=session.device)
     out_to_loss = torch.zeros(len(cell.rows), device=session.device)
+    checks = audit.Audit.drawn(plan.key(cell), len(cell.rows), spec.featurize.batch_rows)
     shown = Shown()
-    done = 0
+    slower, done = loaded.slower_batches, 0
     for host_batch in session.batches(cell.split, cell.rows):
         shown.add(host_batch)
         batch = session.to_device(host_batch)
@@ -49,8 +68,10 @@ def featurize(session: Session, cell: FeaturizeCell) -> Outcome:
                 where=cell.id,
                 next="collate must keep every example",
             )
-        rows = slice(done, done + size)
-        out_to_loss[rows] = loaded.featurize(batch, grads[rows], where=cell.id)
+        rows, first = slice(done, done + size), cell.rows.start + done
+        out_to_loss[rows] = loaded.featurize(batch, grads[rows])
+        name = functools.partial(_named, cell.split, first)
+        checks.check(loaded, batch, grads[rows], out_to_loss[rows], name)
         done += size
     assert done == len(cell.rows)
     path = plan.checkpoint(cell.model_id).path
@@ -73,12 +94,19 @@ def featurize(session: Session, cell: FeaturizeCell) -> Outcome:
         digests,
         {
             **grads_facts(plan, loaded.digest),
+            "gradients": loaded.way,
             **shown.facts(),
             "rows": len(cell.rows),
             "batch_rows": spec.featurize.batch_rows,
             "non_finite_rows": 0,
+            "slower_batches": loaded.slower_batches - slower,
+            **checks.facts(),
         },
     )
+
+
+def _named(split: str, first: int, row: int) -> str:
+    return f"row {first + row} of {split!r}"
 
 
 def refuse_unusable(

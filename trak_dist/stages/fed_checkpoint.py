@@ -13,7 +13,7 @@ from trak_dist.ops.model_outputs import ModelOutput
 from trak_dist.plan import Plan
 from trak_dist.stages import checkpoints, state_dicts
 from trak_dist.stages.fed import Feed
-from trak_dist.stages.session import Loaded
+from trak_dist.stages.loaded import Loaded
 
 log = logging.getLogger("trak_dist")
 
@@ -63,6 +63,10 @@ class FedCheckpoint:
                 where=f"model_id {self.model_id}",
                 next="load_checkpoint again, and give TRAKer a model that nothing else changes",
             )
+
+    def note_weights(self) -> None:
+        """Take the weights for those that were loaded: passes put back what they change."""
+        self._weights = self._versions()
 
     def _versions(self) -> list[tuple[int, int]]:
         tensors = (*self._model.parameters(), *self._model.buffers())

@@ -24,10 +24,10 @@ from trak_dist.errors import (
     ProblemError,
 )
 from trak_dist.ops import kernel
+from trak_dist.ops.batches import Batch, examples_in
 from trak_dist.ops.gradients import (
     LoopGradients,
     activation_bytes,
-    examples_in,
     select_params,
 )
 from trak_dist.plan import Checkpoint, Plan, Source, Split, planned_cell_rows
@@ -40,18 +40,13 @@ from trak_dist.stages.checkpoints import (
     refuse_twins,
 )
 from trak_dist.stages.datasets import check_split, limited, probe
-from trak_dist.stages.session import (
-    adding,
-    as_batch,
-    as_built,
-    batch_in,
-    gradients,
-    model_in,
-    projector,
-)
+from trak_dist.stages.loaded import adding, batch_in, gradients, model_in, projector
+from trak_dist.stages.session import as_batch, as_built
 from trak_dist.store.layout import Layout
 from trak_dist.store.receipts import Receipts
 from trak_dist.store.run import Run
+
+PLANNING_BYTES = 2**30  # of activations that are kept where a run is planned
 
 
 def make_plan(
@@ -146,6 +141,19 @@ def extend_plan(
     return replace(plan, checkpoints=checkpoints, targets=(*plan.targets, *splits))
 
 
+def with_gradients(plan: Plan, problem: Problem) -> Plan:
+    """`plan` whose gradients are computed as `featurize.gradients` says now: all of them anew.
+
+    Raises
+    ------
+    ConfigError
+        If they can't be.
+    """
+    splits = (plan.train, *plan.targets)
+    way, _ = _chosen_gradients(problem, plan.spec, splits, plan.spec.featurize.gradients)
+    return replace(plan, gradients=way)
+
+
 def refuse_rank_deficient(plan: Plan) -> None:
     """Raise `SingularGram` where λ = 0 can't work, before any gradient is computed."""
     if plan.spec.reduce.lambda_reg == 0 and plan.proj_dim > plan.train.rows:
@@ -203,8 +211,16 @@ def refuse_scored(run: Run, plan: Plan) -> None:
 
     A member of a sweep keeps them both.
     """
-    if plan.model_ids == run.plan.model_ids and plan.kernel_id == run.plan.kernel_id:
+    other_grads = plan.spec.featurize != run.plan.spec.featurize
+    same_kernels = plan.model_ids == run.plan.model_ids and plan.kernel_id == run.plan.kernel_id
+    if same_kernels and not other_grads:
         return
+    if other_grads and run.receipts.done(run.plan.cells_of(ScoreCell)):
+        raise PlanMismatch(
+            f"the run has scores, whose gradients are by {run.plan.gradients}",
+            where=str(run.layout.run_dir),
+            next="another run_dir, with this featurize.gradients",
+        )
     if run.receipts.done(run.plan.cells_of(ScoreCell)):
         member = run.layout.sweeps / plan.reduce_id
         there = plan.reduce_id in run.layout.members()
@@ -258,9 +274,26 @@ def check_checkpoints(
 def _chosen_gradients(
     problem: Problem, spec: Spec, splits: Sequence[Split], asked: str
 ) -> tuple[str, str]:
-    batches = {s.name: _first_batch(problem, problem.dataset(s.name)) for s in splits}
+    batches = {n: b for s in splits for n, b in _whole_batches(problem, s, spec).items()}
     params = spec.featurize.params
     return coverage.choose(problem.model, problem.model_output, batches, params=params, asked=asked)
+
+
+def _whole_batches(problem: Problem, split: Split, spec: Spec) -> dict[str, Batch]:
+    """Two batches of rows from all over a split, which have each other's in another order.
+
+    As many rows as a worker's batches have, unless their activations are too large to keep here.
+    """
+    dataset = limited(problem.dataset(split.name), spec.limit)
+    held = activation_bytes(
+        problem.model.eval(), problem.model_output, _first_batch(problem, dataset)
+    )
+    rows = split.spread(min(spec.featurize.batch_rows, max(2, PLANNING_BYTES // max(1, held))))
+    others = [row if i % 2 else min(row + 1, split.rows - 1) for i, row in enumerate(rows)]
+    return {
+        name: as_batch(datasets.collated(problem, dataset, some, name=split.name))
+        for name, some in ((split.name, rows), (f"{split.name}, turned", others[::-1]))
+    }
 
 
 def _first_batch(problem: Problem, dataset: MapDataset) -> tuple[Any, ...]:
@@ -344,7 +377,7 @@ def trial_rate(plan: Plan) -> float:
     size = examples_in(batch)
     project = projector(plan, 0, problem.model)
     model = model_in(compute_in, problem.model.eval())
-    compute = gradients(plan, model, problem.model_output, project)
+    compute = gradients(plan, plan.gradients, model, problem.model_output, project)
     seconds = 0.0
     for _ in range(2):
         started = time.perf_counter()

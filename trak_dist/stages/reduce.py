@@ -23,6 +23,7 @@ from trak_dist.cells import (
 from trak_dist.errors import MissingInputs, MixedRun, SingularGram
 from trak_dist.ops import kernel, projection
 from trak_dist.ops import rows as row_format
+from trak_dist.stages import audit
 from trak_dist.stages.outcome import Outcome
 from trak_dist.stages.session import Session
 from trak_dist.store import contents, parts
@@ -36,6 +37,7 @@ SHARED_FACTS = (
     "projector_dim",
     "projector_version",
     "dtype",
+    "gradients",
 )
 
 
@@ -49,6 +51,8 @@ def gram(session: Session, cell: GramCell) -> Outcome:
     """
     plan = session.run.plan
     cells = list(plan.featurize_cells(cell.model_id, TRAIN))
+    if session.run.receipts.distrusted(cell.model_id):  # what was published meanwhile too
+        audit.take_back(session.run, cell.model_id, why="an audit of its checkpoint failed")
     receipts = require(session.run, cells, needed_by=cell)
     refuse_mixed(receipts)
     blocks = (read_grads(session, source) for source in cells)

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from trak_dist.cells import TRAIN, EvaluateCell, ReportCell
+from trak_dist.cells import TRAIN, EvaluateCell, FeaturizeCell, ReportCell
 from trak_dist.ops import lds, ranking
 from trak_dist.problem import Rendered
 from trak_dist.stages import datasets
@@ -22,6 +22,7 @@ from trak_dist.stages.plots import counterfactual_picture, lds_picture
 from trak_dist.stages.reduce import require
 from trak_dist.stages.session import Session
 from trak_dist.store import atomic
+from trak_dist.store.receipts import audited
 from trak_dist.store.results import Results, Top
 
 SHOWN_TARGETS = 12
@@ -82,6 +83,7 @@ def report(session: Session, cell: ReportCell) -> Outcome:
         evaluation=evaluation,
         stability=stability,
         lambda_from=run.plan.lambda_from,
+        audited=audited(run.receipts.done(run.plan.cells_of(FeaturizeCell)).values()),
     )
     atomic.write(path, page.encode())
     return Outcome({}, {"pictures": [n for n, p in pictures.items() if p], "stability": stability})

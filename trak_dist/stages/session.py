@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import copy
-import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from trak_dist import problem as problems
 from trak_dist.cells import TRAIN, Rows
 from trak_dist.config import Spec
-from trak_dist.errors import DeviceError, ProblemError
-from trak_dist.ops.gradients import (
-    GradientComputer,
-    LoopGradients,
-    Take,
-    VmapGradients,
-    select_params,
-)
-from trak_dist.ops.hooks import HookGradients
-from trak_dist.ops.model_outputs import ModelOutput, out_to_loss
-from trak_dist.ops.projection import Projector, make_projector
-from trak_dist.plan import Plan
+from trak_dist.errors import DeviceError
 from trak_dist.problem import MapDataset, Problem
-from trak_dist.stages import checkpoints, datasets, pinned
+from trak_dist.stages import audit, checkpoints, datasets, pinned
+from trak_dist.stages.loaded import Loaded, batch_in, model_in
 from trak_dist.store.run import Run
 
 
@@ -43,6 +30,7 @@ class Session:
         self._loaded: Loaded | None = None
         self._checked: set[str] = set()
         self.shown: dict[tuple[str, Rows], str] = {}  # digests of rows of splits, see stages.inputs
+        self.took_back = False  # cells of this job, perhaps, which are to be run again
 
     @cached_property
     def problem(self) -> Problem:
@@ -70,11 +58,21 @@ class Session:
 
     def load(self, model_id: int) -> Loaded:
         """The model of one checkpoint, on the device, with its gradients and its projection."""
-        if self._loaded is None or self._loaded.model_id != model_id:
+        way = audit.way(self.run, model_id)
+        there = self._loaded
+        if there is None or (there.model_id, there.way) != (model_id, way):
             plan, problem = self.run.plan, self.problem
             model: nn.Module = problem.model.to(self.device).eval()
             digest = checkpoints.load_into(self.run, model, plan.checkpoint(model_id))
-            self._loaded = Loaded(plan, model_id, digest, model, problem.model_output)
+            self._loaded = Loaded(
+                plan,
+                model_id,
+                digest,
+                model,
+                problem.model_output,
+                way=way,
+            )
+        assert self._loaded
         return self._loaded
 
     def batches(self, split: str, rows: Rows) -> Iterator[tuple[Any, ...]]:
@@ -98,87 +96,6 @@ class Session:
     def to_device(self, batch: tuple[Any, ...]) -> tuple[Any, ...]:
         """The batch with its tensors on the device."""
         return _converted(batch, lambda t: t.to(self.device, non_blocking=True))
-
-
-class Loaded:
-    """A model with a checkpoint's weights, and what computes its grads as the plan has it."""
-
-    def __init__(
-        self, plan: Plan, model_id: int, digest: str, model: nn.Module, model_output: ModelOutput
-    ) -> None:
-        self.model_id, self.digest = model_id, digest
-        self._plan, self._model_output = plan, model_output
-        self._model = model_in(plan.spec.featurize.compute, model)
-        self._projector = projector(plan, model_id, self._model)
-        self._gradients = gradients(plan, self._model, model_output, self._projector)
-
-    def featurize(
-        self, batch: tuple[Any, ...], into: Float[Tensor, "batch k"], *, where: str = ""
-    ) -> Float[Tensor, " batch"]:
-        """Add X / √p of a batch on the device to rows of zeros, and give its Q.
-
-        Raises
-        ------
-        ProblemError
-            If there is not one Q for each example.
-        """
-        batch = batch_in(self._plan.spec.featurize.compute, batch)
-        f = self._gradients(batch, adding(self._projector, into))
-        into /= math.sqrt(self._plan.parameters)
-        q = out_to_loss(self._model_output, self._model, batch, f)
-        if q.numel() != len(into):
-            raise ProblemError(
-                f"a batch of {len(into)} examples gave {q.numel()} values of out-to-loss",
-                where=where,
-                next="get_out_to_loss_grad must give one value for each example",
-            )
-        return q.reshape(len(into)).to(into)  # TRAK's own classes give (size, 1)
-
-
-def gradients(
-    plan: Plan, model: nn.Module, model_output: ModelOutput, into: Projector
-) -> GradientComputer:
-    """What computes the plan's per-sample gradients, for a projection."""
-    params = plan.spec.featurize.params
-    if plan.gradients != "hooks":
-        kind = VmapGradients if plan.gradients == "vmap" else LoopGradients
-        return kind(model, model_output, params)
-    return HookGradients(
-        model, model_output, params, piece_elements=into.piece_elements, bundles=into.bundles
-    )
-
-
-def adding(project: Projector, into: Float[Tensor, "batch k"]) -> Take:
-    """What adds gradients that are handed over, projected, to a batch's rows."""
-
-    def take(name: str, rows: slice, grads: Float[Tensor, "rows ..."]) -> None:
-        project.add(into[rows], name, grads.float())
-
-    return take
-
-
-def projector(plan: Plan, model_id: int, model: nn.Module) -> Projector:
-    """The projection of one checkpoint's gradients."""
-    return make_projector(
-        plan.spec.projection.kind,
-        dim=plan.store_dim,
-        seed=plan.spec.projection.seed,
-        model_id=model_id,
-        shapes=select_params(model, plan.spec.featurize.params),
-    )
-
-
-def model_in(compute: str, model: nn.Module) -> nn.Module:
-    """`model`, or a copy of it in the type `compute`."""
-    return model if compute == "model" else copy.deepcopy(model).to(getattr(torch, compute))
-
-
-def batch_in(compute: str, batch: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A batch whose floating-point tensors have the type `compute`."""
-    if compute == "model":
-        return batch
-    dtype = getattr(torch, compute)
-    return _converted(batch, lambda t: t.to(dtype) if t.is_floating_point() else t)
 
 
 def _converted(batch: tuple[Any, ...], convert: Callable[[Tensor], Tensor]) -> tuple[Any, ...]:
@@ -233,7 +150,7 @@ def open_device(name: str) -> torch.device:
                 where="cluster.device",
                 next="cluster.device=cpu, or run where there is a GPU",
             )
-        return torch.device(name)
+        return _gpu(name)
     if name not in ("auto", "cpu"):
         raise DeviceError(
             f"device {name} is not one of cpu, cuda", where="device", next="device='cpu'"
@@ -245,4 +162,10 @@ def open_device(name: str) -> torch.device:
             where="cluster.device",
             next="leave the node out (cluster.exclude), or compute without: cluster.device=cpu",
         )
-    return torch.device("cuda" if cuda and name == "auto" else "cpu")
+    return _gpu("cuda") if cuda and name == "auto" else torch.device("cpu")
+
+
+def _gpu(name: str) -> torch.device:
+    # Buffers with which cuBLAS has one order of sums; it reads this when it is first used.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    return torch.device(name)

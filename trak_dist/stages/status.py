@@ -15,7 +15,7 @@ from trak_dist.errors import SlurmError
 from trak_dist.plan import Split
 from trak_dist.stages.queue import Queue, read_queue
 from trak_dist.store.jobs import Jobs
-from trak_dist.store.receipts import Failure, Receipt, rows_per_second
+from trak_dist.store.receipts import Failure, Receipt, audited, rows_per_second
 from trak_dist.store.run import Run
 
 GRID_COLUMNS = 40
@@ -175,7 +175,24 @@ def lines(status: Status) -> list[str]:
             _left(status, stage, rate),
         ]
         out.append((f"{name:<10}" + "".join(f"{text:>9}" for text in shown)).rstrip())
-    return [*out, "", *_grid(status), *_waiting(status), *_failures(status), *_lost(status)]
+    return [
+        *out,
+        "",
+        *_audits(status),
+        *_grid(status),
+        *_waiting(status),
+        *_failures(status),
+        *_lost(status),
+    ]
+
+
+def _audits(status: Status) -> Iterator[str]:
+    told = audited(status.stages["featurize"].done.values())
+    if told:
+        yield f"audit  {told}"
+    for model_id in status.run.plan.model_ids:
+        if why := status.run.receipts.distrusted(model_id):
+            yield f"audit  checkpoint {model_id} by loop, since {why}"
 
 
 def _left(status: Status, stage: StageStatus, rate: float) -> str:

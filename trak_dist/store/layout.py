@@ -113,6 +113,10 @@ class Layout:
         """The content digest that the first worker to load a checkpoint publishes."""
         return self.base / "receipts" / "checkpoints" / f"{model_id}.json"
 
+    def distrusted(self, model_id: int) -> Path:
+        """There if an audit of a checkpoint failed: its gradients are computed one by one."""
+        return self.base / "receipts" / "distrusted" / f"{model_id}.json"
+
     def receipts(self, plan: Plan, cell: Cell) -> Path:
         """The directory of the cell's receipt, shared with others that are read along with it."""
         shared = isinstance(cell, CounterfactualCell) and cell.whose == RANDOM

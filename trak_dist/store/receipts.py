@@ -95,6 +95,24 @@ class Receipts:
         """Record why the cell's last attempt failed."""
         atomic.write(self._layout.failure(self._plan, cell), _dump(failure))
 
+    def distrust(self, model_id: int, *, why: str) -> None:
+        """Have a checkpoint's gradients computed one by one from now on."""
+        path = self._layout.distrusted(model_id)
+        atomic.write_once(path, json.dumps({"why": why}).encode())
+
+    def distrusted(self, model_id: int) -> str:
+        """Why a checkpoint's gradients are computed one by one, if an audit of it failed."""
+        try:
+            return str(json.loads(self._layout.distrusted(model_id).read_bytes())["why"])
+        except FileNotFoundError:
+            return ""
+        except (ValueError, KeyError, TypeError):
+            return "an audit failed"
+
+    def all_distrusted(self) -> set[int]:
+        """The checkpoints of which an audit failed."""
+        return {c.model_id for c in self._plan.checkpoints if self.distrusted(c.model_id)}
+
     def done(self, cells: Iterable[Cell]) -> dict[Cell, Receipt]:
         """The receipts of those of `cells` that are done. Each directory is listed once."""
         cells = list(cells)
@@ -152,6 +170,23 @@ def rows_per_second(receipts: Iterable[Receipt]) -> float:
     """
     timed = (r for r in receipts if "rows" in r.facts and r.job.get("seconds"))
     return float(median([r.facts["rows"] / r.job["seconds"] for r in timed] or [0.0]))
+
+
+def audited(receipts: Iterable[Receipt]) -> str:
+    """What the audits of featurize cells found, in a sentence; empty if there were none."""
+    facts = [r.facts for r in receipts if "audited_rows" in r.facts]
+    if not facts:
+        return ""
+    rows, batches, slower = (
+        sum(f[name] for f in facts)
+        for name in ("audited_rows", "audited_batches", "slower_batches")
+    )
+    told = [
+        f"{rows:,} rows and {batches:,} batches computed again by autograd",
+        f"largest difference {max(f['largest_difference'] for f in facts):.1e}",
+    ]
+    told += [f"{slower:,} batches went one by one"] if slower else []
+    return ", ".join(told)
 
 
 def _dump(value: Receipt | Failure) -> bytes:

@@ -70,7 +70,7 @@ class Run:
         PlanMismatch
             If another process extended the run first.
         """
-        assert plan.fingerprint == self.plan.fingerprint
+        assert plan.projection_id == self.plan.projection_id
         return self._publish(self.layout, plan, self.generation + 1)
 
     @classmethod

@@ -1,7 +1,8 @@
-"""Functions whose parameters `ops.hooks` can follow once they are written as several others.
+"""Calls that `ops.hooks` can follow once they are written as several others.
 
 torch's multi-head attention takes its weights whole and its inputs with positions before examples;
-written with `linear`, examples first, each product has its rule.
+written with `linear`, examples first, each product has its rule. So has any layer whose input has
+the examples elsewhere, as sequences with positions first, once they are put first.
 """
 
 from __future__ import annotations
@@ -12,6 +13,57 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
+
+from trak_dist.ops.examples import Along, of
+
+# Their first operand may have any dimensions before those that they work on.
+_LEADING = {
+    *(F.linear, F.embedding, F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm),
+    *(torch.matmul, Tensor.matmul, Tensor.__matmul__),
+}
+_BROADCAST = {
+    *(torch.add, Tensor.add, torch.sub, Tensor.sub),
+    *(torch.mul, Tensor.mul, torch.div, Tensor.div),
+}
+_JOINS = {torch.cat, torch.concat}
+
+
+def rewritten(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, uses: bool
+) -> Callable[[], Any] | None:
+    """The same call by others, if it is one of those; what that gives is None if it can't be.
+
+    Parameters
+    ----------
+    uses : bool
+        Whether parameters go into it that are to be followed.
+    """
+    if func is F.multi_head_attention_forward:
+        return lambda: multi_head_attention(*args, **kwargs)
+    if not uses:
+        return None
+    if func in _LEADING and isinstance(found := of(args[0]), Along):
+        x, *others = args
+        if x.ndim == 1 and func is not F.embedding:
+            return lambda: func(x[None], *others, **kwargs)[0]
+        if found.dim and x.ndim > 1:
+            return lambda: func(x.movedim(found.dim, 0), *others, **kwargs).movedim(0, found.dim)
+    if func in _BROADCAST and all(isinstance(t, Tensor) for t in args):
+        ndim = max(t.ndim for t in args)
+        dims = {ndim + f.dim - t.ndim for t in args if isinstance(f := of(t), Along)}
+        if len(dims) == 1 and (dim := dims.pop()) > 0:
+            return lambda: func(*(_turned(t, ndim, dim) for t in args), **kwargs).movedim(0, dim)
+    if func in _JOINS and args:
+        dims = {f.dim for t in args[0] if isinstance(f := of(t), Along)}
+        along = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % args[0][0].ndim
+        if len(dims) == 1 and (dim := dims.pop()) > 0 and along != dim:
+            moved = along + 1 if along < dim else along
+            return lambda: func([t.movedim(dim, 0) for t in args[0]], moved).movedim(0, dim)
+    return None
+
+
+def _turned(tensor: Tensor, ndim: int, dim: int) -> Tensor:
+    return tensor.reshape(*[1] * (ndim - tensor.ndim), *tensor.shape).movedim(dim, 0)
 
 
 def multi_head_attention(  # noqa: PLR0913, PLR0917
@@ -92,6 +144,3 @@ def _mask(
         for m in masks
     ]
     return sum(added[1:], added[0]) if added else None
-
-
-REWRITTEN: dict[Any, Callable[..., Any]] = {F.multi_head_attention_forward: multi_head_attention}

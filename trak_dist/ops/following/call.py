@@ -1,0 +1,67 @@
+"""A call of a function of torch, as the rules see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import resolve_name
+from torch.utils import _pytree as pytree
+
+from trak_dist.ops.examples import Along, Found, Lost, of
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call, and what it gave."""
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    out: Any
+
+    @property
+    def first(self) -> Tensor:
+        """The tensor that it works on."""
+        given = self.args[0] if self.args else None
+        return given if isinstance(given, Tensor) else self.tensors[0]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors that go into it."""
+        return tensors_in((self.args, self.kwargs))
+
+    @property
+    def outs(self) -> list[Tensor]:
+        """All tensors that come out of it; what `x[i] = y` changed."""
+        return [self.args[0]] if self.out is None else tensors_in(self.out)
+
+    @property
+    def held(self) -> list[tuple[Tensor, Along]]:
+        """Those that hold examples, and where."""
+        return [(t, found) for t in self.tensors if isinstance(found := of(t), Along)]
+
+    def get(self, position: int, *names: str, default: Any = None) -> Any:
+        """An argument, by its position or one of its names."""
+        if position < len(self.args):
+            return self.args[position]
+        return next((self.kwargs[n] for n in names if n in self.kwargs), default)
+
+    def lost(self) -> Lost:
+        """Its result, where the examples can't be told."""
+        return Lost(name_of(self.func))
+
+
+Rule = Callable[[Call], Found | list[Found]]
+
+
+def name_of(func: Any) -> str:
+    """A function's name, for people."""
+    return resolve_name(func) or getattr(func, "__name__", str(func))
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    """All tensors in nested lists, tuples and dicts."""
+    return [leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)]

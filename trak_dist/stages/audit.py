@@ -1,0 +1,239 @@
+"""The audit of a featurize cell, before its receipt is published; and what a failed one takes back.
+
+Some rows of the cell, drawn by its key, are computed again, each alone, by the plain loop; and of
+one batch in `BATCHES`, the weighted sum of its grads is held against one backward pass of torch's
+own (`ops.audit`). Both are projected, so that what is compared is what is stored.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from trak_dist.cells import (
+    Cell,
+    CounterfactualCell,
+    EvaluateCell,
+    FeaturizeCell,
+    GramCell,
+    KernelCell,
+    PreconditionCell,
+    ReportCell,
+    ScoreCell,
+)
+from trak_dist.errors import WrongGradient
+from trak_dist.ops import audit
+from trak_dist.ops.batches import Batch, rows_of
+from trak_dist.ops.model_outputs import own_form
+from trak_dist.stages.loaded import Loaded, adding, batch_in
+from trak_dist.store.run import Run
+
+ROWS = 2  # of each cell
+BATCHES = 32  # of so many one is checked whole: a batch costs a training step
+CALLS = 4  # of `TRAKer`: in one of so many a row is computed alone
+LOOSER = 10  # than when planning: of a million rows some cancel more than those that were tried
+
+log = logging.getLogger("trak_dist")
+
+
+@dataclass
+class Audit:
+    """What of some rows is to be checked, and what was found.
+
+    `rows` are positions among them, `batch` is the number of the batch that is checked whole, if
+    any is.
+    """
+
+    rows: frozenset[int]
+    batch: int | None
+    seed: int
+    seen: int = 0
+    batches: int = 0
+    audited_batches: int = 0
+    largest: float = 0.0
+
+    @classmethod
+    def drawn(cls, key: str, rows: int, batch_rows: int) -> Audit:
+        """The audit of `rows` rows, in batches of `batch_rows`; the same for the same key."""
+        draw = random.Random(key)  # noqa: S311
+        chosen = frozenset(draw.sample(range(rows), min(ROWS, rows)))
+        batches = -(-rows // batch_rows)
+        lot, batch = draw.random(), draw.randrange(batches)
+        return cls(chosen, batch if lot < batches / BATCHES else None, draw.randrange(2**31))
+
+    @classmethod
+    def of_call(cls, rows: NDArray[np.int64], *, first: bool) -> Audit:
+        """The audit of a batch that is fed: a row of the first, and of one in `CALLS`."""
+        draw = random.Random(rows.tobytes())  # noqa: S311
+        row, alone, lot = draw.randrange(len(rows)), draw.randrange(CALLS), draw.randrange(BATCHES)
+        chosen = frozenset([row] if first or not alone else [])
+        return cls(chosen, None if lot else 0, draw.randrange(2**31))
+
+    def check(
+        self,
+        loaded: Loaded,
+        batch: Batch,
+        grads: Float[Tensor, "batch k"],
+        out_to_loss: Float[Tensor, " batch"],
+        name: Callable[[int], str],
+    ) -> None:
+        """Check the next batch, where it has something to be checked.
+
+        Parameters
+        ----------
+        name : callable
+            Names a row of the batch, for the error.
+
+        Raises
+        ------
+        WrongGradient
+            If a difference is larger than rounding.
+        """
+        size = len(grads)
+        rows = [row - self.seen for row in sorted(self.rows) if 0 <= row - self.seen < size]
+        whole = self.batches == self.batch
+        self.seen, self.batches = self.seen + size, self.batches + 1
+        # What is not finite is refused later, with all its rows; asking each batch would wait for it.
+        if not (rows or whole) or not grads.isfinite().all():
+            return
+        batch = batch_in(loaded.plan.spec.featurize.compute, batch)
+        for row in rows:
+            self._check_alone(loaded, batch, row, grads, out_to_loss, name)
+        if whole and loaded.way == "hooks" and own_form(loaded.model_output, "get_batch_output"):
+            self._check_whole(loaded, batch, grads, name)
+
+    def facts(self) -> dict[str, Any]:
+        """For the receipt."""
+        return {
+            "audited_rows": len(self.rows),
+            "audited_batches": self.audited_batches,
+            "largest_difference": self.largest,
+        }
+
+    def _check_alone(
+        self,
+        loaded: Loaded,
+        batch: Batch,
+        row: int,
+        grads: Tensor,
+        out_to_loss: Tensor,
+        name: Callable[[int], str],
+    ) -> None:
+        alone = torch.zeros_like(grads[:1])
+        example = rows_of(batch, slice(row, row + 1))
+        loaded.loop(example, adding(loaded.projector, alone))
+        alone /= math.sqrt(loaded.plan.parameters)
+        spare = float(grads.norm(dim=1).max())
+        if not self._agree(loaded, grads[row], alone[0], spare):
+            raise _wrong(loaded, batch, row, name(row))
+        q = audit.out_to_loss_alone(loaded.model, loaded.model_output, example, [0]).to(grads)
+        close = LOOSER * audit.tolerance(loaded.model)
+        if not torch.allclose(q[0], out_to_loss[row], rtol=close, atol=close):
+            raise WrongGradient(
+                f"{name(row)} has out-to-loss {float(out_to_loss[row]):.6g} in its batch, "
+                f"{float(q[0]):.6g} alone",
+                next="an example's loss must not depend on its companions: mend the model or its "
+                "output, then use another run_dir",
+            )
+
+    def _check_whole(
+        self, loaded: Loaded, batch: Batch, grads: Tensor, name: Callable[[int], str]
+    ) -> None:
+        weights = audit.random_weights(len(grads), self.seed)
+        params = loaded.plan.spec.featurize.params
+        wanted = torch.zeros_like(grads[:1])
+        take = adding(loaded.projector, wanted)
+        audit.summed(loaded.model, loaded.model_output, params, batch, weights, take)
+        wanted /= math.sqrt(loaded.plan.parameters)
+        self.audited_batches += 1
+        found = weights.to(grads) @ grads
+        # Of a sum whose terms cancel, what rounding leaves goes by the terms.
+        spare = float(grads.norm(dim=1).square().sum().sqrt())
+        if not self._agree(loaded, found, wanted[0], spare * audit.tolerance(loaded.model) * 1e3):
+            raise WrongGradient(
+                f"the grads of a batch, {name(0)} and its companions, do not add up to those that "
+                "autograd gives",
+                next=_next(loaded),
+            )
+
+    def _agree(self, loaded: Loaded, found: Tensor, wanted: Tensor, spare: float) -> bool:
+        """Whether two are the same but for rounding; `spare` is how large others of theirs are."""
+        error, norm = float((found - wanted).norm()), float(wanted.norm())
+        close = LOOSER * audit.tolerance(loaded.model)
+        self.largest = max(self.largest, error / max(norm, 1e-2 * spare, 1e-30))
+        return error <= close * (norm + 1e-2 * spare)
+
+
+def _wrong(loaded: Loaded, batch: Batch, row: int, name: str) -> WrongGradient:
+    """The error of a row, with the parameter whose gradient differs most."""
+    params, shapes = loaded.plan.spec.featurize.params, loaded.shapes
+    grads = audit.collected(loaded.by_way, batch, [row], shapes)[0]
+    wanted = audit.Alone.of(loaded.model, loaded.model_output, params, batch, [row]).grads
+    errors = {n: float((grads[n] - w).norm()) for n, w in wanted.items()}
+    worst = max(errors, key=lambda n: errors[n])
+    return WrongGradient(
+        f"{name} has other gradients in its batch, by {loaded.way}, than alone: {worst} differs "
+        f"by {errors[worst]:.1e}, its norm is {float(wanted[worst].norm()):.1e}",
+        next=_next(loaded),
+    )
+
+
+def _next(loaded: Loaded) -> str:
+    if loaded.way == "loop":
+        return "the model gives other gradients each time: see whether it is random"
+    return "featurize.gradients=loop with the same run_dir, where there are no scores yet"
+
+
+# What is taken back -----------------------------------------------------------------------------
+
+
+def way(run: Run, model_id: int) -> str:
+    """How a checkpoint's gradients are computed: as planned, unless an audit failed."""
+    return "loop" if run.receipts.distrusted(model_id) else run.plan.gradients
+
+
+def distrust(run: Run, cell: FeaturizeCell, error: WrongGradient) -> None:
+    """Have a checkpoint's gradients computed one by one from now on, all of them.
+
+    What was computed of it otherwise is taken back, with all that was made of it; of members of a
+    sweep too.
+    """
+    why = f"{cell.id}: {error.what}"
+    log.warning("checkpoint %d goes one by one, by loop: %s", cell.model_id, error.what)
+    run.receipts.distrust(cell.model_id, why=why)
+    for home in (run.layout.base, *(run.layout.sweeps / name for name in run.layout.members())):
+        take_back(Run.open(home), cell.model_id, why=why)
+
+
+def take_back(run: Run, model_id: int, *, why: str) -> None:
+    """Make missing what of a checkpoint was not computed by the loop, and what was made of it."""
+    plan = run.plan
+    if model_id not in plan.model_ids:
+        return
+    cells: list[Cell] = [
+        c
+        for split in (plan.train, *plan.targets)
+        for c in plan.featurize_cells(model_id, split.name)
+    ]
+    done = run.receipts.done(cells)
+    stale: list[Cell] = [
+        c for c, receipt in done.items() if receipt.facts.get("gradients") != "loop"
+    ]
+    if not stale:
+        return
+    after: list[Cell] = [GramCell(model_id), KernelCell(model_id)]
+    after += [PreconditionCell(model_id, split.name) for split in plan.targets]
+    made = (ScoreCell, CounterfactualCell, EvaluateCell, ReportCell)
+    after += [cell for kind in made for cell in plan.cells_of(kind)]
+    for one in (*run.receipts.done(after), *stale):
+        run.receipts.revoke(one, why=why)

@@ -1,0 +1,144 @@
+"""A checkpoint in memory: its model, and what computes its grads as the plan has it."""
+
+from __future__ import annotations
+
+import logging
+import math
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from trak_dist.errors import NotCovered
+from trak_dist.ops.batches import Batch
+from trak_dist.ops.gradients import (
+    GradientComputer,
+    LoopGradients,
+    Take,
+    VmapGradients,
+    select_params,
+)
+from trak_dist.ops.hooks import HookGradients
+from trak_dist.ops.intact import Intact, copied
+from trak_dist.ops.model_outputs import ModelOutput, out_to_loss
+from trak_dist.ops.projection import Projector, make_projector
+from trak_dist.plan import Plan
+
+log = logging.getLogger("trak_dist")
+
+
+class Loaded:
+    """A model with a checkpoint's weights, on the device, and what computes its grads.
+
+    Parameters
+    ----------
+    way : str
+        How: `hooks`, `vmap` or `loop`; the plan's, unless that was found to be wrong.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        model_id: int,
+        digest: str,
+        model: nn.Module,
+        model_output: ModelOutput,
+        *,
+        way: str = "",
+    ) -> None:
+        self.model_id, self.digest = model_id, digest
+        self.plan, self.model_output = plan, model_output
+        self.model = model_in(plan.spec.featurize.compute, model)
+        self.projector = projector(plan, model_id, self.model)
+        self.way = way or plan.gradients
+        self.slower_batches = 0
+        self._intact = Intact(self.model)
+        self.by_way = gradients(plan, self.way, self.model, model_output, self.projector)
+
+    @cached_property
+    def loop(self) -> GradientComputer:
+        """Plain autograd, one example after the other."""
+        return gradients(self.plan, "loop", self.model, self.model_output, self.projector)
+
+    @property
+    def shapes(self) -> dict[str, torch.Size]:
+        """Of the parameters whose gradients are used."""
+        return select_params(self.model, self.plan.spec.featurize.params)
+
+    def featurize(self, batch: Batch, into: Float[Tensor, "batch k"]) -> Float[Tensor, " batch"]:
+        """Add X / √p of a batch on the device to rows of zeros, and give its Q.
+
+        A batch in which the model uses parameters as it did in none when it was planned goes one by
+        one, if `featurize.gradients` leaves that open.
+
+        Raises
+        ------
+        NotCovered
+            If it does not.
+        ProblemError
+            If there is not one Q for each example.
+        """
+        batch = batch_in(self.plan.spec.featurize.compute, batch)
+        try:
+            f = self.by_way(batch, adding(self.projector, into))
+        except NotCovered as error:
+            if self.plan.spec.featurize.gradients != "auto":
+                raise
+            if not self.slower_batches:
+                log.warning("a batch goes one by one, not by hooks: %s", error.what)
+            self.slower_batches += 1
+            f = self.loop(batch, adding(self.projector, into.zero_()))
+        into /= math.sqrt(self.plan.parameters)
+        with self._intact.kept():
+            return out_to_loss(self.model_output, self.model, batch, f).to(into)
+
+
+def gradients(
+    plan: Plan, way: str, model: nn.Module, model_output: ModelOutput, into: Projector
+) -> GradientComputer:
+    """What computes per-sample gradients by `way`, for a projection."""
+    params = plan.spec.featurize.params
+    if way != "hooks":
+        kind = VmapGradients if way == "vmap" else LoopGradients
+        return kind(model, model_output, params)
+    return HookGradients(
+        model, model_output, params, piece_elements=into.piece_elements, bundles=into.bundles
+    )
+
+
+def adding(project: Projector, into: Float[Tensor, "batch k"]) -> Take:
+    """What adds gradients that are handed over, projected, to a batch's rows."""
+
+    def take(name: str, rows: slice, grads: Float[Tensor, "rows ..."]) -> None:
+        project.add(into[rows], name, grads.float())
+
+    return take
+
+
+def projector(plan: Plan, model_id: int, model: nn.Module) -> Projector:
+    """The projection of one checkpoint's gradients."""
+    return make_projector(
+        plan.spec.projection.kind,
+        dim=plan.store_dim,
+        seed=plan.spec.projection.seed,
+        model_id=model_id,
+        shapes=select_params(model, plan.spec.featurize.params),
+    )
+
+
+def model_in(compute: str, model: nn.Module) -> nn.Module:
+    """`model`, or a copy of it in the type `compute`."""
+    return model if compute == "model" else copied(model).to(getattr(torch, compute))
+
+
+def batch_in(compute: str, batch: Batch) -> Batch:
+    """A batch whose floating-point tensors have the type `compute`."""
+    if compute == "model":
+        return batch
+    dtype = getattr(torch, compute)
+    converted: Batch = pytree.tree_map_only(
+        Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, batch
+    )
+    return converted
