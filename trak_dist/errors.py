@@ -53,6 +53,10 @@ class DatasetError(TrakDistError):
     """A dataset is empty, or is not the one that was planned."""
 
 
+class UnreadableRow(TrakDistError):
+    """A row of a dataset can't be read, put into a batch, or shown."""
+
+
 class CheckpointError(TrakDistError):
     """A checkpoint is missing, unreadable, unfit, or not the one seen before."""
 

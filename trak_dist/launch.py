@@ -24,7 +24,7 @@ from omegaconf import DictConfig
 from trak_dist import commands, graph, machine, preparation, settings, sweep, telling
 from trak_dist.cells import STAGE_CELLS, STAGE_STEPS, STEPS
 from trak_dist.config import ClusterConfig, Config, SlurmConfig
-from trak_dist.errors import ConfigError, MissingInputs, TrakDistError
+from trak_dist.errors import ConfigError, MissingInputs, ProblemError, TrakDistError
 from trak_dist.plan import SWEEP_KEYS
 from trak_dist.progress import Progress
 from trak_dist.store import atomic
@@ -94,6 +94,10 @@ def _guarded(composed: DictConfig, given: frozenset[str], task: Task | None = No
         return _launch(composed, given, task)
     except TrakDistError as error:
         _tell(error)
+        return MISTAKE
+    except SystemExit as error:  # nothing of ours ends so
+        mend = "mend the model, its output or the data: they may raise errors, not end the process"
+        _tell(ProblemError(f"the problem's code raised SystemExit: {error}", next=mend))
         return MISTAKE
     except KeyboardInterrupt:
         print("interrupted; finished cells are kept: the same command goes on", file=sys.stderr)

@@ -63,13 +63,15 @@ SWEEP_KEYS = (
 class Split:
     """A dataset as planned: its rows, the rows of a cell, and a digest of some probe rows.
 
-    Without a digest it is no dataset: its rows are `fed`.
+    Without a digest it is no dataset: its rows are `fed`. `batch` digests the probe rows in one
+    batch, and is empty in plans of earlier versions.
     """
 
     name: str
     rows: int = field(metadata={"min": 1})
     cell_rows: int = field(metadata={"min": 1})
     probe: str
+    batch: str = ""
 
     def __post_init__(self) -> None:
         check_name(self.name, what="the split")  # it names directories
@@ -115,14 +117,20 @@ class Checkpoint:
 class Source:
     """What the problem is made of, so that a job runs what was planned.
 
-    `file` digests the Python file of its function, as planned; `accepted` are those of later
+    `file` digests the Python file of its function, as planned; `modules` the user's own files that
+    it, and the classes of what it gives, are written in or import; `accepted` are those of later
     versions that the user said compute the same; `model` digests how model and output print.
+    `unsaved` tells the tensors of the model that no checkpoint holds, `built` what it gives of some
+    train rows as it is built; both are of `stages.pinned`, and empty in plans of earlier versions.
     """
 
     file: str
     model: str
     import_root: str
     accepted: tuple[str, ...] = field(default=(), metadata={"may_be_empty": True})
+    modules: Mapping[str, str] = field(default_factory=dict)
+    unsaved: Mapping[str, str | list[float]] = field(default_factory=dict)
+    built: Mapping[str, list[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

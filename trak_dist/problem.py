@@ -1,6 +1,6 @@
 """A problem: what a user brings. A function named by `problem._target_` returns one.
 
-Also how the function is found and its source pinned, which launcher and workers do alike.
+Also how the function is found and called, which launcher and workers do alike.
 """
 
 from __future__ import annotations
@@ -8,13 +8,16 @@ from __future__ import annotations
 import contextlib
 import importlib
 import inspect
+import os
+import random
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from trak_dist import source
 from trak_dist.errors import ProblemError, TrakDistError
 from trak_dist.plan import Source, digest
 
@@ -44,6 +47,16 @@ class Rendered:
 
     content: NDArray[np.generic] | str
     label: str
+
+    def __post_init__(self) -> None:
+        shape = tuple(getattr(self.content, "shape", ()))
+        picture = hasattr(self.content, "__array_interface__") and shape[2:] in ((), (3,))
+        if not isinstance(self.content, str) and not (picture and len(shape) in (2, 3)):
+            raise ProblemError(
+                f"{type(self.content).__name__} of shape {shape} can't be shown",
+                where="trak_dist.Rendered",
+                next="content: a numpy array (h, w) or (h, w, 3), or a text",
+            )
 
 
 TrainCheckpoint = Callable[["MapDataset", int, "torch.device"], Mapping[str, "torch.Tensor"]]
@@ -99,12 +112,38 @@ class Problem:
                 where="trak_dist.Problem",
                 next="checkpoints=[path, …], train=dataset, targets={name: dataset, …}",
             )
+        wrong = [f"{name} is {type(getattr(self, name)).__name__}" for name in self._unfit()]
+        if wrong:
+            raise ProblemError(
+                f"not what a problem is made of: {', '.join(wrong)}",
+                where="trak_dist.Problem",
+                next="model: a torch.nn.Module; model_output: an object with get_output and "
+                "get_out_to_loss_grad; checkpoints: paths; targets: named by strings; collate, "
+                "render and train_checkpoint: functions, or None",
+            )
         if self.mislabelled is not None and len(self.mislabelled) != len(self.train):
             raise ProblemError(
                 f"mislabelled has {len(self.mislabelled)} flags for {len(self.train)} train rows",
                 where="trak_dist.Problem",
                 next="a flag for each train row, or None",
             )
+
+    def _unfit(self) -> Iterator[str]:
+        """The fields that can't be what they should."""
+        output = ("get_output", "get_out_to_loss_grad")
+        if not hasattr(self.model, "named_parameters") or isinstance(self.model, type):
+            yield "model"
+        if not all(hasattr(self.model_output, m) for m in output) or isinstance(
+            self.model_output, type
+        ):
+            yield "model_output"
+        if not all(isinstance(path, str | os.PathLike) for path in self.checkpoints):
+            yield "checkpoints"
+        if not all(isinstance(name, str) for name in self.targets):
+            yield "targets"
+        for name in ("collate", "render", "train_checkpoint"):
+            if not (getattr(self, name) is None or callable(getattr(self, name))):
+                yield name
 
     def dataset(self, split: str) -> MapDataset:
         """The train set or the target set called `split`."""
@@ -115,6 +154,41 @@ def flags_digest(problem: Problem) -> str:
     """Digest of which labels are known to be wrong; empty if that is not known."""
     flags = problem.mislabelled
     return "" if flags is None else digest([bool(flag) for flag in flags])
+
+
+@contextlib.contextmanager
+def told(what: str, kind: type[TrakDistError] = ProblemError) -> Iterator[None]:
+    """Run the user's code; what it raises, `SystemExit` too, is told as a `kind` of `what`."""
+    try:
+        yield
+    except TrakDistError:
+        raise
+    except (Exception, SystemExit) as error:  # whatever the user's code does
+        at = traceback.extract_tb(error.__traceback__)[-1]
+        raise kind(
+            f"{what} raised {type(error).__name__}: {error}",
+            where=f"{at.filename}, line {at.lineno}",
+            next="mend it; cluster=debug and breakpoint() help",
+        ) from error
+
+
+@contextlib.contextmanager
+def own_draws() -> Iterator[None]:
+    """Draw the same random numbers each time, and leave those of the process as they were."""
+    import numpy as np
+    import torch
+
+    cuda = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng(devices=cuda):
+        try:
+            random.seed(0)
+            np.random.seed(0)  # noqa: NPY002
+            torch.manual_seed(0)
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002
 
 
 def locate(target: str, *, import_root: str) -> tuple[Callable[..., Problem], str]:
@@ -131,7 +205,7 @@ def locate(target: str, *, import_root: str) -> tuple[Callable[..., Problem], st
     try:
         module = importlib.import_module(module_name)
         function = getattr(module, name)
-    except Exception as error:  # whatever the user's module does when imported
+    except (Exception, SystemExit) as error:  # whatever the user's module does when imported
         raise ProblemError(
             f"{target!r} can't be imported: {type(error).__name__}: {error}",
             where="problem._target_",
@@ -144,11 +218,13 @@ def locate(target: str, *, import_root: str) -> tuple[Callable[..., Problem], st
             where="problem._target_",
             next="name a function that returns a trak_dist.Problem",
         )
-    return function, digest(Path(file).read_bytes().decode(errors="replace"))
+    return function, source.file_digest(Path(file))
 
 
 def build(spec: Mapping[str, Any], *, import_root: str) -> tuple[Problem, Source]:
     """Call the function that `spec` names with the arguments that it holds.
+
+    Whatever it draws without a seed of its own is the same in every process.
 
     Raises
     ------
@@ -157,7 +233,8 @@ def build(spec: Mapping[str, Any], *, import_root: str) -> tuple[Problem, Source
     """
     target = spec["_target_"]
     arguments = {k: v for k, v in spec.items() if k != "_target_"}
-    function, file = locate(target, import_root=import_root)
+    with own_draws():
+        function, file = locate(target, import_root=import_root)
     try:
         inspect.signature(function).bind(**arguments)
     except TypeError as error:
@@ -167,66 +244,33 @@ def build(spec: Mapping[str, Any], *, import_root: str) -> tuple[Problem, Source
             where="problem",
             next="problem=custom problem._target_=… +problem.NAME=VALUE for each argument",
         ) from error
-    try:
-        with contextlib.chdir(import_root):  # relative paths mean the same from anywhere
-            problem = function(**arguments)
-    except TrakDistError:
-        raise
-    except Exception as error:  # whatever the user's function does
-        at = traceback.extract_tb(error.__traceback__)[-1]
-        raise ProblemError(
-            f"{target} raised {type(error).__name__}: {error}",
-            where=f"{at.filename}, line {at.lineno}",
-            next="mend it; cluster=debug and breakpoint() help",
-        ) from error
+    # Relative paths mean the same from anywhere.
+    with told(target), contextlib.chdir(import_root), own_draws():
+        problem = function(**arguments)
     if not isinstance(problem, Problem):
         raise ProblemError(
             f"{target} returned {type(problem).__name__}, not trak_dist.Problem",
             where="problem._target_",
             next="return trak_dist.Problem(...) from it",
         )
-    return problem, Source(file, model_digest(problem.model, problem.model_output), import_root)
-
-
-def model_digest(model: torch.nn.Module, model_output: ModelOutput) -> str:
-    """Digest of a model's layers, of a model output's class and of its settings.
-
-    Its settings are the attributes whose text is the same in every process: numbers and strings.
-    """
-    settings = {
-        name: value
-        for name, value in getattr(model_output, "__dict__", {}).items()
-        if isinstance(value, bool | int | float | str | None)
-    }
-    return digest([repr(model), type(model_output).__qualname__, repr(sorted(settings.items()))])
+    data = (problem.train, *problem.targets.values(), problem.collate, problem.train_checkpoint)
+    parts = [*problem.model.modules(), problem.model_output, *data]
+    return problem, Source(
+        file,
+        source.model_digest(problem.model, problem.model_output),
+        import_root,
+        modules=source.modules(function, parts),
+    )
 
 
 def rebuild(spec: Mapping[str, Any], planned: Source) -> Problem:
-    """Build the problem in a job, if it is the one that was planned.
+    """Build the problem in a job, if it is made of what was planned.
 
     Raises
     ------
     ProblemError
         If it changed since planning, or can't be built.
     """
-    problem, source = build(spec, import_root=planned.import_root)
-    refuse_changed_source(spec, planned, source)
+    problem, now = build(spec, import_root=planned.import_root)
+    source.refuse_changed(spec, planned, now)
     return problem
-
-
-def refuse_changed_source(spec: Mapping[str, Any], planned: Source, now: Source) -> None:
-    """Raise `ProblemError` if the problem is not the planned one."""
-    if now.model != planned.model:
-        raise ProblemError(
-            f"the model or the model output of {spec['_target_']} changed since planning",
-            where="problem._target_",
-            next="restore them, or start a new run with another run_dir",
-        )
-    if now.file not in (planned.file, *planned.accepted):
-        raise ProblemError(
-            f"the source of {spec['_target_']} changed since planning: digest {planned.file} "
-            f"then, {now.file} now",
-            where="problem._target_",
-            next="accept_source=true if it computes the same gradients as before (a render was "
-            "mended, a target set added); else restore the file, or use another run_dir",
-        )

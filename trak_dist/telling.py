@@ -108,7 +108,7 @@ def submitted(run: Run, done: Submitted) -> None:
 
 def verify(run: Run, *, repair: bool) -> bool:
     """Verify, and where asked repair; whether nothing is damaged that is not queued again."""
-    from trak_dist.stages.verify import damaged_cells
+    from trak_dist.stages.verify import damaged_cells, take_back
     from trak_dist.store.prepare import prepare
 
     if repair:
@@ -119,8 +119,8 @@ def verify(run: Run, *, repair: bool) -> bool:
     damaged = list(damaged_cells(run))
     for cell, reasons in damaged:
         print(f"damaged {cell.id}: {'; '.join(reasons)}")
-        if repair:
-            run.receipts.revoke(cell, why="; ".join(reasons))
+    if repair:
+        take_back(run, damaged)
     print(
         f"verify: {done} cells done, {len(damaged)} of them damaged, {missing} cells not done yet"
     )

@@ -28,7 +28,7 @@ from trak_dist.ops import model_outputs
 from trak_dist.ops.batches import examples_in, rows_of
 from trak_dist.ops.gradients import select_params
 from trak_dist.plan import Plan
-from trak_dist.problem import model_digest
+from trak_dist.source import model_digest
 from trak_dist.stages import checkpoints, coverage, fed, feeding, state_dicts
 from trak_dist.stages.audit import Audit
 from trak_dist.stages.featurize import refuse_all_zero, refuse_unusable

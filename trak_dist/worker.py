@@ -111,7 +111,8 @@ def run_cells(
             log.warning(
                 "%s: not run: %s", cell.id, error.what
             )  # its inputs' failures are on record
-        except Exception as error:  # the boundary of a cell: recorded, shown by launch and status
+        # The boundary of a cell: recorded, shown by launch and status.
+        except (Exception, SystemExit) as error:
             expected = isinstance(error, TrakDistError)
             first, *_ = str(error).splitlines() or [type(error).__name__]
             log.error("%s: failed: %s", cell.id, first, exc_info=None if expected else error)  # noqa: TRY400
@@ -235,7 +236,7 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in ("trak_dist", "torch", "numpy", "zarr")}
 
 
-def _failure(session: Session, cell: Cell, error: Exception) -> Failure:
+def _failure(session: Session, cell: Cell, error: Exception | SystemExit) -> Failure:
     expected = isinstance(error, TrakDistError)
     return Failure(
         cell=cell.id,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 from collections.abc import Sequence
 
 import torch
@@ -15,8 +14,9 @@ from trak_dist.errors import NonFiniteGradient, ProblemError, WrongGradient
 from trak_dist.ops import rows as row_format
 from trak_dist.ops.batches import examples_in
 from trak_dist.stages import audit, fed
+from trak_dist.stages.inputs import Shown, refuse_changed_rows, refuse_unlike
 from trak_dist.stages.outcome import Outcome, grads_facts
-from trak_dist.stages.session import Session, batch_digest
+from trak_dist.stages.session import Session
 from trak_dist.store import contents
 
 
@@ -51,13 +51,14 @@ def featurize(session: Session, cell: FeaturizeCell) -> Outcome:
 def _computed(session: Session, cell: FeaturizeCell) -> Outcome:
     plan, spec = session.run.plan, session.run.plan.spec
     loaded = session.load(cell.model_id)
+    session.once(f"done cells of {cell.split}", lambda: refuse_changed_rows(session, cell))
     grads = torch.zeros(len(cell.rows), plan.store_dim, device=session.device)
     out_to_loss = torch.zeros(len(cell.rows), device=session.device)
     checks = audit.Audit.drawn(plan.key(cell), len(cell.rows), spec.featurize.batch_rows)
-    inputs = hashlib.sha256()
+    shown = Shown()
     slower, done = loaded.slower_batches, 0
     for host_batch in session.batches(cell.split, cell.rows):
-        batch_digest(inputs, host_batch)
+        shown.add(host_batch)
         batch = session.to_device(host_batch)
         size = examples_in(batch)
         wanted = min(spec.featurize.batch_rows, len(cell.rows) - done)
@@ -83,6 +84,7 @@ def _computed(session: Session, cell: FeaturizeCell) -> Outcome:
         where=cell.id,
     )
     refuse_all_zero(grads, where=cell.id)
+    refuse_unlike(session, cell, shown)
     stored, scale = row_format.encode(grads, spec.featurize.dtype)
     arrays = {"grads": stored, "row_scale": scale, "out_to_loss": out_to_loss}
     digests = contents.write(
@@ -93,7 +95,7 @@ def _computed(session: Session, cell: FeaturizeCell) -> Outcome:
         {
             **grads_facts(plan, loaded.digest),
             "gradients": loaded.way,
-            "inputs_digest": inputs.hexdigest()[:32],
+            **shown.facts(),
             "rows": len(cell.rows),
             "batch_rows": spec.featurize.batch_rows,
             "non_finite_rows": 0,

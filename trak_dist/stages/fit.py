@@ -61,7 +61,7 @@ class Fit:
 
     def _missing(self, own: Mapping[str, Tensor], names: Iterable[str]) -> list[str]:
         """Those of `names` that have to be there: not frozen, nor tied to what is there."""
-        needed = (k for k in names if id(own[k]) not in self.given and not _is_frozen(own[k]))
+        needed = (k for k in names if id(own[k]) not in self.given and not is_frozen(own[k]))
         return [f"missing {k} {tuple(own[k].shape)}" for k in needed]
 
     def _unexpected(self, names: Iterable[str]) -> list[str]:
@@ -111,5 +111,6 @@ def _torn(state: State, own: Mapping[str, Tensor]) -> list[str]:
     ]
 
 
-def _is_frozen(tensor: Tensor) -> bool:
+def is_frozen(tensor: Tensor) -> bool:
+    """Whether it is a parameter without gradients, which a checkpoint may lack."""
     return isinstance(tensor, nn.Parameter) and not tensor.requires_grad

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -32,16 +32,18 @@ from trak_dist.ops.gradients import (
     select_params,
 )
 from trak_dist.plan import Checkpoint, Plan, Source, Split, planned_cell_rows
-from trak_dist.problem import MapDataset, Problem, Rendered
-from trak_dist.stages import coverage, state_dicts
+from trak_dist.problem import MapDataset, Problem
+from trak_dist.source import accepting, refuse_changed
+from trak_dist.stages import coverage, datasets, fit, pinned, state_dicts
 from trak_dist.stages.checkpoints import (
     content_digest,
     published,
     refuse_other_weights,
     refuse_twins,
 )
+from trak_dist.stages.datasets import check_split, limited, probe
 from trak_dist.stages.loaded import adding, batch_in, gradients, model_in, projector
-from trak_dist.stages.session import as_batch, check_split, limited, probe
+from trak_dist.stages.session import as_batch, as_built
 from trak_dist.store.layout import Layout
 from trak_dist.store.receipts import Receipts
 from trak_dist.store.run import Run
@@ -64,6 +66,9 @@ def make_plan(
     parameters = sum(shape.numel() for shape in shapes.values())
     identity = spec.projection.kind == "identity"
     dim = parameters if identity else spec.store_dim
+    checkpoints = _checkpoints(problem, config.checkpoints.train, source.import_root)
+    # First: a forward pass may leave things in the model.
+    unsaved = pinned.unsaved(problem.model, _held(problem, checkpoints))
     train = _split(TRAIN, problem, spec, dim)
     targets = tuple(_split(n, problem, spec, dim) for n in _target_names(problem, config.targets))
     chosen = _chosen_gradients(problem, spec, (train, *targets), spec.featurize.gradients)
@@ -71,10 +76,10 @@ def make_plan(
         tell(f"gradients by {chosen[0]}, {chosen[1]}")
     return Plan(
         spec=spec,
-        source=source,
+        source=replace(source, unsaved=unsaved, built=_as_built(problem, spec, unsaved)),
         parameters=parameters,
         train=train,
-        checkpoints=_checkpoints(problem, config.checkpoints.train, source.import_root),
+        checkpoints=checkpoints,
         targets=targets,
         use=config.checkpoints.ensemble,
         self_influence=config.self_influence,
@@ -112,13 +117,16 @@ def extend_plan(
     ProblemError, DatasetError, PlanMismatch
         If anything that was planned changed.
     """
-    known_files = (plan.source.file, *plan.source.accepted)
-    if accept_source and source.file not in known_files:
-        accepted = replace(plan.source, accepted=(*plan.source.accepted, source.file))
-        plan = replace(plan, source=accepted)
-    problems.refuse_changed_source(plan.spec.problem, plan.source, source)
+    if accept_source:
+        plan = replace(plan, source=accepting(plan.source, source))
+    refuse_changed(plan.spec.problem, plan.source, source)
+    what = plan.spec.problem["_target_"]
+    pinned.refuse_other_unsaved(plan.source, problem.model, what=what)
     for split in (plan.train, *plan.targets):
-        check_split(problem, split, plan.spec.limit)
+        check_split(problem, split, plan.spec)
+    if plan.source.built:
+        now = _as_built(problem, plan.spec, plan.source.unsaved)
+        pinned.refuse_other_built(plan.source, now, what=what)
     known = {s.name for s in plan.targets}
     added = [n for n in _target_names(problem, targets) if n not in known] if targets else []
     checkpoints = _checkpoints(problem, train, plan.source.import_root)
@@ -289,14 +297,13 @@ def _whole_batches(problem: Problem, split: Split, spec: Spec) -> dict[str, Batc
     As many rows as a worker's batches have, unless their activations are too large to keep here.
     """
     dataset = limited(problem.dataset(split.name), spec.limit)
-    collate = problem.collate or torch.utils.data.default_collate
     held = activation_bytes(
         problem.model.eval(), problem.model_output, _first_batch(problem, dataset)
     )
     rows = split.spread(min(spec.featurize.batch_rows, max(2, PLANNING_BYTES // max(1, held))))
     others = [row if i % 2 else min(row + 1, split.rows - 1) for i, row in enumerate(rows)]
     return {
-        name: as_batch(collate([dataset[row] for row in some]))
+        name: as_batch(datasets.collated(problem, dataset, some, name=split.name))
         for name, some in ((split.name, rows), (f"{split.name}, turned", others[::-1]))
     }
 
@@ -307,21 +314,31 @@ def _first_batch(problem: Problem, dataset: MapDataset) -> tuple[Any, ...]:
     return as_batch((problem.collate or torch.utils.data.default_collate)(examples))
 
 
+def _held(problem: Problem, checkpoints: Sequence[Checkpoint]) -> set[str]:
+    """The names of the model's tensors that checkpoints hold; of those yet to train, most."""
+    model, first = problem.model, checkpoints[0]
+    own = model.state_dict(keep_vars=True)
+    if first.trained:
+        return {name for name, tensor in own.items() if not fit.is_frozen(tensor)}
+    state = state_dicts.read(Path(first.path))
+    return own.keys() - state_dicts.fitted(state, model, where=first.path).absent
+
+
+def _as_built(problem: Problem, spec: Spec, unsaved: Collection[str]) -> dict[str, pinned.Numbers]:
+    return as_built(problem, spec, unsaved, torch.device("cpu"))
+
+
 def _split(name: str, problem: Problem, spec: Spec, dim: int) -> Split:
-    dataset = limited(problem.dataset(name), spec.limit)
-    if len(dataset) == 0:
-        raise DatasetError(
-            f"the dataset {name!r} is empty", where="problem", next="see that its files are found"
-        )
-    first = probe(problem, dataset)
-    if probe(problem, dataset) != first:
+    found = probe(problem, name, spec)
+    if probe(problem, name, spec) != found:
         raise DatasetError(
             f"an example of {name!r} is another one when it is read again",
             where="problem",
             next="switch random augmentation off: an example must be the same every time",
         )
-    dry_run(problem, name, dataset, spec.featurize)
-    return Split(name, len(dataset), planned_cell_rows(len(dataset), spec, dim), first)
+    rows, alone, together = found
+    dry_run(problem, name, limited(problem.dataset(name), spec.limit), spec.featurize)
+    return Split(name, rows, planned_cell_rows(rows, spec, dim), alone, together)
 
 
 def dry_run(problem: Problem, name: str, dataset: MapDataset, spec: FeaturizeConfig) -> None:
@@ -331,13 +348,15 @@ def dry_run(problem: Problem, name: str, dataset: MapDataset, spec: FeaturizeCon
     ------
     ProblemError
         If that fails, with what the user's code said.
+    UnreadableRow
+        If the first example can't be shown.
     """
-    examples = [dataset[row] for row in range(min(2, len(dataset)))]
-    collate = problem.collate or torch.utils.data.default_collate
+    rows = range(min(2, len(dataset)))
+    collated = datasets.collated(problem, dataset, rows, name=name)
     model = model_in(spec.compute, problem.model.eval())
     weights, buffers = dict(model.named_parameters()), dict(model.named_buffers())
     try:
-        batch = batch_in(spec.compute, as_batch(collate(examples)))
+        batch = batch_in(spec.compute, as_batch(collated))
         LoopGradients(model, problem.model_output, spec.params)(batch, lambda *_: None)
         with torch.no_grad():
             q = problem.model_output.get_out_to_loss_grad(model, weights, buffers, batch)
@@ -349,20 +368,13 @@ def dry_run(problem: Problem, name: str, dataset: MapDataset, spec: FeaturizeCon
             where=f"{type(problem.model_output).__qualname__}, {type(model).__qualname__}",
             next="see docs/your-problem.md on what a batch holds and what a model output gives",
         ) from error
-    if q.numel() != len(examples):
+    if q.numel() != len(rows):
         raise ProblemError(
-            f"get_out_to_loss_grad gave {tuple(q.shape)} for {len(examples)} examples of {name!r}",
+            f"get_out_to_loss_grad gave {tuple(q.shape)} for {len(rows)} examples of {name!r}",
             where=type(problem.model_output).__qualname__,
             next="it must give one value for each example: no mean over the batch",
         )
-    if problem.render:
-        shown = problem.render(examples[0])
-        if not isinstance(shown, Rendered):
-            raise ProblemError(
-                f"render gave {type(shown).__name__}, not trak_dist.Rendered",
-                where="problem.render",
-                next="return trak_dist.Rendered(picture or text, label)",
-            )
+    datasets.rendered(problem, name, 0)
 
 
 def trial_rate(plan: Plan) -> float:

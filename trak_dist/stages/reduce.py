@@ -156,22 +156,26 @@ def require(run: Run, cells: Sequence[Cell], *, needed_by: Cell) -> dict[Cell, R
 
 def refuse_mixed(receipts: dict[Cell, Receipt]) -> None:
     """Raise `MixedRun` naming the cells of one checkpoint that were not made alike."""
+    mend = "mend the cause, then start a new run_dir: these cells can't be reduced together"
     for fact in SHARED_FACTS:
-        _refuse_unequal(fact, [(cell, r.facts.get(fact)) for cell, r in receipts.items()])
+        values = [(cell, r.facts.get(fact)) for cell, r in receipts.items()]
+        _refuse_unequal(fact, values, next=mend)
 
 
-def refuse_other_rows(receipts: dict[Cell, Receipt]) -> None:
+def refuse_other_rows(run: Run, receipts: dict[Cell, Receipt]) -> None:
     """Raise `MixedRun` naming cells whose input rows differ between checkpoints."""
     by_rows: dict[tuple[str, Rows], list[tuple[Cell, object]]] = {}
     for cell, receipt in receipts.items():
         assert isinstance(cell, FeaturizeCell)
         values = by_rows.setdefault((cell.split, cell.rows), [])
         values.append((cell, receipt.facts.get("inputs_digest")))
+    command = f"python -m trak_dist.launch stage=verify repair=true run_dir={run.layout.run_dir}"
+    back = f"mend the cause; {command} takes all that disagree back, to be computed again"
     for values in by_rows.values():
-        _refuse_unequal("inputs_digest", values)
+        _refuse_unequal("inputs_digest", values, next=back)
 
 
-def _refuse_unequal(fact: str, values: Sequence[tuple[Cell, object]]) -> None:
+def _refuse_unequal(fact: str, values: Sequence[tuple[Cell, object]], *, next: str) -> None:
     by_value: dict[object, list[str]] = {}
     for cell, value in values:
         by_value.setdefault(value, []).append(cell.id)
@@ -188,5 +192,5 @@ def _refuse_unequal(fact: str, values: Sequence[tuple[Cell, object]]) -> None:
         raise MixedRun(
             f"cells that belong together disagree on {fact}{hint}: {'; '.join(groups)}",
             where=min(by_value.values(), key=len)[0],
-            next="mend the cause, then start a new run_dir: these cells can't be reduced together",
+            next=next,
         )

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from trak_dist.cells import TRAIN, EvaluateCell, FeaturizeCell, ReportCell
 from trak_dist.ops import lds, ranking
 from trak_dist.problem import Rendered
+from trak_dist.stages import datasets
 from trak_dist.stages.outcome import Outcome
 from trak_dist.stages.plots import counterfactual_picture, lds_picture
 from trak_dist.stages.reduce import require
@@ -138,10 +139,8 @@ def _line(session: Session, cell: ReportCell, top: Top) -> _Line:
 
 def _render(session: Session, split: str, row: int) -> Rendered:
     fed = session.run.plan.split(split).fed
-    render = None if fed else session.problem.render
-    if render is None:
-        return Rendered(f"{split} example {row}", "")
-    return render(session.dataset(split)[row])
+    shown = None if fed else datasets.rendered(session.problem, split, row)
+    return shown or Rendered(f"{split} example {row}", "")
 
 
 def _grid(lines: list[_Line], *, title: str) -> bytes:

@@ -53,7 +53,7 @@ def score(session: Session, cell: ScoreCell) -> Outcome:
 def _check_rows(session: Session, cell: ScoreCell) -> None:
     run, splits = session.run, dict.fromkeys((TRAIN, cell.targets))
     cells = [c for m in run.plan.model_ids for s in splits for c in run.plan.featurize_cells(m, s)]
-    refuse_other_rows(require(run, cells, needed_by=cell))
+    refuse_other_rows(run, require(run, cells, needed_by=cell))
 
 
 def _read(session: Session, model_id: int, rows: Rows) -> tuple[Tensor, Tensor]:

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Subset
 
 from trak_dist import problem as problems
-from trak_dist.cells import Rows
-from trak_dist.errors import DatasetError, DeviceError
-from trak_dist.plan import Split
+from trak_dist.cells import TRAIN, Rows
+from trak_dist.config import Spec
+from trak_dist.errors import DeviceError
 from trak_dist.problem import MapDataset, Problem
-from trak_dist.stages import audit, checkpoints
-from trak_dist.stages.loaded import Loaded
+from trak_dist.stages import audit, checkpoints, datasets, pinned
+from trak_dist.stages.loaded import Loaded, batch_in, model_in
 from trak_dist.store.run import Run
-
-PROBE_ROWS = 16
 
 
 class Session:
@@ -34,15 +29,21 @@ class Session:
         self.device = device
         self._loaded: Loaded | None = None
         self._checked: set[str] = set()
+        self.shown: dict[tuple[str, Rows], str] = {}  # digests of rows of splits, see stages.inputs
         self.took_back = False  # cells of this job, perhaps, which are to be run again
 
     @cached_property
     def problem(self) -> Problem:
         """The problem, rebuilt from the plan and held against it."""
         plan = self.run.plan
+        what = plan.spec.problem["_target_"]
         problem = problems.rebuild(plan.spec.problem, plan.source)
+        pinned.refuse_other_unsaved(plan.source, problem.model, what=what)
         for split in (plan.train, *plan.targets):
-            check_split(problem, split, plan.spec.limit)
+            datasets.check_split(problem, split, plan.spec)
+        if plan.source.built:
+            now = as_built(problem, plan.spec, plan.source.unsaved, self.device)
+            pinned.refuse_other_built(plan.source, now, what=what)
         return problem
 
     def once(self, what: str, check: Callable[[], None]) -> None:
@@ -53,7 +54,7 @@ class Session:
 
     def dataset(self, split: str) -> MapDataset:
         """The examples of a split, `limit` applied."""
-        return limited(self.problem.dataset(split), self.run.plan.spec.limit)
+        return datasets.limited(self.problem.dataset(split), self.run.plan.spec.limit)
 
     def load(self, model_id: int) -> Loaded:
         """The model of one checkpoint, on the device, with its gradients and its projection."""
@@ -75,26 +76,22 @@ class Session:
         return self._loaded
 
     def batches(self, split: str, rows: Rows) -> Iterator[tuple[Any, ...]]:
-        """Batches of `batch_rows` examples, on the CPU, none reaching beyond `rows`."""
-        subset: Subset[Any] = Subset(self.dataset(split), range(rows.start, rows.stop))  # type: ignore[arg-type]
-        loader = DataLoader(
-            subset,
-            batch_size=self.run.plan.spec.featurize.batch_rows,
-            collate_fn=self.problem.collate,
-            pin_memory=self.device.type == "cuda",
-        )
-        # One is read while another is computed. A thread's number of threads is its own in torch.
-        threads = self.run.plan.spec.featurize.threads
-        with ThreadPoolExecutor(
-            1, initializer=torch.set_num_threads, initargs=(threads,)
-        ) as beside:
-            batches = iter(loader)
-            upcoming = beside.submit(next, batches)
-            for left in reversed(range(len(loader))):
-                batch = upcoming.result()
-                if left:
-                    upcoming = beside.submit(next, batches)
-                yield as_batch(batch)
+        """Batches of `batch_rows` examples, on the CPU, none reaching beyond `rows`.
+
+        They are read in this thread, which made the dataset: see `stages.datasets`. A GPU goes on
+        with one batch while the next is read.
+
+        Raises
+        ------
+        UnreadableRow
+            If an example can't be read, naming it, or collate fails.
+        """
+        size, dataset = self.run.plan.spec.featurize.batch_rows, self.problem.dataset(split)
+        for start in range(rows.start, rows.stop, size):
+            within = range(start, min(start + size, rows.stop))
+            batch = as_batch(datasets.collated(self.problem, dataset, within, name=split))
+            cuda = self.device.type == "cuda"
+            yield _converted(batch, lambda t: t.pin_memory()) if cuda else batch
 
     def to_device(self, batch: tuple[Any, ...]) -> tuple[Any, ...]:
         """The batch with its tensors on the device."""
@@ -114,54 +111,26 @@ def as_batch(collated: Any) -> tuple[Any, ...]:
     return tuple(collated) if isinstance(collated, list | tuple) else (collated,)
 
 
-def limited(dataset: MapDataset, limit: int) -> MapDataset:
-    """The first `limit` examples; all of them if it is 0."""
-    if limit == 0 or limit >= len(dataset):
-        return dataset
-    subset: Subset[Any] = Subset(dataset, range(limit))  # type: ignore[arg-type]
-    return subset
+def as_built(
+    problem: Problem, spec: Spec, unsaved: Collection[str], device: torch.device
+) -> dict[str, pinned.Numbers]:
+    """What pins the problem's model as it is built, from its first and its last train row.
 
-
-def batch_digest(sha: Any, batch: Any) -> None:
-    """Add a batch's content to the hash `sha`."""
-    for leaf in pytree.tree_leaves(batch):
-        if isinstance(leaf, Tensor):
-            sha.update(str((leaf.dtype, tuple(leaf.shape))).encode())
-            sha.update(leaf.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        elif leaf is None or isinstance(leaf, bool | int | float | str):
-            sha.update(repr(leaf).encode())
-        else:  # its repr may be shortened, or hold an address
-            raise DatasetError(
-                f"a batch holds {type(leaf).__module__}.{type(leaf).__qualname__}, not tensors",
-                where="problem.collate",
-                next="let collate give tensors, in tuples, lists or dicts",
-            )
-
-
-def probe(problem: Problem, dataset: MapDataset) -> str:
-    """Digest of some rows spread over the dataset, to tell cheaply whether it is another one."""
-    count = min(PROBE_ROWS, len(dataset))
-    rows = sorted({round(i * (len(dataset) - 1) / max(1, count - 1)) for i in range(count)})
-    collate = problem.collate or torch.utils.data.default_collate
-    sha = hashlib.sha256()
-    for row in rows:
-        batch_digest(sha, collate([dataset[row]]))
-    return sha.hexdigest()[:32]
-
-
-def check_split(problem: Problem, split: Split, limit: int) -> None:
-    """Raise `DatasetError` if the problem's dataset is not the one that was planned."""
-    if split.fed:
-        return
-    dataset = limited(problem.dataset(split.name), limit)
-    found = (len(dataset), probe(problem, dataset))
-    if found != (split.rows, split.probe):
-        raise DatasetError(
-            f"the dataset {split.name!r} changed since planning: {split.rows} rows with digest "
-            f"{split.probe} then, {found[0]} rows with digest {found[1]} now",
-            where="problem",
-            next="restore the data (without random augmentation), or start a new run_dir",
-        )
+    Parameters
+    ----------
+    unsaved : collection of str
+        The names of the tensors that no checkpoint holds.
+    """
+    compute, dataset = spec.featurize.compute, datasets.limited(problem.train, spec.limit)
+    rows = sorted({0, len(dataset) - 1})[-spec.featurize.batch_rows :]
+    batch = as_batch(datasets.collated(problem, dataset, rows, name=TRAIN))
+    return pinned.built(
+        model_in(compute, problem.model.to(device).eval()),
+        problem.model_output,
+        _converted(batch_in(compute, batch), lambda t: t.to(device)),
+        params=spec.featurize.params,
+        unsaved=unsaved,
+    )
 
 
 def open_device(name: str) -> torch.device:

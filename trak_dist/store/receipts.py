@@ -65,7 +65,10 @@ class Receipt:
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """The last failed attempt of a cell; `expected` errors need no traceback to be understood."""
+    """The last failed attempt of a cell; `expected` errors need no traceback to be understood.
+
+    `doubted` ones are no attempts: the cell is done, but not of what is there now.
+    """
 
     cell: str
     key: str
@@ -73,6 +76,7 @@ class Failure:
     traceback: str
     expected: bool
     job: Mapping[str, Any] = field(default_factory=dict)
+    doubted: bool = False
 
 
 class Receipts:
@@ -85,14 +89,30 @@ class Receipts:
     def publish(self, cell: Cell, receipt: Receipt) -> None:
         """Make `cell` done. The last thing a cell does."""
         atomic.write(self._layout.receipt(self._plan, cell), _dump(receipt))
-        failure = self._layout.failure(self._plan, cell)
-        with atomic.told(failure):
-            failure.unlink(missing_ok=True)
+        self.trust(cell)
 
     def revoke(self, cell: Cell, *, why: str) -> None:
         """Make `cell` missing again, by a receipt whose key fits no plan."""
         receipt = Receipt(cell=cell.id, key="", fingerprint="", job={"revoked": why})
         atomic.write(self._layout.receipt(self._plan, cell), _dump(receipt))
+        if self.doubted([cell]):
+            self.trust(cell)
+
+    def doubt(self, cell: Cell, why: str) -> None:
+        """Note that a done cell was not made of what is there now."""
+        key = self._plan.key(cell)
+        note = Failure(cell=cell.id, key=key, error=why, traceback="", expected=True, doubted=True)
+        self.fail(cell, note)
+
+    def doubted(self, cells: Iterable[Cell]) -> dict[Cell, str]:
+        """Why those of the done `cells` are doubted that are."""
+        return {c: f.error for c, f in self.failures(cells).items() if f.doubted}
+
+    def trust(self, cell: Cell) -> None:
+        """Forget what failed, or was doubted."""
+        failure = self._layout.failure(self._plan, cell)
+        with atomic.told(failure):
+            failure.unlink(missing_ok=True)
 
     def fail(self, cell: Cell, failure: Failure) -> None:
         """Record why the cell's last attempt failed."""
