@@ -20,21 +20,12 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trak_dist.cells import (
-    Cell,
-    CounterfactualCell,
-    EvaluateCell,
-    FeaturizeCell,
-    GramCell,
-    KernelCell,
-    PreconditionCell,
-    ReportCell,
-    ScoreCell,
-)
+from trak_dist.cells import FeaturizeCell
 from trak_dist.errors import WrongGradient
 from trak_dist.ops import audit
 from trak_dist.ops.batches import Batch, rows_of
 from trak_dist.ops.model_outputs import own_form
+from trak_dist.stages.derived import made_of, sharing
 from trak_dist.stages.loaded import Loaded, adding, batch_in
 from trak_dist.store.run import Run
 
@@ -103,7 +94,7 @@ class Audit:
         rows = [row - self.seen for row in sorted(self.rows) if 0 <= row - self.seen < size]
         whole = self.batches == self.batch
         self.seen, self.batches = self.seen + size, self.batches + 1
-        # What is not finite is refused later, with all its rows; asking each batch would wait for it.
+        # What is not finite is refused later, with all its rows; to ask each batch is to wait for it.
         if not (rows or whole) or not grads.isfinite().all():
             return
         batch = batch_in(loaded.plan.spec.featurize.compute, batch)
@@ -205,35 +196,24 @@ def way(run: Run, model_id: int) -> str:
 def distrust(run: Run, cell: FeaturizeCell, error: WrongGradient) -> None:
     """Have a checkpoint's gradients computed one by one from now on, all of them.
 
-    What was computed of it otherwise is taken back, with all that was made of it; of members of a
-    sweep too.
+    What was computed of it otherwise is taken back, with all that was made of it.
     """
-    why = f"{cell.id}: {error.what}"
     log.warning("checkpoint %d goes one by one, by loop: %s", cell.model_id, error.what)
-    run.receipts.distrust(cell.model_id, why=why)
-    for home in (run.layout.base, *(run.layout.sweeps / name for name in run.layout.members())):
-        take_back(Run.open(home), cell.model_id, why=why)
+    run.receipts.distrust(cell.model_id, why=f"{cell.id}: {error.what}")
+    take_back(run, cell.model_id)
 
 
-def take_back(run: Run, model_id: int, *, why: str) -> None:
-    """Make missing what of a checkpoint was not computed by the loop, and what was made of it."""
-    plan = run.plan
-    if model_id not in plan.model_ids:
-        return
-    cells: list[Cell] = [
-        c
-        for split in (plan.train, *plan.targets)
-        for c in plan.featurize_cells(model_id, split.name)
-    ]
-    done = run.receipts.done(cells)
-    stale: list[Cell] = [
-        c for c, receipt in done.items() if receipt.facts.get("gradients") != "loop"
-    ]
-    if not stale:
-        return
-    after: list[Cell] = [GramCell(model_id), KernelCell(model_id)]
-    after += [PreconditionCell(model_id, split.name) for split in plan.targets]
-    made = (ScoreCell, CounterfactualCell, EvaluateCell, ReportCell)
-    after += [cell for kind in made for cell in plan.cells_of(kind)]
-    for one in (*run.receipts.done(after), *stale):
+def take_back(run: Run, model_id: int) -> None:
+    """Make cells of a distrusted checkpoint missing that were not computed by the loop.
+
+    What was made of a cell is taken back before it: the next call after a kill finds the rest.
+    """
+    plan, why = run.plan, run.receipts.distrusted(model_id)
+    splits = (plan.train, *plan.targets)
+    done = run.receipts.done(c for s in splits for c in plan.featurize_cells(model_id, s.name))
+    stale = [c for c, receipt in done.items() if receipt.fact("gradients", str) != "loop"]
+    for other in sharing(run) if stale else ():
+        for cell in reversed(made_of(other, stale)):
+            other.receipts.revoke(cell, why=why)
+    for one in stale:
         run.receipts.revoke(one, why=why)

@@ -156,8 +156,8 @@ def _difference(
     q = out_to_loss(output, model, batch, f)[rows]
     alone = audit.Alone.of(model, output, params, batch, rows)
     exact, close = _exact(model, output, params, batch, rows, alone), audit.tolerance(model)
-    if name := _differing(grads, exact, close, alone.grads):
-        return f"{name} in a batch of {size} has other gradients than one by one"
+    if why := _differing(grads, exact, close, alone.grads, f"one by one in a batch of {size}"):
+        return why
     if f is not None and not torch.allclose(f[rows].double(), alone.f.double(), close, close):
         return f"the output of an example in a batch of {size} is another one than alone"
     if not torch.allclose(q.double(), alone.q.double(), close, close, equal_nan=True):
@@ -170,8 +170,7 @@ def _difference(
 
         audit.summed(model, output, params, batch, weights, take)
         together = {n: values[None] for n, values in sums.items()}
-        if name := _differing(together, whole, close, whole):
-            return f"{name} has other gradients than autograd gives of a batch of {size}"
+        return _differing(together, whole, close, whole, f"autograd gives of a batch of {size}")
     return ""
 
 
@@ -195,14 +194,16 @@ def _exact(
         return alone.grads
 
 
-def _differing(found: audit.Grads, wanted: audit.Grads, close: float, loop: audit.Grads) -> str:
-    """The parameter whose gradients are not those wanted; they may be as far off as the loop's."""
+def _differing(
+    found: audit.Grads, wanted: audit.Grads, close: float, loop: audit.Grads, than: str
+) -> str:
+    """Which parameter has other gradients than wanted; they may be as far off as the loop's are."""
     whole = sum(float(w.square().sum()) for w in wanted.values()) ** 0.5
     for name, want in wanted.items():
         error, of_loop = (float((g[name] - want).norm()) for g in (found, loop))
-        bound = max(close * float(want.norm()), 2 * of_loop) + close * ROUNDING * whole
-        if not error <= bound:
-            return f"{name} (difference {error:.1e}, norm {float(want.norm()):.1e})"
+        norm = float(want.norm())
+        if not error <= max(close * norm, 2 * of_loop) + close * ROUNDING * whole:
+            return f"{name} has other gradients than {than} (difference {error:.1e}, norm {norm:.1e})"
     return ""
 
 

@@ -53,7 +53,7 @@ def gram(session: Session, cell: GramCell) -> Outcome:
     plan = session.run.plan
     cells = list(plan.featurize_cells(cell.model_id, TRAIN))
     if session.run.receipts.distrusted(cell.model_id):  # what was published meanwhile too
-        audit.take_back(session.run, cell.model_id, why="an audit of its checkpoint failed")
+        audit.take_back(session.run, cell.model_id)
     receipts = require(session.run, cells, needed_by=cell)
     refuse_mixed(receipts)
     blocks = (read_grads(session, source) for source in cells)

@@ -1,0 +1,35 @@
+"""What was made of cells, in a run and in all plans that share its grads: taken back with them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from trak_dist import graph
+from trak_dist.cells import STAGE_CELLS, Cell
+from trak_dist.plan import Plan
+from trak_dist.store.layout import Layout
+from trak_dist.store.run import Run
+
+
+def made_of(run: Run, sources: Collection[Cell]) -> dict[Cell, str]:
+    """The done cells that were made of `sources`, or of what was; and of which."""
+    found: dict[Cell, str] = {}
+    cells = dict.fromkeys(c for stage in STAGE_CELLS for c in run.plan.cells(stage))
+    for cell in cells if sources else ():  # each after those it needs, done or taken back before
+        needed = graph.needs(run.plan, cell, cells)
+        of = next((other for other in needed if other in sources or other in found), None)
+        if of and cell not in sources:
+            found[cell] = f"made of {of.id}"
+    done = run.receipts.done(found)
+    return {cell: why for cell, why in found.items() if cell in done}
+
+
+def sharing(run: Run) -> Iterator[Run]:
+    """The run and its members by all plans that they ever had, if of the same grads."""
+    base = Layout(run.layout.base)
+    for layout in (base, *(Layout(base.sweeps / name) for name in base.members())):
+        for generation in range((layout.generation() or 0) + 1):
+            path = layout.plan(generation)
+            plan = Plan.from_json(path.read_bytes(), where=str(path))
+            if plan.projection_id == run.plan.projection_id:
+                yield Run(layout, plan, generation)
