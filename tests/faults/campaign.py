@@ -28,7 +28,7 @@ from typing import Any
 import commands
 import tiny
 from commands import HUNG, Listings, Process, below, launched, start, tasked
-from injecting import REFUSALS, Fault
+from injecting import OF_FILES, REFUSALS, Fault
 
 from trak_dist import graph
 from trak_dist.cells import STEPS
@@ -48,7 +48,7 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("launcher killed, workers go on", LAUNCHER),
 )
 KILLED = (-signal.SIGKILL, -signal.SIGUSR2)  # by a warning that comes before it is listened to
-THROUGH, TOLD, DIED = "went through", "told, then mended", "died, then mended"
+MISSED, THROUGH, TOLD, DIED = "never met", "went through", "told, then mended", "died, then mended"
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class Case:
     said: str = ""
 
     def run(self) -> str:
-        """What became of it, one of `THROUGH`, `TOLD`, `DIED`.
+        """What became of it, one of `MISSED`, `THROUGH`, `TOLD`, `DIED`.
 
         Raises
         ------
@@ -197,6 +197,8 @@ class Case:
         self._hold(not found["damaged"], f"damaged: {found['damaged']}")
         self._hold(found["done"] == self.prepared.expected["done"], "other bytes")
         self._hold(not list(self.campaign.cwd.iterdir()), "files elsewhere")
+        if self.kind in OF_FILES and not self.root.with_name(f"{self.root.name}.happened").exists():
+            return MISSED
         if all(code in (0, 85) for code in codes):
             return THROUGH
         return DIED if set(codes) & {*KILLED} else TOLD
@@ -234,7 +236,7 @@ class Case:
         return [self._wait(start(do, self.root / "said"))]
 
     def _workers(self) -> list[int | str]:
-        fault, unlucky = self._fault(0.4), self.chance.randrange(2)
+        fault, unlucky = self._fault(0.2), self.chance.randrange(2)
 
         def of_worker(number: int) -> None:
             if number == unlucky:
@@ -273,7 +275,7 @@ class Case:
         for step in steps:
             seen = _listings(self.root / "run") if self.kind == "stale listing" else {}
             for index in range(TASKS):
-                fault = self._fault(0.2) if (step, index) == unlucky else Fault()
+                fault = self._fault(0.03) if (step, index) == unlucky else Fault()
                 codes.append(self._task(step, index, fault, listings))
                 if codes[-1] in (85, *KILLED):  # the batch script has it requeued
                     codes.append(self._task(step, index, Fault(), {}))
@@ -315,7 +317,7 @@ def _succeed(root: Path, do: Callable[[], int]) -> None:
 
 def table(outcomes: Mapping[str, Counter[str]]) -> str:
     """Counts of each fault by what became of it."""
-    columns = [THROUGH, TOLD, DIED, "LOST"]
+    columns = [MISSED, THROUGH, TOLD, DIED, "LOST"]
     lines = [f"{'fault':<42}" + "".join(f"{c:>20}" for c in columns)]
     total = Counter[str]()
     for kind, counts in sorted(outcomes.items()):
