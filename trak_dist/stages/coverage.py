@@ -203,7 +203,9 @@ def _differing(
         error, of_loop = (float((g[name] - want).norm()) for g in (found, loop))
         norm = float(want.norm())
         if not error <= max(close * norm, 2 * of_loop) + close * ROUNDING * whole:
-            return f"{name} has other gradients than {than} (difference {error:.1e}, norm {norm:.1e})"
+            return (
+                f"{name} has other gradients than {than} (difference {error:.1e}, norm {norm:.1e})"
+            )
     return ""
 
 
