@@ -50,11 +50,13 @@ class FeaturizeConfig:
 
     `auto` gradients are by hooks where hooks can; the plan says which it is. `compute` is the type
     of weights, activations and gradients, that of the model or another one; `dtype` that of grads.
+    `random` says what of an output that draws random numbers.
     """
 
     params: tuple[str, ...] = ("*",)
     gradients: str = field(default="auto", metadata={"choices": GRADIENTS})
     compute: str = field(default="model", metadata={"choices": COMPUTE})
+    random: str = field(default="refused", metadata={"choices": ("refused", "by_example")})
     batch_rows: int = field(default=64, metadata={"min": 1})
     cell_rows: int = field(default=0, metadata={"min": 0})  # 0: chosen when planning
     dtype: str = field(default="float16", metadata={"choices": ("float16", "float32")})

@@ -122,6 +122,7 @@ def _plan_with_problem(
         return plan
     import_root = plan.source.import_root if plan else str(Path.cwd())
     problem, source = problems.build(config.spec.problem, import_root=import_root)
+    problem = problems.drawing(problem, config.spec.featurize.random)
     if plan is None:
         plan = planning.make_plan(config, problem, source, tell=out.print)
     else:

@@ -13,7 +13,7 @@ import random
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -148,6 +148,15 @@ class Problem:
     def dataset(self, split: str) -> MapDataset:
         """The train set or the target set called `split`."""
         return self.train if split == "train" else self.targets[split]
+
+
+def drawing(problem: Problem, random: str) -> Problem:
+    """`problem` whose model output draws random numbers as `featurize.random` says."""
+    if random == "refused":
+        return problem
+    from trak_dist.ops.model_outputs import SeededByExample
+
+    return replace(problem, model_output=SeededByExample(problem.model_output))
 
 
 def flags_digest(problem: Problem) -> str:

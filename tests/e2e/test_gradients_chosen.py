@@ -73,7 +73,24 @@ class Halved(trak_dist.ImageClassification):
         return 2 * super().get_output(*arguments)
 
 
-MODELS = {"plain": tiny.net, "squashed": Squashed, "meeting": Meeting, "branching": Branching}
+class Dropping(nn.Module):
+    """Drops at random, in evaluation too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(tiny.FEATURES, 16), nn.Linear(16, tiny.CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(nn.functional.dropout(torch.tanh(self.first(x)), 0.5))
+
+
+MODELS = {
+    "dropping": Dropping,
+    "plain": tiny.net,
+    "squashed": Squashed,
+    "meeting": Meeting,
+    "branching": Branching,
+}
 OUTPUTS = {"plain": trak_dist.ImageClassification, "trak": OfTrak, "halved": Halved}
 
 
@@ -196,3 +213,22 @@ def test_a_plan_made_before_there_were_hooks_goes_on_by_vmap(
     ended = launch(*arguments, f"run_dir={tmp_path / 'run'}")
     assert ended.code == 0, ended.err
     assert "gradients by vmap, sjlt" in ended.out
+
+
+def test_random_outputs_are_refused_or_the_same_for_the_same_example(
+    launch: Launch, tmp_path: Path, arguments: list[str]
+) -> None:
+    dropping = "+problem.model=dropping"
+    ended = launch(*arguments, f"run_dir={tmp_path / 'run'}", dropping)
+    assert ended.code == 2
+    assert "when it is computed again" in ended.err
+    assert "featurize.random=by_example" in ended.err
+    scores = []
+    for name, more in (("a", []), ("b", ["featurize.batch_rows=3", "featurize.cell_rows=6"])):
+        where = (f"run_dir={tmp_path / name}", dropping, "featurize.random=by_example")
+        ended = launch(*arguments, *where, *more)
+        assert ended.code == 0, ended.err
+        run = open_run(tmp_path / name)
+        assert run.plan.gradients == "loop"
+        scores.append(run.scores("val"))
+    assert np.linalg.norm(scores[0] - scores[1]) <= 1e-5 * np.linalg.norm(scores[0])

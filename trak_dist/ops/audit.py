@@ -81,8 +81,8 @@ def refuse_random(
             f"the model output of an example is {first.item():.6g}, and {second.item():.6g} when "
             "it is computed again",
             where=where,
-            next="switch randomness off: F.dropout(x, p, self.training), no random numbers in the "
-            "model output",
+            next="switch randomness off: F.dropout(x, p, self.training); or where it is meant, "
+            "featurize.random=by_example",
         )
 
 

@@ -383,6 +383,7 @@ def trial_rate(plan: Plan) -> float:
     The first pass, which also allocates and draws, is not counted.
     """
     problem = problems.rebuild(plan.spec.problem, plan.source)
+    problem = problems.drawing(problem, plan.spec.featurize.random)
     torch.set_num_threads(plan.spec.featurize.threads)
     compute_in = plan.spec.featurize.compute
     batch = batch_in(compute_in, _first_batch(problem, problem.dataset(TRAIN)))

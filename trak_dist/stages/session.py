@@ -38,6 +38,7 @@ class Session:
         plan = self.run.plan
         what = plan.spec.problem["_target_"]
         problem = problems.rebuild(plan.spec.problem, plan.source)
+        problem = problems.drawing(problem, plan.spec.featurize.random)
         pinned.refuse_other_unsaved(plan.source, problem.model, what=what)
         for split in (plan.train, *plan.targets):
             datasets.check_split(problem, split, plan.spec)
