@@ -50,7 +50,7 @@ def forget_digests(run: Run) -> Plan:
     content = json.loads(run.layout.plan(run.generation).read_text())
     assert content.pop("digest")
     for checkpoint in content["checkpoints"]:
-        assert checkpoint.pop("digest")
+        del checkpoint["digest"]
     text = json.dumps({**content, "digest": digest(content)}, indent=1)
     run.layout.plan(run.generation).write_text(text)
     return Run.open(run.layout.run_dir).plan

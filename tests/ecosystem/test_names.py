@@ -280,6 +280,17 @@ def test_an_unfit_part_is_named_with_what_else_is_in_the_file() -> None:
     assert "the checkpoint does not fit the model: it is empty" in refused({}, nn.ReLU())
 
 
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_name_written_in_two_ways_is_one_tensor_or_refused(turned: bool) -> None:
+    state = tiny.state(0)
+    twice = {**state, "0._orig_mod.bias": state["0.bias"].clone()}
+    other = {**state, "0._orig_mod.bias": state["0.bias"] + 1}
+    if turned:
+        twice, other = dict(reversed(twice.items())), dict(reversed(other.items()))
+    assert content_digest(fitted(twice, tiny.net()).state) == content_digest(state)
+    assert "unexpected 0._orig_mod.bias (5,)" in refused(other, tiny.net())
+
+
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float64])
 def test_a_conversion_of_types_is_told(stored: torch.dtype, tmp_path: Path) -> None:
     state = {name: tensor.to(stored) for name, tensor in tiny.state(0).items()}

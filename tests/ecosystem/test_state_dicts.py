@@ -181,6 +181,7 @@ PEFT = {  # what each needs of a LoraConfig, and its tensors in the model
     "lora_magnitude_vector.default.weight": {"use_dora": True},
     "trainable_tokens_delta.default": {"trainable_token_indices": {"word_embeddings": [1, 3]}},
     "modules_to_save.default.": {"modules_to_save": ["pooler"]},
+    ".default.bias": {"bias": "all"},
     "lora_embedding_A.default": {"target_modules": ["query", "word_embeddings"]},
 }
 
@@ -212,6 +213,24 @@ def test_adapters_of_any_kind_and_name_are_read(kind: str, adapter: str, tmp_pat
     for name, parameter in written.named_parameters():
         if parameter.requires_grad:
             assert torch.equal(parameter, trained[name]), name
+
+
+@OF_PEFT
+def test_prompts_are_read_and_what_hides_their_weights_is_refused(tmp_path: Path) -> None:
+    def made(**more: object) -> peft.PeftModel:
+        return peft.get_peft_model(
+            tiny_bert.net(),
+            peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=4, **more),
+        )
+
+    written, model = made(), made()
+    written.save_pretrained(tmp_path / "plain")
+    loaded(tmp_path / "plain", model)
+    inside = "prompt_encoder.default.embedding.weight"
+    assert torch.equal(model.state_dict()[inside], written.state_dict()[inside])
+    made(prefix_projection=True, encoder_hidden_size=8).save_pretrained(tmp_path / "projected")
+    with pytest.raises(CheckpointError, match=r"or save model.state_dict\(\) with torch.save"):
+        loaded(tmp_path / "projected", made(prefix_projection=True, encoder_hidden_size=8))
 
 
 @OF_PEFT

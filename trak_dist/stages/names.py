@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 WRAPPERS = ("module", "_orig_mod")  # of DistributedDataParallel, of torch.compile
@@ -69,7 +70,7 @@ class Names:
         self._modules = {_bare(place): place for name in own for place in _places(name)}
         ways = defaultdict(set)
         for name in own:
-            for way in (name, *(saved_by_peft(name, a) for a in adapters(model))):
+            for way in {name}.union(*(saved_by_peft(name, a) for a in adapters(model))):
                 ways[_bare(way)].add(name)
         self._ways = {way: found for way, names in ways.items() if (found := self._one(names))}
 
@@ -98,22 +99,22 @@ class Names:
     def _part(self, state: State, prefix: str) -> Part:
         tensors: dict[str, Tensor] = {}
         wrappers: dict[str, None] = {}
-        for whole, tensor in state.items():
-            if not whole.startswith(prefix):
-                continue
-            name = whole.removeprefix(prefix)
+        below = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+        for name in sorted(below, key=lambda name: name not in self._own):  # the exact ones first
             found = self.known(name)
+            if found in tensors and torch.equal(tensors[found], below[name]):
+                continue  # the same under another name
             if found and found not in tensors:
                 wrappers |= dict.fromkeys(w for w in WRAPPERS if w in _lost(name, found))
-                name = found
-            tensors[name] = tensor
+                tensors[found] = below[name]
+            else:
+                tensors[name] = below[name]
         left_out = tuple(name for name in state if not name.startswith(prefix))
-        below = {
-            whole[len(prefix) :]: version
-            for whole, version in (state.metadata or {}).items()
-            if f"{whole}.".startswith(prefix)
+        versions = {
+            self._modules.get(_bare(place[len(prefix) :]), place[len(prefix) :]): version
+            for place, version in (state.metadata or {}).items()
+            if f"{place}.".startswith(prefix)
         }
-        versions = {self._modules.get(_bare(place), place): v for place, v in below.items()}
         return Part(prefix, State(tensors, versions or None), tuple(wrappers), left_out)
 
 
@@ -123,11 +124,18 @@ def adapters(model: nn.Module) -> list[str]:
     return [str(name) for name in found] if isinstance(found, Mapping) else []
 
 
-def saved_by_peft(name: str, adapter: str) -> str:
-    """The name that PEFT saves a tensor of an adapter under: its own, without the adapter's."""
+def saved_by_peft(name: str, adapter: str) -> set[str]:
+    """The names that PEFT saves a tensor of an adapter under: its own, without the adapter's."""
+    if name == f"prompt_encoder.{adapter}.embedding.weight":
+        return {"prompt_embeddings"}
     if name.endswith(f".lora_magnitude_vector.{adapter}.weight"):
-        return name.removesuffix(f".{adapter}.weight")
-    parts = name.replace(f".modules_to_save.{adapter}.", ".").split(".")
+        return {name.removesuffix(f".{adapter}.weight")}
+    saved = {name, name.replace(f".modules_to_save.{adapter}.", ".")}
+    return {_without(adapter, way.split(".")) for way in saved}
+
+
+def _without(adapter: str, parts: list[str]) -> str:
+    """The name, where the last part but at most one is not the adapter's."""
     at = next((i for i in (-1, -2) if parts[i:][:1] == [adapter]), len(parts))
     return ".".join(part for i, part in enumerate(parts, -len(parts)) if i != at)
 
