@@ -270,6 +270,9 @@ class _Watch(TorchFunctionMode):
         if not out.requires_grad:
             self.roots.append(out.requires_grad_())
             out = out.clone()  # a leaf would refuse what a model does to it in place
+        elif out._is_view():  # noqa: SLF001
+            # As `linear` gives with a bias. A view that is changed in place forgets its hooks.
+            out = torch.ops.aten._unsafe_view(out, out.shape)
         return _Made(out, ours, versions)
 
     def _hook(self, made: _Made, by: str) -> None:

@@ -82,10 +82,21 @@ def follow(
         put(tensor, _fitting(one, tensor, call))
         if changed:
             _note_on_base(tensor, call)
+            if (origin := getattr(tensor, "_data_of", None)) is not None:
+                put(origin, of(tensor))
+        elif func == Tensor.data.__get__:  # type: ignore[attr-defined]
+            # Its changes do not count as versions of what it is the data of.
+            tensor._data_of = call.first  # type: ignore[attr-defined]  # noqa: SLF001
+    given = [_whole(t) for t in outs]
     for tensor, version in before:
-        if tensor._version != version and not any(tensor is t for t in outs):  # noqa: SLF001
+        if tensor._version != version and not any(_whole(tensor) is t for t in given):  # noqa: SLF001
             put(tensor, call.lost())  # changed beside what it gave, as running statistics are
             _note_on_base(tensor, call)
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    base = tensor._base  # noqa: SLF001
+    return tensor if base is None else base
 
 
 def _found(call: Call) -> Found | list[Found]:  # noqa: PLR0911
