@@ -272,7 +272,7 @@ class _Watch(TorchFunctionMode):
             out = out.clone()  # a leaf would refuse what a model does to it in place
         elif out._is_view():  # noqa: SLF001
             # As `linear` gives with a bias. A view that is changed in place forgets its hooks.
-            out = torch.ops.aten._unsafe_view(out, out.shape)
+            out = torch.ops.aten._unsafe_view(out, out.shape)  # noqa: SLF001
         return _Made(out, ours, versions)
 
     def _hook(self, made: _Made, by: str) -> None:

@@ -134,7 +134,7 @@ def masked(call: Call) -> Found:
 
 def positions(call: Call) -> Found:
     """`nonzero`: the indices of entries, each of its entry's example."""
-    if call.kwargs.get("as_tuple") or isinstance(of(call.first), Lost):
+    if isinstance(of(call.first), Lost):
         return call.lost()
     own = owners(call.first)
     return located(own[tuple(call.first.cpu().nonzero().T)], call.lost().by)
