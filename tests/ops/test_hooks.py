@@ -402,3 +402,24 @@ def test_an_unused_parameter_has_no_gradient() -> None:
     model.unused = nn.Linear(2, 2).double()
     model.forward = lambda x: nn.Sequential.forward(model[:6], x)
     assert not by_hooks(model, batch)["unused.weight"].any()
+
+
+class ChangedSequences(nn.Module):
+    """What a linear layer with a bias makes of sequences is a view, here changed in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 4), nn.Linear(4, 4)
+        self.head = nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.first(x))
+        y = self.second(x)
+        y += x
+        return self.head(F.relu(y, inplace=True).mean(1))
+
+
+def test_sequences_that_are_changed_in_place_after_a_layer_keep_its_gradients() -> None:
+    torch.manual_seed(0)
+    model, batch = ChangedSequences().double().eval(), (images(5, 3), LABELS)
+    assert_agree(by_hooks(model, batch), by_vmap(model, batch), to=1e-10)

@@ -63,14 +63,46 @@ Found = Along | Lost | None
 
 def of(value: object) -> Found:
     """Where the examples lie in a tensor; None where it holds nothing of them."""
-    found: Found = getattr(value, "_examples", None) if isinstance(value, Tensor) else None
-    return found
+    if not isinstance(value, Tensor):
+        return None
+    found, version = noted(value)
+    base = value._base  # noqa: SLF001
+    if version == value._version or (base is None and version is None):  # noqa: SLF001
+        return found
+    if base is None:
+        return Lost("a change in place that was not seen")
+    # It was changed by way of another view; all changes are noted on what they are views of.
+    return within(value, base) if of(base) is not None else found
+
+
+def noted(tensor: Tensor) -> tuple[Found, int | None]:
+    """What was noted last, and at which version of the tensor."""
+    last: tuple[Found, int | None] = getattr(tensor, "_examples", (None, None))
+    return last
 
 
 def put(tensor: Tensor, found: Found) -> Tensor:
     """Note it on the tensor itself, since a tensor's id may be another's later on."""
-    tensor._examples = found  # type: ignore[attr-defined]  # noqa: SLF001
+    tensor._examples = (found, tensor._version)  # type: ignore[attr-defined]  # noqa: SLF001
     return tensor
+
+
+def owners(tensor: Tensor) -> Int64[Tensor, "..."]:
+    """The example of each entry of a tensor; nobody where that is not known."""
+    found = of(tensor)
+    if isinstance(found, Along):
+        return found.spread(tensor.shape)
+    return torch.full((), NOBODY).expand(tensor.shape)
+
+
+def within(view: Tensor, base: Tensor) -> Found:
+    """Where examples lie in a view, by the tensor that it is a view of."""
+    found, by = of(base), "a change in place of what it is a view of"
+    if not isinstance(found, Along) or not base.is_contiguous() or view.dtype != base.dtype:
+        return found if isinstance(found, Lost) else Lost(by)
+    own = owners(base).contiguous()
+    offset = view.storage_offset() - base.storage_offset()
+    return located(own.as_strided(view.shape, view.stride(), offset), by)
 
 
 def come_first(tensor: Tensor, size: int) -> Tensor:

@@ -29,7 +29,7 @@ from trak_dist.ops import examples
 from trak_dist.ops.batches import examples_in, fresh
 from trak_dist.ops.bundles import Bundles
 from trak_dist.ops.examples import Along, Lost, Rows
-from trak_dist.ops.following import follow, holds_examples
+from trak_dist.ops.following import follow, holds_examples, loses_sight
 from trak_dist.ops.following.call import name_of, tensors_in
 from trak_dist.ops.gradients import Take, select_params
 from trak_dist.ops.intact import Intact
@@ -96,13 +96,17 @@ class HookGradients:
         size = examples_in(batch)
         watch = _Watch(size, self._piece_elements)
         for name in self._selected:
-            weight = self._weights[name]
+            weight = self._weights[name].requires_grad_()
             watch.add_parameter(name, weight, take, self._bundles(name, weight.device))
         batch = pytree.tree_map_only(Tensor, lambda t: examples.come_first(t, size), fresh(batch))
         with self._intact.kept():
             with torch.enable_grad(), watch:
                 f = self._output(self._model, self._weights, self._buffers, batch)
             watch.refuse_uncovered()
+            if watch.unseen:
+                raise NotCovered(
+                    f"the model output, since what {watch.unseen} does is not followed"
+                )
             _refuse_mixed(f, size)
             if watch.roots:
                 torch.autograd.grad(f, watch.roots, torch.ones_like(f), allow_unused=True)
@@ -118,10 +122,13 @@ def _refuse_mixed(f: Any, size: int) -> None:
             where="the model output",
             next="it must give one value for each example: no mean over the batch",
         )
+    holds_examples([f])
     where = examples.of(f)
     if isinstance(where, Lost):
         raise NotCovered(f"the model output, since examples can't be told apart after {where.by}")
-    if where is not None and not torch.equal(where.ids, torch.arange(size)):
+    if where is None:
+        raise NotCovered("the model output, which is made of no example as far as torch shows")
+    if not torch.equal(where.ids, torch.arange(size)):
         raise NotCovered("the model output, which comes in another order than the batch")
 
 
@@ -129,11 +136,14 @@ def _refuse_mixed(f: Any, size: int) -> None:
 class _Source:
     """A parameter, or what was made of parameters alone; `tensor` keeps its id from being reused.
 
+    It requires gradients, so that what torch shows to nobody makes of it is found by its `grad_fn`;
+    functions get its stand-in `plain`, which doesn't.
     `receive` takes its per-sample gradients, `elements` is the largest size on their way. With
     `bundles`, which parameters alone have, `receive` takes them bundled too.
     """
 
     tensor: Tensor
+    plain: Tensor
     names: tuple[str, ...]
     elements: int
     receive: Receive
@@ -155,6 +165,7 @@ class _Watch(TorchFunctionMode):
     def __init__(self, size: int, piece_elements: int) -> None:
         super().__init__()
         self.roots: list[Tensor] = []
+        self.unseen: str | None = None  # what took values of examples out of sight
         self._size, self._piece_elements = size, piece_elements
         self._sources: dict[int, _Source] = {}
         self._uncovered: dict[str, str] = {}
@@ -165,7 +176,9 @@ class _Watch(TorchFunctionMode):
         def receive(rows: slice, grads: Tensor) -> None:
             take(name, rows, grads)
 
-        self._sources[id(weight)] = _Source(weight, (name,), weight.numel(), receive, bundles)
+        self._sources[id(weight)] = _Source(
+            weight, weight.detach(), (name,), weight.numel(), receive, bundles
+        )
 
     def refuse_uncovered(self) -> None:
         """Raise `NotCovered` naming every parameter with a use that has no rule."""
@@ -183,13 +196,20 @@ class _Watch(TorchFunctionMode):
         tensors = tensors_in((args, kwargs))
         sources = [self._sources[id(t)] for t in tensors if id(t) in self._sources]
         with_batch = holds_examples(tensors)
-        uses = bool(sources) and torch.is_grad_enabled()
+        if torch._C._are_functorch_transforms_active():  # noqa: SLF001
+            if sources:
+                self._note_uncovered("a transform of torch.func", sources)
+            return func(*args, **kwargs)
+        uses = bool(sources) and torch.is_grad_enabled() and func not in _CUT
         if with_batch and (others := rewritten(func, args, kwargs, uses=uses)):
             with self:
                 out = others()
             if out is not None:
                 return out
         made: _Made | None = None
+        if loses_sight(func, tensors):
+            self.unseen = name_of(func)
+        versions = [t._version for t in tensors]  # noqa: SLF001
         if not uses:
             out = func(*args, **kwargs)
         elif with_batch:
@@ -199,10 +219,10 @@ class _Watch(TorchFunctionMode):
             out = self._made_of_parameters(func, args, kwargs, sources)
         if func is Tensor.__iter__ and with_batch:  # its pieces are seen nowhere else
             pieces = tuple(out)
-            follow(Tensor.unbind, args, {}, pieces)
+            follow(Tensor.unbind, args, {}, pieces, versions)
             return iter(pieces)
         if with_batch:
-            follow(func, args, kwargs, out)
+            follow(func, args, kwargs, out, versions)
         if made and made.uses:
             self._hook(made, name_of(func))
         return out
@@ -211,19 +231,22 @@ class _Watch(TorchFunctionMode):
         self, func: Any, args: Any, kwargs: Any, sources: Sequence[_Source]
     ) -> Any:
         """Call a function that no example goes into; what it gives is a source itself."""
-        before = [s.tensor._version for s in sources]  # noqa: SLF001
-        out = func(*args, **kwargs)
-        if before != [s.tensor._version for s in sources]:  # noqa: SLF001
+        before = _versions(args, kwargs)
+        out = _on_plain(func, args, kwargs, sources)
+        if before != _versions(args, kwargs):
             self._note_uncovered(name_of(func), sources)
+            return out
         several = isinstance(out, list | tuple)
         for index, made in enumerate(out if several else [out]):
             if not isinstance(made, Tensor) or id(made) in self._sources:
                 continue
             if made.is_floating_point():
+                plain = made.detach()
+                made.requires_grad_()
                 receive = _pullback(func, args, kwargs, sources, index if several else None)
                 names = tuple(dict.fromkeys(n for s in sources for n in s.names))
                 elements = max(made.numel(), *(s.elements for s in sources))
-                self._sources[id(made)] = _Source(made, names, elements, receive)
+                self._sources[id(made)] = _Source(made, plain, names, elements, receive)
         return out
 
     def _called(self, func: Any, args: Any, kwargs: Any, sources: Sequence[_Source]) -> _Made:
@@ -233,8 +256,9 @@ class _Watch(TorchFunctionMode):
         missing = [s for s in sources if id(s.tensor) not in found]
         ours = [use for use in uses if id(use.operand) in self._sources]
         versions = [t._version for use in ours for t in use.saved]  # noqa: SLF001
-        out = func(*args, **kwargs)
-        if missing and tensors_in(out):
+        before = _versions(args, kwargs)
+        out = _on_plain(func, args, kwargs, sources)
+        if missing and (tensors_in(out) or before != _versions(args, kwargs)):
             self._note_uncovered(name_of(func), missing)
         if self._uncovered or not ours:
             return _Made(out)
@@ -246,6 +270,9 @@ class _Watch(TorchFunctionMode):
         if not out.requires_grad:
             self.roots.append(out.requires_grad_())
             out = out.clone()  # a leaf would refuse what a model does to it in place
+        elif out._is_view():  # noqa: SLF001
+            # As `linear` gives with a bias. A view that is changed in place forgets its hooks.
+            out = torch.ops.aten._unsafe_view(out, out.shape)  # noqa: SLF001
         return _Made(out, ours, versions)
 
     def _hook(self, made: _Made, by: str) -> None:
@@ -289,6 +316,22 @@ class _Watch(TorchFunctionMode):
                 self._uncovered.setdefault(name, by)
 
 
+# Functions whose results are constants to autograd.
+_CUT = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
+
+
+def _versions(*arguments: Any) -> list[int]:
+    return [t._version for t in tensors_in(arguments)]  # noqa: SLF001
+
+
+def _on_plain(func: Any, args: Any, kwargs: Any, sources: Sequence[_Source]) -> Any:
+    """Call a function with the stand-ins of parameters; where it gives one back, that parameter."""
+    plain = {id(s.tensor): s.plain for s in sources}
+    args, kwargs = pytree.tree_map_only(Tensor, lambda t: plain.get(id(t), t), (args, kwargs))
+    own = {id(s.plain): s.tensor for s in sources}
+    return pytree.tree_map_only(Tensor, lambda t: own.get(id(t), t), func(*args, **kwargs))
+
+
 def _pullback(
     func: Any, args: Any, kwargs: Any, sources: Sequence[_Source], index: int | None
 ) -> Receive:
@@ -308,7 +351,7 @@ def _pullback(
         return out
 
     def receive(rows: slice, grads: Tensor) -> None:
-        pull = torch.func.vjp(again, *(s.tensor for s in parents))[1]
+        pull = torch.func.vjp(again, *(s.plain for s in parents))[1]
         for source, values in zip(parents, torch.func.vmap(pull)(grads), strict=True):
             source.receive(rows, values)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +39,7 @@ class Intact:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._slots = [
-            (slots, dict(slots))
+            (cast("dict[str, Any]", slots), dict(slots))
             for module in model.modules()
             for slots in (module._parameters, module._buffers)  # noqa: SLF001
             if slots
@@ -49,7 +49,7 @@ class Intact:
             for m in model.modules()
             if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.max_norm is not None
         ]
-        self._names = {n: t for n, t in (*model.named_parameters(), *model.named_buffers())}
+        self._names = dict((*model.named_parameters(), *model.named_buffers()))
         self._copies = {id(t): t.detach().clone() for t in (*model.buffers(), *renormed)}
 
     @contextlib.contextmanager
@@ -82,7 +82,7 @@ class Intact:
             raise ProblemError(
                 f"the forward pass changes weights in place: {', '.join(lost[:5])}",
                 where=type(self._model).__qualname__,
-                next="let it work on a copy, in eval() at least: the gradients are those of a checkpoint",
+                next="let it work on a copy, in eval() at least: gradients are of a checkpoint",
             )
 
 

@@ -28,7 +28,7 @@ _BROADCAST = {
 _JOINS = {torch.cat, torch.concat}
 
 
-def rewritten(
+def rewritten(  # noqa: PLR0911
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, uses: bool
 ) -> Callable[[], Any] | None:
     """The same call by others, if it is one of those; what that gives is None if it can't be.

@@ -59,7 +59,7 @@ Rule = Callable[[Call], Found | list[Found]]
 
 def name_of(func: Any) -> str:
     """A function's name, for people."""
-    return resolve_name(func) or getattr(func, "__name__", str(func))
+    return str(resolve_name(func)) if resolve_name(func) else getattr(func, "__name__", str(func))
 
 
 def tensors_in(values: Any) -> list[Tensor]:

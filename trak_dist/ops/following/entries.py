@@ -30,6 +30,12 @@ def broadcast(operands: Sequence[tuple[Tensor, Found]], shape: Sequence[int], ca
     return merged([f.spread(t.shape) for t, f in held], shape, call.lost().by)
 
 
+def shape_of(operands: Sequence[Tensor]) -> torch.Size:
+    """The shape that tensors are broadcast to."""
+    shape: torch.Size = torch.broadcast_shapes(*(t.shape for t in operands))  # type: ignore[no-untyped-call]
+    return shape
+
+
 def as_first(call: Call) -> Found:
     """The tensor that it works on, in another form; of others it takes no values."""
     return of(call.first)
@@ -63,7 +69,7 @@ def along(position: int, *, default: int | tuple[int, ...] | None = None) -> Rul
 
 
 def last(dims: int) -> Rule:
-    """Works on the last dimensions, each index of those before apart; other tensors hold nothing."""
+    """Works on the last dimensions, each index before them apart; others hold nothing."""
 
     def rule(call: Call) -> Found:
         found, tensor = of(call.first), call.first
@@ -93,20 +99,48 @@ def sorted_along(position: int) -> Rule:
     return rule
 
 
-def of_each(call: Call) -> Found:
+def of_each_entry(call: Call) -> Found:
     """A loss of each entry; their sum or mean is of several examples."""
-    if call.kwargs.get("reduction") != "none":
-        return call.lost()
+    return entrywise(call) if call.kwargs.get("reduction") == "none" else call.lost()
+
+
+def of_each_class(call: Call) -> Found:
+    """A loss of each example's class, where examples come first."""
     held = call.held
-    if any(f.dim for _, f in held) or any(not f.as_good_as(held[0][1]) for _, f in held):
-        return call.lost()
-    return held[0][1]
+    alike = all(not f.dim and f.as_good_as(held[0][1]) for _, f in held)
+    batched = call.first.ndim > 1 and of(call.get(2, "weight")) is None
+    none = call.kwargs.get("reduction") == "none"
+    return held[0][1] if alike and batched and none else call.lost()
+
+
+def filled(position: int) -> Rule:
+    """Filled with the number at `position`, if that is of no example."""
+    return lambda call: call.lost() if of(call.get(position, "fill_value")) else None
+
+
+def quantile(call: Call) -> Found | list[Found]:
+    """Of one number; several have a dimension of their own."""
+    several = isinstance(q := call.get(1, "q"), Tensor) and (q.ndim or of(q))
+    return call.lost() if several else along(2)(call)
+
+
+def diff(call: Call) -> Found | list[Found]:
+    """Differences along a dimension, with nothing before or after."""
+    more = call.get(3, "prepend"), call.get(4, "append")
+    return call.lost() if more != (None, None) else along(2, default=-1)(call)
+
+
+def one_hot(call: Call) -> Found:
+    """A dimension for a given number of classes; else it is the largest of all examples'."""
+    classes = call.get(1, "num_classes", default=-1)
+    return added_last(call) if classes != -1 else call.lost()
 
 
 def added_last(call: Call) -> Found:
     """A dimension more at the end, or one less, that is not the examples'."""
     found = of(call.first)
-    if isinstance(found, Along) and len(call.held) == 1 and found.dim < call.outs[0].ndim:
+    plain = len(call.held) == 1 and len(call.args) + len(call.kwargs) <= 2
+    if isinstance(found, Along) and plain and found.dim < call.outs[0].ndim:
         return found
     return call.lost()
 
@@ -114,7 +148,7 @@ def added_last(call: Call) -> Found:
 def reduced_pair(call: Call) -> Found:
     """Two tensors entry by entry, then along a dimension: cosine similarity."""
     dim: Any = call.get(2, "dim", default=1)
-    shape = torch.broadcast_shapes(*(t.shape for t in call.tensors[:2]))  # type: ignore[no-untyped-call]
+    shape = shape_of(call.tensors[:2])
     found = broadcast([(t, of(t)) for t in call.tensors], shape, call)
     if not isinstance(found, Along) or found.dim == dim % len(shape):
         return found if isinstance(found, Lost) else call.lost()

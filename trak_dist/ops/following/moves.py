@@ -11,16 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from torch.utils import _pytree as pytree
 
-from trak_dist.ops.examples import NOBODY, Along, Found, located, of
+from trak_dist.ops.examples import NOBODY, Along, Found, located, of, owners
 from trak_dist.ops.following.call import Call
-
-
-def owners(tensor: Tensor) -> Int64[Tensor, "..."]:
-    """The example of each entry of a tensor."""
-    found = of(tensor)
-    if isinstance(found, Along):
-        return found.spread(tensor.shape)
-    return torch.full((), NOBODY).expand(tensor.shape)
 
 
 def viewed(call: Call) -> Found | list[Found]:
@@ -57,9 +49,12 @@ def reshaped(call: Call) -> Found:
 
 def joined(call: Call) -> Found:
     """Tensors side by side along a dimension that is there."""
-    tensors: Sequence[Tensor] = call.get(0, "tensors")
+    # torch takes a tensor of shape (0,) for none at all.
+    tensors = [t for t in call.get(0, "tensors") if t.shape != (0,)]
     dim = call.get(1, "dim", "axis", default=0) % call.outs[0].ndim
     held = [found for t in tensors if isinstance(found := of(t), Along)]
+    if not held:
+        return None
     if all(f.dim == held[0].dim != dim and f.as_good_as(held[0]) for f in held):
         return held[0]
     if all(f.dim == dim for f in held):
@@ -115,13 +110,15 @@ def repeated_each(call: Call) -> Found:
     """Copies of each index of a dimension."""
     found, dim = of(call.first), call.get(2, "dim")
     repeats = call.get(1, "repeats")
-    if not isinstance(found, Along) or (dim is None and call.first.ndim != 1):
+    if not isinstance(found, Along) or (dim is None and call.first.ndim != 1) or repeats is None:
         return call.lost()
+    own = of(repeats)
     if found.dim != (dim or 0) % call.first.ndim:
-        return found if len(call.held) == 1 else call.lost()
-    if isinstance(repeats, Tensor):
-        repeats = repeats.cpu()
-    return Along(found.dim, found.ids.repeat_interleave(repeats))
+        return call.lost() if own else found
+    if isinstance(own, Along) and not own.as_good_as(found):
+        return call.lost()
+    times = repeats.cpu() if isinstance(repeats, Tensor) else repeats
+    return Along(found.dim, found.ids.repeat_interleave(times))
 
 
 def rolled(call: Call) -> Found:

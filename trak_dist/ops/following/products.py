@@ -80,10 +80,13 @@ def einsum(call: Call) -> Found:
 
 
 def attention(call: Call) -> Found:
-    """Scaled dot products: examples are a dimension that queries, keys and values are batched by."""
+    """Scaled dot products: examples are a dimension that all operands are batched by."""
     if any(found.dim - tensor.ndim > -3 for tensor, found in call.held):
         return call.lost()
-    return broadcast([(t, of(t)) for t in call.tensors], call.outs[0].shape, call)
+    # Without the dimensions that are added up: no shape of theirs is the result's.
+    before = [(torch.empty(()).expand(t.shape[:-2]), of(t)) for t in call.tensors]
+    out = call.outs[0].shape[:-2]
+    return broadcast(before, out, call)
 
 
 def images(spatial: int, *, channels: bool) -> Rule:
@@ -131,6 +134,12 @@ def batch_norm(call: Call) -> Found:
     return found if isinstance(found, Along) and found.dim != 1 and not mixes else call.lost()
 
 
+def prelu(call: Call) -> Found:
+    """Slopes of channels, which hold nothing of examples."""
+    slopes = call.get(1, "weight")
+    return call.lost() if of(slopes) else of(call.first)
+
+
 def embedding(call: Call) -> Found:
     """Rows of a table that holds nothing of examples."""
     index, table = call.get(0, "input"), call.get(1, "weight")
@@ -142,6 +151,8 @@ def embedding_bag(call: Call) -> Found:
     index = call.get(0, "input")
     found = of(index)
     of_rows = isinstance(found, Along) and not found.dim and index.ndim == 2
+    if len(call.held) > 1:
+        return call.lost()
     return found if of_rows and call.get(2, "offsets") is None else call.lost()
 
 

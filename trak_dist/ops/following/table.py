@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,40 +14,53 @@ from trak_dist.ops.following.call import Rule
 
 _HOMES = (torch, Tensor, F, torch.special, torch.linalg, torch.fft, torch._C._nn)  # noqa: SLF001
 
-_UNARY = """abs absolute acos acosh angle arccos arccosh arcsin arcsinh arctan arctanh asin asinh atan atanh
-bernoulli bfloat16 bitwise_not bool byte ceil celu char clamp clip clone conj contiguous cos cosh cpu cuda
-deg2rad detach digamma double elu erf erfc erfinv exp exp2 expm1 fix float floor frac gelu half hardshrink
-hardsigmoid hardswish hardtanh int isfinite isinf isnan isneginf isposinf isreal leaky_relu lgamma log log10
-log1p log2 logical_not logit logsigmoid long mish nan_to_num neg negative pin_memory positive rad2deg
-reciprocal relu relu6 requires_grad_ rrelu round rsqrt selu sgn short sigmoid sign silu sin sinc sinh
-softplus softshrink softsign sqrt square tan tanh tanhshrink threshold tril triu trunc
-dropout alpha_dropout dropout1d dropout2d dropout3d feature_dropout feature_alpha_dropout
-expit i0 ndtr log_ndtr
-__abs__ __invert__ __neg__ __pos__"""
-_BINARY = """add addcdiv addcmul atan2 arctan2 bitwise_and bitwise_or bitwise_xor copysign div divide eq fill float_power
-floor_divide fmax fmin fmod ge greater greater_equal gt heaviside hypot ldexp le lerp less less_equal
-logaddexp logaddexp2 logical_and logical_or logical_xor lt masked_fill maximum minimum mul multiply ne
-nextafter not_equal pow prelu remainder rsub sub subtract true_divide xlogy isclose clamp_min clamp_max copy
-__add__ __radd__ __iadd__ __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__ __rtruediv__
-__itruediv__ __rdiv__ __div__ __idiv__ __floordiv__ __rfloordiv__ __mod__ __rmod__ __imod__ __pow__ __rpow__
-__ipow__ __and__ __rand__ __iand__ __or__ __ror__ __ior__ __xor__ __rxor__ __ixor__ __eq__ __ne__ __lt__
-__le__ __gt__ __ge__"""
+_UNARY = """
+    abs absolute acos acosh angle arccos arccosh arcsin arcsinh arctan arctanh asin asinh atan
+    atanh bernoulli bfloat16 bitwise_not bool byte ceil celu char clamp clip clone conj
+    contiguous cos cosh cpu cuda deg2rad detach digamma double elu erf erfc erfinv exp exp2
+    expm1 fix float floor frac gelu half hardshrink hardsigmoid hardswish hardtanh int isfinite
+    isinf isnan isneginf isposinf isreal leaky_relu lgamma log log10 log1p log2 logical_not
+    logit logsigmoid long mish nan_to_num neg negative pin_memory positive rad2deg reciprocal
+    relu relu6 requires_grad_ rrelu round rsqrt selu sgn short sigmoid sign silu sin sinc sinh
+    softplus softshrink softsign sqrt square tan tanh tanhshrink threshold tril triu trunc
+    dropout alpha_dropout dropout1d dropout2d dropout3d feature_dropout feature_alpha_dropout
+    expit i0 ndtr log_ndtr __abs__ __invert__ __neg__ __pos__
+"""
+_BINARY = """
+    add addcdiv addcmul atan2 arctan2 bitwise_and bitwise_or bitwise_xor copysign div divide eq
+    fill float_power floor_divide fmax fmin fmod ge greater greater_equal gt heaviside hypot
+    ldexp le lerp less less_equal logaddexp logaddexp2 logical_and logical_or logical_xor lt
+    masked_fill maximum minimum mul multiply ne nextafter not_equal pow remainder rsub sub
+    subtract true_divide xlogy isclose clamp_min clamp_max copy __add__ __radd__ __iadd__
+    __sub__ __rsub__ __isub__ __mul__ __rmul__ __imul__ __truediv__ __rtruediv__ __itruediv__
+    __rdiv__ __div__ __idiv__ __floordiv__ __rfloordiv__ __mod__ __rmod__ __imod__ __pow__
+    __rpow__ __ipow__ __and__ __rand__ __iand__ __or__ __ror__ __ior__ __xor__ __rxor__ __ixor__
+    __eq__ __ne__ __lt__ __le__ __gt__ __ge__
+"""
 _AS_FIRST = "to type type_as as_tensor asarray alias"
-_NOTHING = """zeros_like ones_like full_like empty_like rand_like randn_like randint_like new_zeros new_ones
-new_full new_empty new_empty_strided arange zeros ones full empty linspace eye zero_"""
-_REDUCED = """sum nansum mean nanmean prod amax amin max min argmax argmin any all logsumexp softmax
-log_softmax softmin var std var_mean std_mean cumsum cumprod cummax cummin logcumsumexp count_nonzero median
-nanmedian mode aminmax"""
-_VIEWED = """permute transpose t swapaxes swapdims movedim moveaxis squeeze unsqueeze expand expand_as
-broadcast_to select narrow chunk split split_with_sizes tensor_split hsplit vsplit dsplit unsafe_chunk
-unsafe_split unbind diagonal unfold adjoint flip fliplr flipud rot90"""
+_NOTHING = """
+    zeros_like ones_like empty_like rand_like randn_like randint_like new_zeros
+    new_ones new_empty new_empty_strided arange zeros ones empty eye zero_
+"""
+_REDUCED = """
+    sum nansum mean nanmean prod amax amin max min argmax argmin any all logsumexp softmax
+    log_softmax softmin var std var_mean std_mean cumsum cumprod cummax cummin logcumsumexp
+    count_nonzero median nanmedian mode aminmax
+"""
+_VIEWED = """
+    permute transpose t swapaxes swapdims movedim moveaxis squeeze unsqueeze expand expand_as
+    broadcast_to select narrow chunk split split_with_sizes tensor_split hsplit vsplit dsplit
+    unsafe_chunk unsafe_split unbind diagonal unfold adjoint flip fliplr flipud rot90
+"""
 
 
-def _functions(names: str | Iterable[str]) -> Iterator[Any]:
+def _functions(
+    names: str | Iterable[str], homes: Sequence[Any] = _HOMES, *, in_place: bool = True
+) -> Iterator[Any]:
     """Those of these names, in place too, wherever torch keeps them."""
     for name in names.split() if isinstance(names, str) else names:
-        for home in _HOMES:
-            for spelled in (name, f"{name}_"):
+        for home in (Tensor,) if name.startswith("__") else homes:
+            for spelled in (name, f"{name}_") if in_place else (name,):
                 found = getattr(home, spelled, None)
                 if callable(found):
                     yield found
@@ -57,36 +70,48 @@ def _of(names: str, rule: Rule) -> dict[Any, Rule]:
     return dict.fromkeys(_functions(names), rule)
 
 
+def _of_layers(names: str, rule: Rule) -> dict[Any, Rule]:
+    """Those of `torch.nn.functional` alone; namesakes in `torch` take arguments otherwise."""
+    return dict.fromkeys(_functions(names, (F,)), rule)
+
+
 RULES: dict[Any, Rule] = {
     **_of(_UNARY, entries.entrywise),
     **_of(_BINARY, entries.entrywise),
     **_of(_AS_FIRST, entries.as_first),
     **_of(_NOTHING, entries.nothing),
+    **_of("full full_like", entries.filled(1)),
+    **_of("new_full", entries.filled(2)),
     **_of(_REDUCED, entries.along(1)),
     **_of("glu", entries.along(1, default=-1)),
-    **_of("norm vector_norm quantile nanquantile", entries.along(2)),
-    **_of("normalize topk kthvalue diff fft ifft rfft irfft hfft", entries.along(2, default=-1)),
+    **_of("norm vector_norm", entries.along(2)),
+    **_of("quantile nanquantile", entries.quantile),
+    **_of("normalize topk kthvalue fft ifft rfft irfft hfft", entries.along(2, default=-1)),
     F.normalize: entries.along(2, default=1),
     **_of("fft2 ifft2 rfft2 irfft2", entries.along(2, default=(-2, -1))),
+    **_of("diff", entries.diff),
     **_of("cosine_similarity", entries.reduced_pair),
     **_of("gumbel_softmax", entries.along(4, default=-1)),
     **_of("sort argsort", entries.sorted_along(1)),
     **_of("bucketize", entries.last(0)),
     **_of("cdist", entries.last(1)),
     **_of("pixel_shuffle pixel_unshuffle channel_shuffle", entries.last(3)),
-    **_of("one_hot view_as_real view_as_complex diag_embed", entries.added_last),
-    **_of(
-        "cross_entropy nll_loss mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy "
+    **_of("view_as_real view_as_complex diag_embed", entries.added_last),
+    F.one_hot: entries.one_hot,
+    **_of_layers(
+        "mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy "
         "binary_cross_entropy_with_logits kl_div gaussian_nll_loss poisson_nll_loss",
-        entries.of_each,
+        entries.of_each_entry,
     ),
-    **_of(_VIEWED, moves.viewed),
+    **_of_layers("cross_entropy nll_loss", entries.of_each_class),
+    **dict.fromkeys(_functions(_VIEWED, in_place=False), moves.viewed),
     **{getattr(Tensor, name).__get__: moves.viewed for name in ("T", "mT", "H", "mH")},
     **{getattr(Tensor, name).__get__: entries.as_first for name in ("data", "real", "imag")},
-    Tensor.requires_grad.__set__: entries.as_first,
+    Tensor.requires_grad.__set__: entries.as_first,  # type: ignore[attr-defined]
     Tensor.retain_grad: entries.as_first,
     **_of("reshape view view_as reshape_as flatten unflatten ravel", moves.reshaped),
     **_of("cat concat concatenate", moves.joined),
+    **_of("prelu", products.prelu),
     **_of("stack", moves.stacked),
     **_of("pad_sequence", moves.padded_together),
     **_of("pad", moves.padded),
@@ -96,7 +121,8 @@ RULES: dict[Any, Rule] = {
     Tensor.__getitem__: indexing.looked_up,
     Tensor.__setitem__: indexing.written,
     **_of("index_select", indexing.selected),
-    **_of("gather take_along_dim", indexing.gathered),
+    **_of("gather", indexing.gathered),
+    **_of("take_along_dim", indexing.taken_along),
     **_of("masked_select", indexing.masked),
     **_of("nonzero argwhere", indexing.positions),
     **_of("where", indexing.where),
@@ -111,10 +137,11 @@ RULES: dict[Any, Rule] = {
     **_of("einsum", products.einsum),
     **_of("scaled_dot_product_attention", products.attention),
     **_of("layer_norm rms_norm", products.layer_norm),
-    **_of("group_norm instance_norm local_response_norm", products.by_example),
-    **_of("batch_norm", products.batch_norm),
-    **_of("embedding", products.embedding),
-    **_of("embedding_bag", products.embedding_bag),
+    **_of_layers("group_norm instance_norm local_response_norm", products.by_example),
+    torch.group_norm: products.by_example,
+    F.batch_norm: products.batch_norm,
+    F.embedding: products.embedding,
+    F.embedding_bag: products.embedding_bag,
     **_of("lstm gru rnn_tanh rnn_relu", products.recurrent),
     **_of("lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell", products.recurrent_cell),
     **_of("interpolate upsample unfold fold grid_sample affine_grid", products.come_first),
