@@ -13,6 +13,7 @@ import platform
 import sys
 from pathlib import Path
 
+import audit
 import featurize
 import memory
 import peers
@@ -28,6 +29,7 @@ def main() -> None:
     found = {
         "machine": machine(),
         "featurize": featurize.main(),
+        "audit": audit.main(),
         "peers": peers.main(),
         "memory": memory.main(),
         "reduce": reduce.main(),
@@ -52,6 +54,11 @@ def goals(found: dict) -> list[tuple[str, float, str]]:
     seconds = found["featurize"]["ResNet-9"]["seconds"]
     wide, narrow = (f"hooks, sjlt to {dim}" for dim in (max(featurize.DIMS), min(featurize.DIMS)))
     rows.append(("k = 16384 ÷ k = 512, ResNet-9", ratios(seconds, narrow)[wide], "≤ 1.1"))
+    for name, one in found["audit"].items():
+        cells = max(audit.CELLS)
+        rows.append(
+            (f"audit ÷ featurize, {name}, cells of {cells}", audit.share(one, cells), "≤ 0.03")
+        )
     for dim, seconds in found["peers"]["seconds"].items():
         for peer in ("traker", "dattri"):
             goal = "≥ 150" if (peer, dim) == ("traker", "4096") else ""

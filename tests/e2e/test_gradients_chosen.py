@@ -156,7 +156,8 @@ def test_hooks_and_vmap_give_the_same_scores_and_other_fingerprints(
 WHY = {
     "+problem.model=squashed": "slope (in torch.pow)",
     "+problem.output=trak": "OfTrak has no get_batch_output",
-    "+problem.output=halved": "0.bias has other gradients than one by one in a batch of 20 (difference ",
+    "+problem.output=halved": "0.bias has other gradients than one by one in a batch of 20 "
+    "(difference ",
 }
 
 

@@ -94,7 +94,7 @@ class Audit:
         rows = [row - self.seen for row in sorted(self.rows) if 0 <= row - self.seen < size]
         whole = self.batches == self.batch
         self.seen, self.batches = self.seen + size, self.batches + 1
-        # What is not finite is refused later, with all its rows; to ask each batch is to wait for it.
+        # What is not finite is refused later; to ask that of each batch is to wait for it.
         if not (rows or whole) or not grads.isfinite().all():
             return
         batch = batch_in(loaded.plan.spec.featurize.compute, batch)
