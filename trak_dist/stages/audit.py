@@ -32,7 +32,7 @@ from trak_dist.store.run import Run
 ROWS = 2  # of each cell
 BATCHES = 32  # of so many one is checked whole: a batch costs a training step
 CALLS = 4  # of `TRAKer`: in one of so many a row is computed alone
-LOOSER = 10  # than when planning: of a million rows some cancel more than those that were tried
+CLOSE = 1e-3  # of a row, relative: of a million some cancel more than those tried when planning
 
 log = logging.getLogger("trak_dist")
 
@@ -125,10 +125,10 @@ class Audit:
         loaded.loop(example, adding(loaded.projector, alone))
         alone /= math.sqrt(loaded.plan.parameters)
         spare = float(grads.norm(dim=1).max())
-        if not self._agree(loaded, grads[row], alone[0], spare):
+        close = max(CLOSE, audit.tolerance(loaded.model))
+        if not self._agree(grads[row], alone[0], close, spare):
             raise _wrong(loaded, batch, row, name(row))
         q = audit.out_to_loss_alone(loaded.model, loaded.model_output, example, [0]).to(grads)
-        close = LOOSER * audit.tolerance(loaded.model)
         if not torch.allclose(q[0], out_to_loss[row], rtol=close, atol=close):
             raise WrongGradient(
                 f"{name(row)} has out-to-loss {float(out_to_loss[row]):.6g} in its batch, "
@@ -150,17 +150,16 @@ class Audit:
         found = weights.to(grads) @ grads
         # Of a sum whose terms cancel, what rounding leaves goes by the terms.
         spare = float(grads.norm(dim=1).square().sum().sqrt())
-        if not self._agree(loaded, found, wanted[0], spare * audit.tolerance(loaded.model) * 1e3):
+        if not self._agree(found, wanted[0], audit.tolerance(loaded.model), spare):
             raise WrongGradient(
                 f"the grads of a batch, {name(0)} and its companions, do not add up to those that "
                 "autograd gives",
                 next=_next(loaded),
             )
 
-    def _agree(self, loaded: Loaded, found: Tensor, wanted: Tensor, spare: float) -> bool:
+    def _agree(self, found: Tensor, wanted: Tensor, close: float, spare: float) -> bool:
         """Whether two are the same but for rounding; `spare` is how large others of theirs are."""
         error, norm = float((found - wanted).norm()), float(wanted.norm())
-        close = LOOSER * audit.tolerance(loaded.model)
         self.largest = max(self.largest, error / max(norm, 1e-2 * spare, 1e-30))
         return error <= close * (norm + 1e-2 * spare)
 
