@@ -112,9 +112,10 @@ def functions(name: str) -> list[Any]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_entries_that_change_with_an_example_are_its_own_after(name: str) -> None:
-    for function in functions(name):
+    for number, function in enumerate(functions(name)):
         tried = 0
-        for told, found, result, changed in results(function, plain=False, seeds=3):
+        seeds = 1 if number else 3  # fewer for other spellings of the same
+        for told, found, result, changed in results(function, plain=False, seeds=seeds):
             tried += 1
             problem = sound(found, result, changed)
             assert problem is None, f"{told}: {problem}"
