@@ -166,6 +166,7 @@ def _run_cell(session: Session, cell: Cell) -> None:
     if isinstance(cell, FeaturizeCell) and not run.plan.split(cell.split).fed:
         require(run, list(graph.needs(run.plan, cell, ())), needed_by=cell)
         session.load(cell.model_id)  # not on the clock: data shards are sized by rows per second
+        _fix_numerics(session, cell)  # again: a problem's file may set torch's switches
     started, clock = time.time(), time.perf_counter()
     module, name = _STAGES[cell.stage]
     stage: Callable[[Session, Any], Outcome] = getattr(
