@@ -15,6 +15,13 @@ from trak_dist import worker
 from trak_dist.launch import main
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _what_is_planned_is_remembered_aside(tmp_path_factory: pytest.TempPathFactory) -> object:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _leave_threads_as_they_were() -> object:
     threads = torch.get_num_threads()

@@ -24,6 +24,13 @@ WATCH_SECONDS = 5.0
 out = Console(soft_wrap=True, highlight=False, markup=False)
 
 
+def plain(text: str) -> str:
+    """`text` for a terminal: whatever a run directory brings, it moves no cursor."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
+    )
+
+
 def planned(run: Run) -> None:
     """Print what the run is, in one line."""
     plan = run.plan
@@ -50,7 +57,7 @@ def all_done(run: Run, stage: str, cells: Sequence[Cell]) -> bool:
         log = f" (log: {first.job['log']})" if first.job.get("log") else ""
         others = len(cells_alike) - 1
         more = f", and {others} more with the same error" if others else ""
-        print(f"\n{first.cell}{more}{log}:\n{text.rstrip()}", file=sys.stderr)
+        print(plain(f"\n{first.cell}{more}{log}:\n{text.rstrip()}"), file=sys.stderr)
     silent = [c.id for c in missing if c not in failures]
     if silent:
         shown = ", ".join(silent[:10]) + (", …" if len(silent) > 10 else "")
@@ -66,7 +73,7 @@ def status(run: Run) -> Status:
     """Print the status, the machine-readable line last."""
     found = read_status(run)
     for line in (*lines(found), "", found.json_line()):
-        print(line)
+        print(plain(line))
     return found
 
 
@@ -74,7 +81,7 @@ def watch(run: Run) -> Status:
     """Show the status again and again, until there is nothing to wait for."""
     with Live(console=out, auto_refresh=False, transient=True) as live:
         while not (found := read_status(run)).idle:
-            live.update(Text("\n".join(lines(found)), no_wrap=True), refresh=True)
+            live.update(Text(plain("\n".join(lines(found))), no_wrap=True), refresh=True)
             time.sleep(WATCH_SECONDS)
     return status(run)
 
@@ -115,7 +122,7 @@ def verify(run: Run, *, repair: bool) -> bool:
     missing = sum(len(s.cells) for s in found.stages.values()) - done
     damaged = list(damaged_cells(run))
     for cell, reasons in damaged:
-        print(f"damaged {cell.id}: {'; '.join(reasons)}")
+        print(plain(f"damaged {cell.id}: {'; '.join(reasons)}"))
         if repair:
             run.receipts.revoke(cell, why="; ".join(reasons))
     command = f"python -m trak_dist.launch run_dir={run.layout.run_dir}"

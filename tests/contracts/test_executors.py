@@ -160,3 +160,23 @@ def test_local_gives_each_worker_a_log_that_is_there(tmp_path: Path) -> None:
     logs = {cell.split(" ", 1)[1] for cells in ran(tmp_path) for cell in cells}
     assert len(logs) == 2
     assert all(Path(log).is_relative_to(tmp_path / "logs") and Path(log).exists() for log in logs)
+
+
+def append_and_tell_where_pickles_are(directory: str, cells: Sequence[str]) -> None:
+    """A job that says where it was loaded from, and who else may write there."""
+    folder = Path(os.environ["SUBMITIT_FOLDER"])
+    pickled = [path.name for path in folder.glob("*.pkl")]
+    append(directory, [f"{folder} {folder.stat().st_mode & 0o777:o} {len(pickled)}"])
+
+
+def test_local_loads_pickles_only_from_where_nobody_else_can_put_one(tmp_path: Path) -> None:
+    job = functools.partial(append_and_tell_where_pickles_are, str(tmp_path))
+    local(tmp_path).run(job, TASKS[:2], lambda: None)
+    told = [line for cells in ran(tmp_path) for line in cells]
+    folders = {Path(line.split()[0]) for line in told}
+    assert len(told) == 2
+    assert len(folders) == 1
+    assert {line.split()[1] for line in told} == {"700"}
+    assert all(int(line.split()[2]) >= 1 for line in told)
+    assert not any(folder.is_relative_to(tmp_path) or folder.exists() for folder in folders)
+    assert not list(tmp_path.rglob("*.pkl"))

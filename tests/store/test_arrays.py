@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -255,3 +256,23 @@ def test_growing_keeps_what_is_there_and_rows_that_another_plan_has_more(tmp_pat
         np.testing.assert_array_equal(arrays.read_rows(path, 1, 2), first)
         assert np.isnan(arrays.read_rows(path, 2, 4)).all()
         assert arrays.read_rows(path, 0, 9).shape == (4, 3)
+
+
+def test_an_array_of_format_2_is_not_read_since_its_codecs_may_unpickle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "array"
+    path.mkdir()
+    described = {"zarr_format": 2, "shape": [1], "chunks": [1], "dtype": "<f4", "order": "C"}
+    described |= {"compressor": None, "fill_value": 0, "filters": [{"id": "pickle"}]}
+    (path / ".zarray").write_text(json.dumps(described))
+    (path / "0").write_bytes(pickle.dumps([_Calls()]))
+    # As if another process took the metadata of format 3 away after it was seen to be there.
+    monkeypatch.setattr(arrays, "_there", lambda path: True)
+    with pytest.raises(StoreError, match="no readable array"):
+        arrays.read_rows(path, 0, 1)
+
+
+class _Calls:
+    def __reduce__(self) -> object:
+        return pytest.fail, ("unpickled",)

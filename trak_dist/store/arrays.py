@@ -167,7 +167,8 @@ def _open(path: Path, *, mode: Any) -> Any:
     try:
         if not _there(path):  # asked first, since zarr makes a directory for what it then misses
             raise FileNotFoundError(path)
-        return zarr.open_array(LocalStore(path, read_only=mode == "r"), mode=mode)
+        store = LocalStore(path, read_only=mode == "r")
+        return zarr.open_array(store, mode=mode, zarr_format=3)  # 2 has codecs that unpickle
     except (OSError, ValueError, KeyError) as error:
         raise StoreError(
             f"no readable array ({error})",
