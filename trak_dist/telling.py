@@ -14,6 +14,7 @@ from rich.text import Text
 
 from trak_dist import needs
 from trak_dist.cells import STAGE_CELLS, Cell, EvaluateCell, FeaturizeCell, ReportCell
+from trak_dist.errors import StoreError
 from trak_dist.stages.status import Status, by_error, lines, read_status
 from trak_dist.store.run import Run
 
@@ -124,6 +125,7 @@ def verify(run: Run, *, repair: bool) -> bool:
     for cell, reasons in damaged:
         print(plain(f"damaged {cell.id}: {'; '.join(reasons)}"))
         if repair:
+            _refuse_outside(run, cell)
             run.receipts.revoke(cell, why="; ".join(reasons))
     command = f"python -m trak_dist.launch run_dir={run.layout.run_dir}"
     print(
@@ -139,6 +141,16 @@ def verify(run: Run, *, repair: bool) -> bool:
         return True
     print(f"next: {command} stage=verify repair=true")
     return False
+
+
+def _refuse_outside(run: Run, cell: Cell) -> None:
+    home = run.layout.receipts(run.plan, cell)
+    if not home.resolve().is_relative_to(run.layout.base.resolve()):
+        raise StoreError(
+            f"the receipts lie outside of the run directory, in {home.resolve()}, by a link",
+            where=str(home),
+            next="a directory in place of the link, with the receipts in it",
+        )
 
 
 def tell_what_next(run: Run) -> None:

@@ -404,3 +404,19 @@ def test_what_a_run_directory_says_moves_no_cursor(
     assert "  a\\x1b]0;title\\x07b" in ended.out
     assert "\x1b" not in ended.out
     assert "\r" not in ended.out
+
+
+def test_repairing_writes_nothing_where_a_link_leads(
+    theirs: Place, mine: Place, named: list[str], run_dir: Path
+) -> None:
+    assert theirs(*named, "stage=featurize").code == 0
+    outside = mine.path / "precious"
+    (run_dir / "receipts").rename(outside)
+    (run_dir / "receipts").symlink_to(outside)
+    for chunk in (run_dir / "store.zarr").rglob("c/0/0"):
+        chunk.unlink()
+    before = files(outside)
+    ended = mine(f"run_dir={run_dir}", "stage=verify", "repair=true")
+    assert ended.code == 2
+    assert f"the receipts lie outside of the run directory, in {outside}" in ended.err
+    assert files(outside) == before

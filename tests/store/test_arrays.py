@@ -258,19 +258,29 @@ def test_growing_keeps_what_is_there_and_rows_that_another_plan_has_more(tmp_pat
         assert arrays.read_rows(path, 0, 9).shape == (4, 3)
 
 
-def test_an_array_of_format_2_is_not_read_since_its_codecs_may_unpickle(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("place", ["codec of format 3", "compressor", "filter"])
+def test_an_array_whose_chunks_are_pickles_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     path = tmp_path / "array"
-    path.mkdir()
-    described = {"zarr_format": 2, "shape": [1], "chunks": [1], "dtype": "<f4", "order": "C"}
-    described |= {"compressor": None, "fill_value": 0, "filters": [{"id": "pickle"}]}
-    (path / ".zarray").write_text(json.dumps(described))
-    (path / "0").write_bytes(pickle.dumps([_Calls()]))
-    # As if another process took the metadata of format 3 away after it was seen to be there.
-    monkeypatch.setattr(arrays, "_there", lambda path: True)
+    arrays.ensure(path, SPEC)
+    described = json.loads((path / "zarr.json").read_text())
+    if place == "codec of format 3":
+        described["codecs"] = [{"name": "numcodecs.pickle", "configuration": {}}]
+        (path / "zarr.json").write_text(json.dumps(described))
+    else:  # as if format 3 was taken away just after it was seen to be there
+        monkeypatch.setattr(arrays, "_there", lambda path: True)
+        (path / "zarr.json").unlink()
+        old = {"zarr_format": 2, "shape": [20, 3], "chunks": [8, 3], "dtype": "<f4", "order": "C"}
+        own = {"id": "pickle"}
+        old |= {"fill_value": 0, "compressor": own if place == "compressor" else None}
+        old |= {"filters": [own] if place == "filter" else None}
+        (path / ".zarray").write_text(json.dumps(old))
+    for chunk in ("c/0/0", "0.0"):
+        (path / chunk).parent.mkdir(parents=True, exist_ok=True)
+        (path / chunk).write_bytes(pickle.dumps([_Calls()]))
     with pytest.raises(StoreError, match="no readable array"):
-        arrays.read_rows(path, 0, 1)
+        arrays.read_rows(path, 0, 8)
 
 
 class _Calls:

@@ -167,8 +167,7 @@ def _open(path: Path, *, mode: Any) -> Any:
     try:
         if not _there(path):  # asked first, since zarr makes a directory for what it then misses
             raise FileNotFoundError(path)
-        store = LocalStore(path, read_only=mode == "r")
-        return zarr.open_array(store, mode=mode, zarr_format=3)  # 2 has codecs that unpickle
+        return zarr.open_array(LocalStore(path, read_only=mode == "r"), mode=mode)
     except (OSError, ValueError, KeyError) as error:
         raise StoreError(
             f"no readable array ({error})",
