@@ -13,6 +13,7 @@ import pwd
 import shlex
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def refuse_foreign(plan: Plan, run_dir: Path) -> None:
     if _has_word(spec, source, now):
         return
     if any(_has_word(spec, source, then) for then in (source.file, *source.accepted)):
-        problems.refuse_changed_source(spec, source, Source(now, source.model, source.import_root))
+        problems.refuse_changed_source(spec, source, replace(source, file=now))
     told = f"{file} of {_owner(file)}, digest {now}" if file else "there is no file of it here"
     command = shlex.join(["stage=plan", "trust=true", f"run_dir={run_dir}"])
     raise UntrustedProblem(
@@ -97,12 +98,15 @@ def find(target: str, import_root: str) -> Path | None:
         return Path(loaded)
     first, *names = module.split(".")
     paths = sys.path if import_root in sys.path else [import_root, *sys.path]
-    spec = PathFinder.find_spec(first, paths)
-    if spec is None:  # packages that are installed to be edited have finders of their own
-        spec = next((s for f in sys.meta_path if (s := f.find_spec(first, None))), None)
-    for name in names:  # without its parents' names, by which Python would look for them loaded
-        inside = spec.submodule_search_locations if spec else None
-        spec = PathFinder.find_spec(name, list(inside)) if inside else None
+    try:
+        spec = PathFinder.find_spec(first, paths)
+        if spec is None:  # packages that are installed to be edited have finders of their own
+            spec = next((s for f in sys.meta_path if (s := f.find_spec(first, None))), None)
+        for name in names:  # without its parents' names, by which Python would look for them loaded
+            inside = spec.submodule_search_locations if spec else None
+            spec = PathFinder.find_spec(name, list(inside)) if inside else None
+    except (ImportError, ValueError):  # of names that are none
+        return None
     return Path(spec.origin) if spec and spec.has_location and spec.origin else None
 
 

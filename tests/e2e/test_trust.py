@@ -14,8 +14,9 @@ import pytest
 import tiny
 from launching import Ended, Launch
 
+from trak_dist import TRAKer, trust, worker
 from trak_dist import problem as problems
-from trak_dist import trust, worker
+from trak_dist.errors import UntrustedProblem
 from trak_dist.plan import Plan
 from trak_dist.store.run import Run
 
@@ -274,6 +275,10 @@ def test_a_plan_that_says_its_rows_were_fed_is_asked_about_all_the_same(
     at = run_dir.with_name("fed")
     forged(run_dir, at, fed)
     assert asks(mine(f"run_dir={at}"))
+    # TRAKer asks nothing, and its workers are those of the launcher.
+    plan = Run.open(at).plan
+    cells = [cell.id for cell in plan.featurize_cells(0, "val")]
+    assert not worker.run_cells(str(at), plan.fingerprint, "cpu", cells)
     assert not imported()
 
 
@@ -352,7 +357,15 @@ def test_a_file_is_found_as_import_finds_it_and_nothing_runs(tmp_path: Path) -> 
     assert trust.find("pkg_a.sub.x.problem", root) == tmp_path / "pkg_a/sub/x.py"
     assert trust.find("space.deep.inner.problem", root) == tmp_path / "space/deep/inner.py"
     assert trust.find("tiny.problem", root) == Path(tiny.__file__)
-    for missing in ("space.deep.problem", "pkg_a.none.problem", "none.at_all.problem", "sys.exit"):
+    for missing in (
+        "space.deep.problem",
+        "..problem",
+        "problem",
+        "a\0b.problem",
+        "pkg_a.none.problem",
+        "none.at_all.problem",
+        "sys.exit",
+    ):
         assert trust.find(missing, root) is None
     assert sys.path == before
     assert not {"pkg_a", "space"} & {*sys.modules}
@@ -420,3 +433,19 @@ def test_repairing_writes_nothing_where_a_link_leads(
     assert ended.code == 2
     assert f"the receipts lie outside of the run directory, in {outside}" in ended.err
     assert files(outside) == before
+
+
+def test_traker_executes_no_problem_that_somebody_else_planned(
+    theirs: Place, mine: Place, named: list[str], run_dir: Path, imported: Callable[[], bool]
+) -> None:
+    settings = "featurize.dtype=float32", "reduce.lambda_unit=absolute", "reduce.lambda_reg=0.5"
+    assert theirs(*named, *settings, "stage=plan").code == 0
+    assert asks(mine(f"run_dir={run_dir}"))  # as me from here on
+    imported()
+    fed = TRAKer(tiny.net(), "image_classification", 50, run_dir, device="cpu")
+    fed.load_checkpoint(tiny.state(0), model_id=0)
+    rows = tiny.Rows(50, seed=1)
+    fed.featurize((rows.features, rows.labels), num_samples=50)
+    with pytest.raises(UntrustedProblem, match="a problem that you have not planned"):
+        fed.finalize_features(model_ids=[0])
+    assert not imported()

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Subset
 
 from trak_dist import problem as problems
 from trak_dist.cells import Rows
-from trak_dist.errors import DatasetError, DeviceError
+from trak_dist.errors import DatasetError, DeviceError, ProblemError
 from trak_dist.plan import Split
 from trak_dist.problem import MapDataset, Problem
 from trak_dist.stages import audit, checkpoints
@@ -40,6 +40,12 @@ class Session:
     def problem(self) -> Problem:
         """The problem, rebuilt from the plan and held against it."""
         plan = self.run.plan
+        if plan.train.fed:  # who feeds rows was not asked whether a problem may be executed
+            raise ProblemError(
+                "the plan of a run that is fed names a problem for some of its splits",
+                where=str(self.run.layout.run_dir),
+                next="restore the plan, or use another run_dir",
+            )
         problem = problems.rebuild(plan.spec.problem, plan.source)
         for split in (plan.train, *plan.targets):
             check_split(problem, split, plan.spec.limit)
