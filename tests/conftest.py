@@ -20,6 +20,13 @@ def pytest_report_header() -> str:
     return f"instructions: {torch.backends.cpu.get_cpu_capability()}"
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _what_is_planned_is_remembered_aside(tmp_path_factory: pytest.TempPathFactory) -> object:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_STATE_HOME", str(tmp_path_factory.mktemp("state")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _leave_threads_as_they_were() -> object:
     threads = torch.get_num_threads()

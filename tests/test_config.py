@@ -14,7 +14,7 @@ from trak_dist.errors import ConfigError
 SETTINGS = (
     "accept_source, checkpoints, cluster, counterfactuals, featurize, force, ground_truth, limit, "
     "problem, proj_dim, projection, reduce, repair, run_dir, self_influence, stage, store, "
-    "store_dim, targets, watch"
+    "store_dim, targets, trust, watch"
 )
 GOOD: dict[str, Any] = {"problem": {"_target_": "a.b", "rows": 3}, "run_dir": "runs/a"}
 

@@ -203,6 +203,7 @@ class Config:
     targets: tuple[str, ...] = ("all",)
     repair: bool = False
     accept_source: bool = False
+    trust: bool = False
     watch: bool = False
     force: bool = False
     checkpoints: CheckpointsConfig = CheckpointsConfig()

@@ -49,6 +49,10 @@ class ProblemError(TrakDistError):
     """The problem can't be built, or its source changed since planning."""
 
 
+class UntrustedProblem(TrakDistError):
+    """The problem's code is somebody else's, and the user has not said that it may be executed."""
+
+
 class DatasetError(TrakDistError):
     """A dataset is empty, or is not the one that was planned."""
 

@@ -105,7 +105,7 @@ def _guarded(composed: DictConfig, given: frozenset[str], task: Task | None = No
 
 
 def _tell(error: TrakDistError) -> None:
-    print(f"error: {error}", file=sys.stderr)
+    print(telling.plain(f"error: {error}"), file=sys.stderr)
 
 
 def _launch(composed: DictConfig, given: frozenset[str], task: Task | None) -> int:
@@ -116,6 +116,7 @@ def _launch(composed: DictConfig, given: frozenset[str], task: Task | None) -> i
     if run is None or task:
         sweep.refuse_nested(run_dir)
     kept: list[str] = []
+    typed = mapping["problem"]
     if run:
         mapping, kept = settings.merge_with_plan(mapping, run.plan.settings, given)
     if task and "store_dim" not in given:
@@ -124,7 +125,7 @@ def _launch(composed: DictConfig, given: frozenset[str], task: Task | None) -> i
         if why:
             out.print(why)
     if kept and mapping["stage"] not in ("status", "cancel"):
-        out.print(f"from the plan: {', '.join(kept)}")
+        out.print(telling.plain(f"from the plan: {', '.join(kept)}"))
     settings.refuse_missing(mapping)
     mapping["run_dir"] = str(run_dir)
     chosen = preparation.choose_lambda(mapping, run)
@@ -136,7 +137,7 @@ def _launch(composed: DictConfig, given: frozenset[str], task: Task | None) -> i
             run = sweep.member(run, plan)
             task.run_dir = run.layout.run_dir
         return _look(run, config)
-    run, workers = preparation.prepared(config, run, given, task, chosen)
+    run, workers = preparation.prepared(config, run, given, task, chosen, typed=typed)
     if config.stage == "plan":
         return DONE
     stages = [s for s in STAGE_CELLS if config.stage in ("all", s)]

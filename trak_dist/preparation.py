@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from trak_dist import machine, needs, settings, sweep, telling
+from trak_dist import machine, needs, settings, sweep, telling, trust
 from trak_dist.config import ClusterConfig, Config, Counterfactuals, SlurmConfig
 from trak_dist.errors import ConfigError, MemoryRefused, StoreError
 from trak_dist.plan import GRADIENTS_KEY, REDUCE_KEYS, SWEEP_KEYS, Plan
@@ -32,11 +33,18 @@ def choose_lambda(mapping: dict[str, Any], run: Run | None) -> str:
 
 
 def prepared(
-    config: Config, base: Run | None, given: frozenset[str], task: Task | None, lambda_from: str
+    config: Config,
+    base: Run | None,
+    given: frozenset[str],
+    task: Task | None,
+    lambda_from: str,
+    *,
+    typed: Mapping[str, Any],
 ) -> tuple[Run, int]:
     """The run, made or extended, and how many workers fit; refuses before it writes.
 
-    The task of a sweep makes or extends a member of `base`, if it is not that run itself.
+    The task of a sweep makes or extends a member of `base`, if it is not that run itself. `typed`
+    is the problem that the command line alone says, without the plan.
     """
     from trak_dist.stages import planning, truth
     from trak_dist.store.prepare import prepare
@@ -63,7 +71,7 @@ def prepared(
         base is not None and plan is not None and plan.spec.featurize != base.plan.spec.featurize
     )
     if plan is None or config.stage != "reduce" or retrains or other_grads:
-        plan = _plan_with_problem(config, plan, run or base, given)
+        plan = _plan_with_problem(config, plan, run or base, given, typed=typed)
     planning.refuse_unknown_ids(plan)
     planning.refuse_rank_deficient(plan)
     if config.stage == "evaluate":
@@ -111,17 +119,28 @@ def wanted(config: Config, run: Run, may: tuple[str, ...]) -> Plan:
 
 
 def _plan_with_problem(
-    config: Config, plan: Plan | None, run: Run | None, given: frozenset[str]
+    config: Config,
+    plan: Plan | None,
+    run: Run | None,
+    given: frozenset[str],
+    *,
+    typed: Mapping[str, Any],
 ) -> Plan:
     from trak_dist import problem as problems
     from trak_dist.stages import planning, truth
     from trak_dist.stages.counterfactual import with_counterfactuals
 
+    spec = plan.spec.problem if plan else config.spec.problem
+    import_root = plan.source.import_root if plan else str(Path.cwd())
+    said = plan is None or config.trust or config.accept_source
+    if plan and run and not said and not trust.planned_here(typed, plan):
+        trust.refuse_foreign(plan, run.layout.run_dir)
+    elif note := trust.give_word(spec, import_root):
+        out.print(note)
     if plan and plan.train.fed:
         _refuse_what_takes_a_problem(config, given)
         return plan
-    import_root = plan.source.import_root if plan else str(Path.cwd())
-    problem, source = problems.build(config.spec.problem, import_root=import_root)
+    problem, source = problems.build(spec, import_root=import_root)
     problem = problems.drawing(problem, config.spec.featurize.random)
     if plan is None:
         plan = planning.make_plan(config, problem, source, tell=out.print)

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from trak_dist.ops.model_outputs import ModelOutput
 
 
+SHIPPED = tuple(f"trak_dist.problems.{n}.problem" for n in ("mnist", "fashion_mnist", "cifar2"))
+
+
 class MapDataset(Protocol):
     """A map-style dataset."""
 
@@ -209,7 +212,7 @@ def locate(target: str, *, import_root: str) -> tuple[Callable[..., Problem], st
         If it can't be imported.
     """
     module_name, _, name = target.rpartition(".")
-    if import_root not in sys.path:
+    if import_root not in sys.path and not is_shipped(target):
         sys.path.insert(0, import_root)
     try:
         module = importlib.import_module(module_name)
@@ -228,6 +231,11 @@ def locate(target: str, *, import_root: str) -> tuple[Callable[..., Problem], st
             next="name a function that returns a trak_dist.Problem",
         )
     return function, source.file_digest(Path(file))
+
+
+def is_shipped(target: str) -> bool:
+    """Whether `target` is a problem of this package, which imports nothing of the user's."""
+    return target in SHIPPED
 
 
 def build(spec: Mapping[str, Any], *, import_root: str) -> tuple[Problem, Source]:

@@ -31,6 +31,8 @@ CONF = next(p for p in (PACKAGE / "conf", PACKAGE.parent / "conf") if p.is_dir()
 _GROUP_IDENTITY = {"problem": "problem._target_", "projection": "projection.kind"}
 _SPEC_KEYS = frozenset(Spec.__dataclass_fields__)
 _MISSING = "???"
+# Hydra takes its other defaults from its own package first, these from a user's directory first.
+_HYDRAS_OWN = ("hydra/config.yaml", "hydra/launcher/basic.yaml", "hydra/sweeper/basic.yaml")
 MULTIRUN = ("-m", "--multirun", "hydra.mode=MULTIRUN")
 
 
@@ -39,6 +41,11 @@ def complete_overrides(arguments: Sequence[str], cwd: Path) -> list[str]:
 
     A problem named by `problem._target_` alone is `problem=custom`, so that the default problem's
     settings do not leak into it; a directory `conf` where the user is adds to ours.
+
+    Raises
+    ------
+    ConfigError
+        If that directory would stand in for what Hydra itself is set to, unasked.
     """
     completed = list(arguments)
     keys = {_key(o) for o in overrides_among(arguments)}
@@ -46,6 +53,13 @@ def complete_overrides(arguments: Sequence[str], cwd: Path) -> list[str]:
         completed.append("problem=custom")
     own = cwd / "conf"
     if own.is_dir() and own.resolve() != CONF.resolve() and "hydra.searchpath" not in keys:
+        unasked = [name for name in _HYDRAS_OWN if (own / name).exists()]
+        if unasked:
+            raise ConfigError(
+                f"{', '.join(unasked)} would be read though nobody chose it",
+                where=str(own),
+                next="launch elsewhere, or hydra.searchpath=[] to leave this directory out",
+            )
         completed.append(f"hydra.searchpath=[{commands.hydra_value(f'file://{own}')}]")
     # Between overrides Hydra would not understand -m.
     return sorted(completed, key=lambda argument: argument not in MULTIRUN)

@@ -23,8 +23,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trak_dist import machine
-from trak_dist.cells import STEPS, Cell
+from trak_dist import machine, trust
+from trak_dist.cells import STAGE_STEPS, STEPS, Cell
 from trak_dist.config import DEVICES, SlurmConfig, cluster_from_mapping
 from trak_dist.errors import ConfigError, PlanMismatch, TrakDistError, WorkerLost
 from trak_dist.store.jobs import GO_ON, Job, Jobs
@@ -93,6 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m trak_dist.task", description=__doc__)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("what", help=f"number of a submitted job, or one of {', '.join(STEPS)}")
+    parser.add_argument("--trust", action="store_true", help="run a problem that others planned")
     parser.add_argument("--device", default="auto", choices=DEVICES)
     parser.add_argument("--max-attempts", type=int, default=SlurmConfig().max_attempts)
     given = parser.parse_args(arguments)
@@ -110,6 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             task = _submitted(job, given.what)
         else:
             task = _own_share(jobs.run, given)
+            if not given.trust and given.what not in STAGE_STEPS["reduce"]:
+                trust.refuse_foreign(jobs.run.plan, jobs.run.layout.run_dir)
         warned.patience = task.patience
         return _run(jobs, task, warned, pauses)
     except TrakDistError as error:

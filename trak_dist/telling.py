@@ -14,6 +14,7 @@ from rich.text import Text
 
 from trak_dist import commands, needs
 from trak_dist.cells import STAGE_CELLS, Cell, EvaluateCell, FeaturizeCell, ReportCell
+from trak_dist.errors import StoreError
 from trak_dist.stages.status import Status, by_error, lines, read_status
 from trak_dist.store.run import Run
 
@@ -22,6 +23,13 @@ if TYPE_CHECKING:
 
 WATCH_SECONDS = 5.0
 out = Console(soft_wrap=True, highlight=False, markup=False)
+
+
+def plain(text: str) -> str:
+    """`text` for a terminal: whatever a run directory brings, it moves no cursor."""
+    return "".join(
+        c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def planned(run: Run) -> None:
@@ -50,7 +58,7 @@ def all_done(run: Run, stage: str, cells: Sequence[Cell]) -> bool:
         log = f" (log: {first.job['log']})" if first.job.get("log") else ""
         others = len(cells_alike) - 1
         more = f", and {others} more with the same error" if others else ""
-        print(f"\n{first.cell}{more}{log}:\n{text.rstrip()}", file=sys.stderr)
+        print(plain(f"\n{first.cell}{more}{log}:\n{text.rstrip()}"), file=sys.stderr)
     silent = [c.id for c in missing if c not in failures]
     if silent:
         shown = ", ".join(silent[:10]) + (", …" if len(silent) > 10 else "")
@@ -66,7 +74,7 @@ def status(run: Run) -> Status:
     """Print the status, the machine-readable line last."""
     found = read_status(run)
     for line in (*lines(found), "", found.json_line()):
-        print(line)
+        print(plain(line))
     return found
 
 
@@ -74,7 +82,7 @@ def watch(run: Run) -> Status:
     """Show the status again and again, until there is nothing to wait for."""
     with Live(console=out, auto_refresh=False, transient=True) as live:
         while not (found := read_status(run)).idle:
-            live.update(Text("\n".join(lines(found)), no_wrap=True), refresh=True)
+            live.update(Text(plain("\n".join(lines(found))), no_wrap=True), refresh=True)
             time.sleep(WATCH_SECONDS)
     return status(run)
 
@@ -118,8 +126,10 @@ def verify(run: Run, *, repair: bool) -> bool:
     missing = sum(len(s.cells) for s in found.stages.values()) - done
     damaged = list(damaged_cells(run))
     for cell, reasons in damaged:
-        print(f"damaged {cell.id}: {'; '.join(reasons)}")
+        print(plain(f"damaged {cell.id}: {'; '.join(reasons)}"))
     if repair:
+        for cell, _ in damaged:
+            _refuse_outside(run, cell)
         take_back(run, damaged)
     print(
         f"verify: {done} cells done, {len(damaged)} of them damaged, {missing} cells not done yet"
@@ -135,6 +145,16 @@ def verify(run: Run, *, repair: bool) -> bool:
         return True
     print(f"next: {commands.launch(run.layout.run_dir, 'stage=verify', 'repair=true')}")
     return False
+
+
+def _refuse_outside(run: Run, cell: Cell) -> None:
+    home = run.layout.receipts(run.plan, cell)
+    if not home.resolve().is_relative_to(run.layout.base.resolve()):
+        raise StoreError(
+            f"the receipts lie outside of the run directory, in {home.resolve()}, by a link",
+            where=str(home),
+            next="a directory in place of the link, with the receipts in it",
+        )
 
 
 def tell_what_next(run: Run) -> None:

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from trak_dist import worker
-from trak_dist.cells import TRAIN, Cell, GramCell, KernelCell, PreconditionCell
+from trak_dist import trust, worker
+from trak_dist.cells import TRAIN, Cell, FeaturizeCell, GramCell, KernelCell, PreconditionCell
 from trak_dist.compat import FunctionalGradientComputer
 from trak_dist.config import Spec
 from trak_dist.errors import CellsFailed, ConfigError, ModelIDException
@@ -438,6 +438,10 @@ class TRAKer:
 
     def _complete(self, run: Run, cells: Sequence[Cell]) -> None:
         """Have the worker run what is not done; several processes may."""
+        done = run.receipts.done(cells)
+        left = [c.split for c in cells if isinstance(c, FeaturizeCell) and c not in done]
+        if not all(run.plan.split(name).fed for name in left):  # a problem's, of the launcher's run
+            trust.refuse_foreign(run.plan, run.layout.run_dir)
         with worker.own_numerics(self.device):
             worker.run_cells(
                 str(run.layout.run_dir),

@@ -197,3 +197,23 @@ def test_what_a_local_worker_could_not_begin_for_is_in_its_log_in_our_words(
     (log,) = (tmp_path / "logs").rglob("*.err")
     assert "ERROR not readable: Permission denied" in log.read_text()
     assert "Traceback" not in log.read_text()
+
+
+def append_and_tell_where_pickles_are(directory: str, cells: Sequence[str]) -> None:
+    """A job that says where it was loaded from, and who else may write there."""
+    folder = Path(os.environ["SUBMITIT_FOLDER"])
+    pickled = [path.name for path in folder.glob("*.pkl")]
+    append(directory, [f"{folder} {folder.stat().st_mode & 0o777:o} {len(pickled)}"])
+
+
+def test_local_loads_pickles_only_from_where_nobody_else_can_put_one(tmp_path: Path) -> None:
+    job = functools.partial(append_and_tell_where_pickles_are, str(tmp_path))
+    local(tmp_path).run(job, TASKS[:2], lambda: None)
+    told = [line for cells in ran(tmp_path) for line in cells]
+    folders = {Path(line.split()[0]) for line in told}
+    assert len(told) == 2
+    assert len(folders) == 1
+    assert {line.split()[1] for line in told} == {"700"}
+    assert all(int(line.split()[2]) >= 1 for line in told)
+    assert not any(folder.is_relative_to(tmp_path) or folder.exists() for folder in folders)
+    assert not list(tmp_path.rglob("*.pkl"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -322,3 +323,33 @@ def test_metadata_that_can_not_be_read_is_made_anew_and_the_chunks_stay(
             arrays.read_rows(made, spec, 0, 8)
         arrays.ensure(made, spec)
         assert files(made) == before
+
+
+@pytest.mark.parametrize("place", ["codec of format 3", "compressor", "filter"])
+def test_an_array_whose_chunks_are_pickles_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    path = tmp_path / "array"
+    arrays.ensure(path, SPEC)
+    described = json.loads((path / "zarr.json").read_text())
+    if place == "codec of format 3":
+        described["codecs"] = [{"name": "numcodecs.pickle", "configuration": {}}]
+        (path / "zarr.json").write_text(json.dumps(described))
+    else:  # as if format 3 was taken away just after it was seen to be there
+        monkeypatch.setattr(arrays, "_there", lambda path: True)
+        (path / "zarr.json").unlink()
+        old = {"zarr_format": 2, "shape": [20, 3], "chunks": [8, 3], "dtype": "<f4", "order": "C"}
+        own = {"id": "pickle"}
+        old |= {"fill_value": 0, "compressor": own if place == "compressor" else None}
+        old |= {"filters": [own] if place == "filter" else None}
+        (path / ".zarray").write_text(json.dumps(old))
+    for chunk in ("c/0/0", "0.0"):
+        (path / chunk).parent.mkdir(parents=True, exist_ok=True)
+        (path / chunk).write_bytes(pickle.dumps([_Calls()]))
+    with pytest.raises(StoreError, match="no readable array"):
+        arrays.read_rows(path, SPEC, 0, 8)
+
+
+class _Calls:
+    def __reduce__(self) -> object:
+        return pytest.fail, ("unpickled",)

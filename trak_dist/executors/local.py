@@ -5,13 +5,16 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import submitit
+from submitit.core.utils import DelayedSubmission, JobPaths
 
 from trak_dist.errors import TrakDistError
 from trak_dist.executors.protocol import Job, Task
@@ -37,14 +40,22 @@ class LocalExecutor:
         """See `Executor`."""
         if not tasks:
             return
+        with atomic.told(Path(tempfile.gettempdir())):
+            private = tempfile.TemporaryDirectory(prefix="trak_dist-", ignore_cleanup_errors=True)
+        with private:
+            self._run(job, tasks, tick, Path(private.name))
+
+    def _run(
+        self, job: Job, tasks: Sequence[Task], tick: Callable[[], None], private: Path
+    ) -> None:
         count = min(self._workers, len(tasks))
         bounds = [round(i * len(tasks) / count) for i in range(count + 1)]
         jobs: list[submitit.Job[None]] = []
         try:
             for worker, (start, stop) in enumerate(itertools.pairwise(bounds)):
                 cells = [cell for task in tasks[start:stop] for cell in task]
-                with atomic.told(self._logs):  # where submitit puts what it hands over
-                    jobs.append(self._submit(job, cells, worker))
+                with atomic.told(self._logs):  # where submitit puts what a worker prints
+                    jobs.append(self._submit(job, cells, worker, private))
             while not all(j.done() for j in jobs):
                 tick()
                 time.sleep(POLL_SECONDS)
@@ -55,17 +66,39 @@ class LocalExecutor:
                 time.sleep(POLL_SECONDS)
             raise
 
-    def _submit(self, job: Job, cells: Sequence[str], worker: int) -> submitit.Job[None]:
-        executor = submitit.LocalExecutor(folder=self._logs / "local")
+    def _submit(
+        self, job: Job, cells: Sequence[str], worker: int, private: Path
+    ) -> submitit.Job[None]:
+        logs = self._logs / "local"
+        with atomic.told(logs):
+            executor = _Local(folder=logs)
         gpus: dict[str, Any] = {}
         if self._gpus:
             gpus = {"gpus_per_node": 1, "visible_gpus": [worker % self._gpus]}
         executor.update_parameters(timeout_min=YEAR_MINUTES, **gpus)
-        return executor.submit(_in_worker, job, cells, self._log_variable)
+        call = DelayedSubmission(_in_worker, job, cells, logs, self._log_variable)
+        return executor.start(call, private)
 
 
-def _in_worker(job: Job, cells: Sequence[str], log_variable: str) -> None:
-    os.environ[log_variable] = str(submitit.JobEnvironment().paths.stderr)
+class _Local(submitit.LocalExecutor):
+    """submitit's workers and their logs, but pickles where nobody else can put one."""
+
+    def start(self, call: DelayedSubmission, private: Path) -> submitit.Job[None]:
+        """Start a worker that loads `call` from the directory `private`, of this user alone."""
+        pickled = private / "call.pkl"
+        with atomic.told(pickled):
+            call.dump(pickled)
+        python = shlex.quote(sys.executable)
+        worker: submitit.Job[None] = self._submit_command(
+            f"{python} -u -m submitit.core._submit {shlex.quote(str(private))}"
+        )
+        pickled.rename(JobPaths(private, worker.job_id).submitted_pickle)  # it waits for this
+        return worker
+
+
+def _in_worker(job: Job, cells: Sequence[str], logs: Path, log_variable: str) -> None:
+    log = JobPaths(logs, submitit.JobEnvironment().job_id).stderr
+    os.environ[log_variable] = str(log)
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
     )

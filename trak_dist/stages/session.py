@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from trak_dist import problem as problems
 from trak_dist.cells import TRAIN, Rows
 from trak_dist.config import Spec
-from trak_dist.errors import DeviceError
+from trak_dist.errors import DeviceError, ProblemError
 from trak_dist.problem import MapDataset, Problem
 from trak_dist.stages import audit, checkpoints, datasets, pinned
 from trak_dist.stages.loaded import Loaded, batch_in, model_in
@@ -37,6 +37,12 @@ class Session:
         """The problem, rebuilt from the plan and held against it."""
         plan = self.run.plan
         what = plan.spec.problem["_target_"]
+        if plan.train.fed:  # who feeds rows was not asked whether a problem may be executed
+            raise ProblemError(
+                "the plan of a run that is fed names a problem for some of its splits",
+                where=str(self.run.layout.run_dir),
+                next="restore the plan, or use another run_dir",
+            )
         problem = problems.rebuild(plan.spec.problem, plan.source)
         problem = problems.drawing(problem, plan.spec.featurize.random)
         pinned.refuse_other_unsaved(plan.source, problem.model, what=what)

@@ -1,0 +1,148 @@
+"""Whose word the code of a problem has: what this user has planned, or said `trust=true` to.
+
+Looking at a run directory runs nothing of it. Executing a run does: it imports the file that the
+plan names, as this user. So of a run that somebody else planned the user is asked, once. What the
+user has said is kept in a directory of the user's, one small file for each problem.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.machinery import PathFinder
+from pathlib import Path
+from typing import Any
+
+from trak_dist import problem as problems
+from trak_dist import source as sources
+from trak_dist.errors import ProblemError, StoreError, UntrustedProblem
+from trak_dist.plan import Plan, Source, digest
+from trak_dist.store import atomic
+
+NO_CODE = {"_target_": "trak_dist.TRAKer"}  # of a run that is fed: nothing is built from it
+
+
+def planned_here(spec: Mapping[str, Any], plan: Plan) -> bool:
+    """Whether `spec`, composed from the user's command line alone, is the plan's problem here."""
+    here = str(Path.cwd()) == plan.source.import_root
+    return here and digest(spec) == digest(dict(plan.spec.problem))
+
+
+def give_word(spec: Mapping[str, Any], import_root: str) -> str:
+    """Remember that this user lets the problem be executed; why it can't be, where it can't."""
+    if needs_no_word(spec):
+        return ""
+    file = find(spec["_target_"], import_root)
+    said = {"problem": dict(spec), "import_root": import_root, "file": str(file)}
+    try:
+        path = _record(spec, import_root, _digest(file))
+        if not path.exists():
+            atomic.write(path, json.dumps(said, indent=1).encode())
+    except (OSError, RuntimeError, StoreError) as error:  # no home, or not a writable one
+        why = " ".join(str(error).split())
+        return (
+            f"that you planned {spec['_target_']} can't be remembered: commands that do not name "
+            f"it will ask for trust=true; XDG_STATE_HOME=… a directory of yours helps ({why})"
+        )
+    return ""
+
+
+def refuse_foreign(plan: Plan, run_dir: Path) -> None:
+    """Called before anything that a plan names is imported.
+
+    Raises
+    ------
+    UntrustedProblem
+        If this user has neither planned nor accepted the problem as it is now.
+    ProblemError
+        If the user has, and the file was edited since.
+    """
+    spec, source = plan.spec.problem, plan.source
+    if needs_no_word(spec):
+        return
+    file = find(spec["_target_"], source.import_root)
+    now = _digest(file)
+    if _has_word(spec, source, now):
+        return
+    if any(_has_word(spec, source, then) for then in (source.file, *source.accepted)):
+        sources.refuse_changed(spec, source, replace(source, file=now))
+    told = f"{file} of {_owner(file)}, digest {now}" if file else "there is no file of it here"
+    command = shlex.join(["stage=plan", "trust=true", f"run_dir={run_dir}"])
+    raise UntrustedProblem(
+        f"to go on with this run executes {spec['_target_']} as you, a problem that you have not "
+        f"planned: {told}, imported from {source.import_root}",
+        where=f"{run_dir} of {_owner(run_dir)}",
+        next=f"read the file and what it imports; if you trust them: python -m trak_dist.launch "
+        f"{command} (remembered until the file changes). stage=status, stage=verify and open_run "
+        "execute none of it",
+    )
+
+
+def needs_no_word(spec: Mapping[str, Any]) -> bool:
+    """Whether a problem is one of those that come with the package, or none that is executed."""
+    return problems.is_shipped(spec["_target_"]) or dict(spec) == NO_CODE
+
+
+def find(target: str, import_root: str) -> Path | None:
+    """The file of the function that `target` names, found as `import` does but running none of it.
+
+    None if there is none: a package that makes its modules while it is imported has none.
+    """
+    module = target.rpartition(".")[0]
+    loaded = getattr(sys.modules.get(module), "__file__", None)
+    if loaded:
+        return Path(loaded)
+    first, *names = module.split(".")
+    paths = sys.path if import_root in sys.path else [import_root, *sys.path]
+    try:
+        spec = PathFinder.find_spec(first, paths)
+        if spec is None:  # packages that are installed to be edited have finders of their own
+            spec = next((s for f in sys.meta_path if (s := f.find_spec(first, None))), None)
+        for name in names:  # without its parents' names, by which Python would look for them loaded
+            inside = spec.submodule_search_locations if spec else None
+            spec = PathFinder.find_spec(name, list(inside)) if inside else None
+    except (ImportError, ValueError):  # of names that are none
+        return None
+    return Path(spec.origin) if spec and spec.has_location and spec.origin else None
+
+
+def _has_word(spec: Mapping[str, Any], source: Source, file: str) -> bool:
+    try:
+        return _record(spec, source.import_root, file).exists()
+    except (OSError, RuntimeError):  # no home, or not ours: nothing was ever remembered
+        return False
+
+
+def _record(spec: Mapping[str, Any], import_root: str, file: str) -> Path:
+    """The file whose existence is the user's word for a problem, its arguments and its place."""
+    state = Path(os.environ.get("XDG_STATE_HOME", ""))
+    if not state.is_absolute():  # as its specification says
+        state = Path.home() / ".local" / "state"
+    name = digest([dict(spec), import_root, file])
+    return state / "trak_dist" / "planned" / f"{name}.json"
+
+
+def _digest(file: Path | None) -> str:
+    try:
+        return sources.file_digest(file) if file else ""
+    except OSError as error:
+        raise ProblemError(
+            f"the problem's file can't be read: {error.strerror}",
+            where=str(file),
+            next="see that it is there and that you may read it",
+        ) from None
+
+
+def _owner(path: Path) -> str:
+    try:
+        uid = path.stat().st_uid
+        return pwd.getpwuid(uid).pw_name
+    except OSError:
+        return "unknown"
+    except KeyError:
+        return f"user {uid}"
