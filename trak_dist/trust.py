@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import pwd
-import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,6 +17,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
+from trak_dist import commands
 from trak_dist import problem as problems
 from trak_dist import source as sources
 from trak_dist.errors import ProblemError, StoreError, UntrustedProblem
@@ -72,13 +72,13 @@ def refuse_foreign(plan: Plan, run_dir: Path) -> None:
     if any(_has_word(spec, source, then) for then in (source.file, *source.accepted)):
         sources.refuse_changed(spec, source, replace(source, file=now))
     told = f"{file} of {_owner(file)}, digest {now}" if file else "there is no file of it here"
-    command = shlex.join(["stage=plan", "trust=true", f"run_dir={run_dir}"])
+    command = commands.launch(run_dir, "stage=plan", "trust=true")
     raise UntrustedProblem(
         f"to go on with this run executes {spec['_target_']} as you, a problem that you have not "
         f"planned: {told}, imported from {source.import_root}",
         where=f"{run_dir} of {_owner(run_dir)}",
-        next=f"read the file and what it imports; if you trust them: python -m trak_dist.launch "
-        f"{command} (remembered until the file changes). stage=status, stage=verify and open_run "
+        next=f"read the file and what it imports; if you trust them: {command} "
+        "(remembered until the file changes). stage=status, stage=verify and open_run "
         "execute none of it",
     )
 
