@@ -939,8 +939,12 @@ def test_a_lost_task_that_is_submitted_again_is_lost_no_more(
     ("content", "why"),
     [
         ("", "Expecting value: line 1 column 1 (char 0)"),
-        ("{}", "'tasks'"),
-        ("[]", "list indices must be integers or slices, not str"),
+        (
+            "{}",
+            "it is no job: launch: missing step: missing fingerprint: missing device: missing "
+            "tasks: missing cluster: missing stages: missing",
+        ),
+        ("[]", "it is no mapping"),
     ],
 )
 def test_a_damaged_record_of_a_queued_job(
