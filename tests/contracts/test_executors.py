@@ -12,11 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-import submitit
 
 from trak_dist.errors import StoreError
 from trak_dist.executors.debug import DebugExecutor
-from trak_dist.executors.local import LocalExecutor
+from trak_dist.executors.local import LocalExecutor, _Local
 from trak_dist.executors.protocol import Executor, Task
 
 Make = Callable[[Path], Executor]
@@ -169,14 +168,14 @@ def test_local_gives_each_worker_a_log_that_is_there(tmp_path: Path) -> None:
 def test_local_starts_no_work_that_it_leaves_alone_where_the_disk_is_full(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    submit, calls = submitit.LocalExecutor.submit, itertools.count()
+    submit, calls = _Local.start, itertools.count()
 
     def full(*given: object) -> object:
         if next(calls):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return submit(*given)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(submitit.LocalExecutor, "submit", full)
+    monkeypatch.setattr(_Local, "start", full)
     job = functools.partial(append_for_long, str(tmp_path))
     with pytest.raises(StoreError, match="no disk space: No space left on device"):
         local(tmp_path).run(job, TASKS[:2], lambda: None)

@@ -16,6 +16,7 @@ from launching import Ended, Launch
 
 from trak_dist import TRAKer, trust, worker
 from trak_dist import problem as problems
+from trak_dist import source as sources
 from trak_dist.errors import UntrustedProblem
 from trak_dist.plan import Plan
 from trak_dist.store.run import Run
@@ -177,7 +178,7 @@ def test_whatever_executes_a_run_that_somebody_else_planned_asks_first(
     assert not imported()
     there = {p: t for p, t in files(run_dir).items() if "multirun" not in str(p)}
     assert there == before
-    digest = problems.file_digest(theirs.path / f"{MODULE}.py")
+    digest = sources.file_digest(theirs.path / f"{MODULE}.py")
     assert f"executes {MODULE}.problem as you" in ended.err
     assert f"{theirs.path / MODULE}.py of " in ended.err
     assert f"digest {digest}, imported from {theirs.path}\n" in ended.err

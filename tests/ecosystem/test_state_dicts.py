@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 from pathlib import Path
@@ -293,3 +294,14 @@ def test_checkpoints_that_lack_different_frozen_tensors_are_refused(tmp_path: Pa
     with pytest.raises(CheckpointError, match=r"0\.bias is in some checkpoints and not in others"):
         fed.load_checkpoint({n: t for n, t in tiny.state(1).items() if n[0] != "0"}, 1)
     assert logging.getLogger("trak_dist").level == logging.INFO
+
+
+def test_a_checkpoint_that_may_not_be_looked_at_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(_: Path) -> bool:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_dir", refused)
+    with pytest.raises(CheckpointError, match="not readable: Permission denied"):
+        state_dicts.read(tmp_path / "0.pt")

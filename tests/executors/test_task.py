@@ -119,7 +119,7 @@ def test_a_task_with_a_cell_that_fails(main: Main, run: Run, monkeypatch) -> Non
     assert done(run, FIRST) == [FIRST[0], FIRST[2]]
     failure = run.receipts.failure(parse_cell(FIRST[1]))
     assert failure
-    assert failure.error == "RuntimeError: row 9 can't be read"
+    assert "reading row 9 of 'train' raised RuntimeError: row 9 can't be read" in failure.error
 
 
 def test_a_task_whose_inputs_are_missing(main: Main, run: Run) -> None:

@@ -60,7 +60,7 @@ def test_after_a_loss_of_power_an_array_can_be_made_and_a_receipt_means_that_its
 
     def work(root: Path) -> None:
         arrays.ensure(root / "run" / "a", spec)
-        arrays.write_rows(root / "run" / "a", 2, values)
+        arrays.write_rows(root / "run" / "a", spec, 2, values)
         atomic.write(root / "run" / "receipts" / "2-4.json", b"{}")
         arrays.grow(root / "run" / "a", more)
 
@@ -78,7 +78,7 @@ def test_after_a_loss_of_power_an_array_can_be_made_and_a_receipt_means_that_its
         done.add(there)
         arrays.grow(root / "run" / "a", more)
         if there:
-            assert np.array_equal(arrays.read_rows(root / "run" / "a", 2, 4), values)
+            assert np.array_equal(arrays.read_rows(root / "run" / "a", more, 2, 4), values)
     assert done == {True, False}
 
 

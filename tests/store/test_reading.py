@@ -147,7 +147,7 @@ def test_an_array_that_may_not_be_looked_at_is_told(
     for look in (
         lambda: arrays.ensure_group(tmp_path),
         lambda: arrays.ensure(tmp_path / "a", spec),
-        lambda: arrays.read_rows(tmp_path / "a", 0, 2),
+        lambda: arrays.read_rows(tmp_path / "a", spec, 0, 2),
     ):
         with pytest.raises(StoreError, match=f"not readable: {os.strerror(code)}"):
             look()

@@ -48,9 +48,17 @@ def read(path: Path) -> State:
     Raises
     ------
     CheckpointError
-        If there is no such file, or it holds no named tensors.
+        If there is no such file, it can't be read, or it holds no named tensors.
     """
-    if path.is_dir():
+    try:
+        directory = path.is_dir()
+    except OSError as error:
+        raise CheckpointError(
+            f"not readable: {error.strerror}",
+            where=str(path),
+            next="see that you may read it and that the file system is well, then run it again",
+        ) from error
+    if directory:
         return _read_directory(path)
     if path.suffix == ".safetensors":
         return State(_told(path, lambda: safetensors.torch.load_file(path)))
