@@ -941,8 +941,10 @@ def test_a_lost_task_that_is_submitted_again_is_lost_no_more(
         ("", "Expecting value: line 1 column 1 (char 0)"),
         (
             "{}",
-            "it is no job: launch: missing step: missing fingerprint: missing device: missing "
-            "tasks: missing cluster: missing stages: missing",
+            (
+                "it is no job: launch: missing step: missing fingerprint: missing device: missing "
+                "tasks: missing cluster: missing stages: missing"
+            ),
         ),
         ("[]", "it is no mapping"),
     ],
