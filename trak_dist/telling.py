@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.live import Live
@@ -14,7 +15,7 @@ from rich.text import Text
 
 from trak_dist import commands, needs
 from trak_dist.cells import STAGE_CELLS, Cell, EvaluateCell, FeaturizeCell, ReportCell
-from trak_dist.errors import StoreError
+from trak_dist.errors import CorruptChunk, StoreError
 from trak_dist.stages.status import Status, by_error, lines, read_status
 from trak_dist.store.run import Run
 
@@ -163,7 +164,10 @@ def tell_what_next(run: Run) -> None:
         name = cell.id.partition("/")[2]
         page = run.layout.report(name)
         print(f"scores: {run.layout.scores(name)}")
-        shown = [page, *(page.with_suffix(f"{p}.png") for p in receipt.fact("pictures", list))]
+        shown = [
+            page,
+            *(page.parent / f"{page.stem}{p}.png" for p in receipt.fact("pictures", list)),
+        ]
         print("\n".join(f"report: {path}" for path in shown))
     print(f"next:   {_command(run, 'stage=status')}")
     for line in proofs(run):
@@ -174,40 +178,66 @@ def proofs(run: Run) -> Iterator[str]:
     """What was found of the scores' worth: overlaps, counterfactuals, AUC, LDS last."""
     done = run.receipts.done([*run.plan.cells_of(ReportCell), *run.plan.cells_of(EvaluateCell)])
     facts = [(cell.id.partition("/")[2], receipt.facts) for cell, receipt in done.items()]
-    for name, found in facts:
-        for count, share in found.get("stability", {}).items():
-            yield (
-                f"halves: {name} share {_interval(share)} of the {count} most helpful rows, by "
-                f"chance {share['chance']:.2g}"
-            )
-    for name, found in facts:
-        for one in found.get("counterfactuals", []):
-            yield (
-                f"remove: {name} {one['removed']} most helpful rows: output drops by "
-                f"{_interval(one['drop'])}, against random rows"
-            )
-        if wrong := found.get("mislabelled"):
-            yield (
-                f"labels: AUC {_interval(wrong['auc'])} of self-influence, "
-                f"{_interval(wrong['auc_of_out_to_loss'])} of out-to-loss alone, "
-                f"for {wrong['rows']} wrong ones"
-            )
+    for tell in (_halves, _removed, _labels):
+        for name, found in facts:
+            with _odd_facts_told(name):
+                yield from tell(name, found)
     yield from lds(run)
+
+
+def _halves(name: str, found: Mapping[str, Any]) -> Iterator[str]:
+    for count, share in found.get("stability", {}).items():
+        yield (
+            f"halves: {name} share {_interval(share)} of the {count} most helpful rows, by "
+            f"chance {share['chance']:.2g}"
+        )
+
+
+def _removed(name: str, found: Mapping[str, Any]) -> Iterator[str]:
+    for one in found.get("counterfactuals", []):
+        yield (
+            f"remove: {name} {one['removed']} most helpful rows: output drops by "
+            f"{_interval(one['drop'])}, against random rows"
+        )
+
+
+def _labels(_: str, found: Mapping[str, Any]) -> Iterator[str]:
+    if wrong := found.get("mislabelled"):
+        yield (
+            f"labels: AUC {_interval(wrong['auc'])} of self-influence, "
+            f"{_interval(wrong['auc_of_out_to_loss'])} of out-to-loss alone, "
+            f"for {wrong['rows']} wrong ones"
+        )
+
+
+@contextlib.contextmanager
+def _odd_facts_told(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CorruptChunk(
+            f"the facts of a receipt can't be read: {type(error).__name__}: {error}",
+            where=name,
+            next="remove its evaluate and report receipts, then the same command again",
+        ) from error
 
 
 def lds(run: Run) -> Iterator[str]:
     """The LDS of each target set that was held against retrained models."""
     flattered = ", λ chosen on these targets" if run.plan.lambda_from else ""
     for cell, receipt in run.receipts.done(run.plan.cells_of(EvaluateCell)).items():
-        found = receipt.facts
-        if "lds" in found:
-            own, fair = _interval(found["lds"]), _interval(found["chosen"]["lds"])
-            few = f"; {found['left_out']} constant targets left out" if found["left_out"] else ""
-            name = cell.id.partition("/")[2]
-            yield (
-                f"LDS:    {name} {own} (95 %{flattered}), with λ chosen on other targets "
-                f"{fair}{few}"
-            )
+        name = cell.id.partition("/")[2]
+        with _odd_facts_told(name):
+            yield from _lds(name, receipt.facts, flattered)
+
+
+def _lds(name: str, found: Mapping[str, Any], flattered: str) -> Iterator[str]:
+    if "lds" in found:
+        own, fair = _interval(found["lds"]), _interval(found["chosen"]["lds"])
+        few = f"; {found['left_out']} constant targets left out" if found["left_out"] else ""
+        yield (
+            f"LDS:    {name} {own} (95 %{flattered}), with λ chosen on other targets {fair}{few}"
+        )
 
 
 def _interval(found: Mapping[str, float]) -> str:

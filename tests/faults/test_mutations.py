@@ -12,6 +12,7 @@ import os
 import random
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ from omegaconf import OmegaConf
 from safetensors.torch import save
 
 from trak_dist import open_run, settings, telling
-from trak_dist.cells import KernelCell, ScoreCell
+from trak_dist.cells import KernelCell, ReportCell, ScoreCell
 from trak_dist.config import Config, SlurmConfig, cluster_from_mapping, refuse_other_shape
+from trak_dist.errors import CorruptChunk
 from trak_dist.launch import main
 from trak_dist.stages import state_dicts
 from trak_dist.stages.checkpoints import content_digest
@@ -309,4 +311,21 @@ def test_a_changed_scale_in_a_receipt_is_noticed(subject) -> None:
     assert cell not in subject.run.receipts.done([cell])
     assert launched(subject.line) == 0
     np.testing.assert_array_equal(open_run(subject.run_dir).scores("val"), subject.scores)
+    subject.restore()
+
+
+@pytest.mark.parametrize(
+    ("facts", "what"),
+    [
+        ({"pictures": 3}, "the receipt's pictures is 3"),
+        ({"pictures": [], "stability": {"5": {}}}, "the facts of a receipt can't be read"),
+        ({"pictures": [], "counterfactuals": [1]}, "the facts of a receipt can't be read"),
+    ],
+)
+def test_odd_facts_of_a_report_are_told(subject, facts: dict[str, Any], what: str) -> None:
+    cell = ReportCell("val")
+    receipt = subject.run.receipts.done([cell])[cell]
+    subject.run.receipts.publish(cell, replace(receipt, facts=facts))
+    with pytest.raises(CorruptChunk, match=what), contextlib.redirect_stdout(io.StringIO()):
+        telling.tell_what_next(subject.run)
     subject.restore()

@@ -30,7 +30,7 @@ from trak_dist.stages.loaded import Loaded, adding, batch_in
 from trak_dist.store.run import Run
 
 ROWS = 2  # of each cell
-BATCHES = 32  # of so many one is checked whole: a batch costs a training step
+BATCHES = 64  # of so many one is checked whole: a batch costs a training step
 CALLS = 4  # of `TRAKer`: in one of so many a row is computed alone
 CLOSE = 1e-3  # of a row, relative: of a million some cancel more than those tried when planning
 

@@ -66,7 +66,9 @@ def _damages(run: Run, cell: Cell, receipt: Receipt) -> Iterator[str]:
             yield f"figures: digest {found}, the receipt says {receipt.digests.get('figures')}"
     elif isinstance(cell, ReportCell):
         page = run.layout.report(cell.targets)
-        pictures = [page.with_suffix(f"{name}.png") for name in receipt.fact("pictures", list)]
+        pictures = [
+            page.parent / f"{page.stem}{name}.png" for name in receipt.fact("pictures", list)
+        ]
         for path in (page, *pictures):
             if not atomic.exists(path):
                 yield f"report: {path.name} is missing"
