@@ -19,6 +19,8 @@ from trak_dist.ops.following.call import Call, name_of, tensors_in
 from trak_dist.ops.following.table import RULES
 
 # What a machine without accelerators can't call.
+pytestmark = pytest.mark.slow
+
 ELSEWHERE = {"cuda", "pin_memory"}
 
 

@@ -17,6 +17,8 @@ from trak_dist.errors import NotCovered, ProblemError
 from trak_dist.ops.gradients import VmapGradients
 from trak_dist.ops.hooks import HookGradients
 
+pytestmark = pytest.mark.slow
+
 FIRST = int(os.environ.get("ZOO_SEED", "0"))
 Truth = tuple[Tensor, dict[str, Tensor]]
 
