@@ -18,9 +18,9 @@ from trak_dist.ops.following import follow
 from trak_dist.ops.following.call import Call, name_of, tensors_in
 from trak_dist.ops.following.table import RULES
 
-# What a machine without accelerators can't call.
 pytestmark = pytest.mark.slow
 
+# What a machine without accelerators can't call.
 ELSEWHERE = {"cuda", "pin_memory"}
 
 
