@@ -362,7 +362,8 @@ def test_what_is_no_plain_array_is_refused_and_not_unpickled(
     assert ended.code == 2
     what = "not one array of numbers: NpzFile" if way == "zip" else "not a readable array: "
     assert ended.err.startswith(f"error: {what}")
-    assert f"  where: {file}\n  next:  numpy.save a plain array\n" in ended.err
+    hint = "see that it is there" if way == "missing" else "numpy.save a plain array\n"
+    assert f"  where: {file}\n  next:  {hint}" in ended.err
     assert not (tmp_path / "touched").exists()
     assert not (tmp_path / "run/plan.json").exists()
 

@@ -16,7 +16,7 @@ import torch
 
 from trak_dist import open_run, worker
 from trak_dist.cells import STAGE_CELLS, GramCell, parse_cell
-from trak_dist.errors import PlanMismatch
+from trak_dist.errors import MissingInputs, PlanMismatch
 from trak_dist.plan import Plan
 from trak_dist.stages.verify import damaged_cells
 from trak_dist.store.receipts import Receipt
@@ -115,7 +115,7 @@ def test_status_of_a_grown_run_is_incomplete_until_it_is_rescored(command, tmp_p
         "queued": 0,
     }
     assert counts["stage"]["reduce"]["done"] == 6
-    with pytest.raises(ValueError, match="1 of 1 score cells of 'val' are missing"):
+    with pytest.raises(MissingInputs, match="1 of 1 score cells of 'val' are missing"):
         open_run(tmp_path / "run").scores("val")
 
 

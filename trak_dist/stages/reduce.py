@@ -21,7 +21,7 @@ from trak_dist.cells import (
     PreconditionCell,
     Rows,
 )
-from trak_dist.errors import MissingInputs, MixedRun, SingularGram
+from trak_dist.errors import MissingInputs, MixedRun, NonFiniteGram, SingularGram
 from trak_dist.ops import kernel, projection
 from trak_dist.ops import rows as row_format
 from trak_dist.stages import audit
@@ -72,8 +72,10 @@ def factorise(session: Session, cell: KernelCell) -> Outcome:
 
     Raises
     ------
+    NonFiniteGram
+        If XᵀX has entries that are not finite.
     SingularGram
-        If it is singular to working precision.
+        If XᵀX + λI is singular to working precision.
     """
     plan = session.run.plan
     source = GramCell(cell.model_id)
@@ -87,6 +89,10 @@ def factorise(session: Session, cell: KernelCell) -> Outcome:
             lambda_unit=reduce.lambda_unit,
             kernel_scale=reduce.kernel_scale,
         )
+    except NonFiniteGram as error:
+        command = commands.launch(session.run.layout.run_dir, "stage=verify")
+        told = f"{command} tells whether what is stored is what was written"
+        raise NonFiniteGram(error.what, where=cell.id, next=told) from None
     except SingularGram as error:
         raise SingularGram(error.what, where=cell.id, next=error.next) from None
     digests = contents.write(session.run, cell, {"kernel": result.factor.cpu().numpy()})

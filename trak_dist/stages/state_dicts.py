@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from trak_dist.errors import CheckpointError
+from trak_dist.errors import CheckpointError, CheckpointNotFound, UnreadableCheckpoint
 from trak_dist.stages.fit import Fit, in_short, same
 from trak_dist.stages.names import Names, State, adapters
 
@@ -53,11 +53,7 @@ def read(path: Path) -> State:
     try:
         directory = path.is_dir()
     except OSError as error:
-        raise CheckpointError(
-            f"not readable: {error.strerror}",
-            where=str(path),
-            next="see that you may read it and that the file system is well, then run it again",
-        ) from error
+        raise _refused(path, error) from error
     if directory:
         return _read_directory(path)
     if path.suffix == ".safetensors":
@@ -116,9 +112,11 @@ def _told(path: Path, action: Callable[[], Any]) -> Any:
     try:
         return action()
     except FileNotFoundError:
-        raise CheckpointError(
+        raise CheckpointNotFound(
             "no checkpoint found", where=str(path), next="stage=train, or mend the problem's paths"
         ) from None
+    except OSError as error:
+        raise _refused(path, error) from error
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"asks for {asked[1]}" if asked else "holds more than tensors"
@@ -133,6 +131,15 @@ def _told(path: Path, action: Callable[[], Any]) -> Any:
             where=str(path),
             next=_SAVE,
         ) from error
+
+
+def _refused(path: Path, error: OSError) -> UnreadableCheckpoint:
+    return UnreadableCheckpoint(
+        f"not readable: {error.strerror or error}",
+        where=str(path),
+        next="see that you may read it and that the file system is well, then run it again",
+        errno=error.errno,
+    )
 
 
 @dataclass(frozen=True)

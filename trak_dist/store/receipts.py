@@ -129,8 +129,6 @@ class Receipts:
             said = decoding.mapping(atomic.read(self._layout.distrusted(model_id)))
         except FileNotFoundError:
             return ""
-        except StoreError:
-            raise
         except ValueError:
             said = {}
         return str(said.get("why", "an audit failed"))
@@ -235,8 +233,6 @@ def _read(path: Path, kind: type[Kind]) -> Kind | None:
         return _parsed(atomic.read(path), kind)
     except FileNotFoundError:
         return None
-    except StoreError:  # whole, maybe, for who may read it
-        raise
     except ValueError as error:
         # Ours appear whole, so this is damage to the file: its cell counts as missing and is rerun.
         log.warning("unreadable, counted as missing: %s (%s)", path, " ".join(str(error).split()))
