@@ -16,7 +16,8 @@ from rich.text import Text
 from trak_dist import commands, needs
 from trak_dist.cells import STAGE_CELLS, Cell, EvaluateCell, FeaturizeCell, ReportCell
 from trak_dist.errors import CorruptChunk, StoreError
-from trak_dist.status.state import Status, by_error, lines, read_status
+from trak_dist.status.state import Status, read_status
+from trak_dist.status.text import by_error, lines
 from trak_dist.store.run import Run
 
 if TYPE_CHECKING:

@@ -38,7 +38,8 @@ from trak_dist.checkpoints.digests import content_digest
 from trak_dist.config import Config, SlurmConfig, cluster_from_mapping, refuse_other_shape
 from trak_dist.errors import CorruptChunk
 from trak_dist.launch import main
-from trak_dist.status.state import lines, read_status
+from trak_dist.status.state import read_status
+from trak_dist.status.text import lines
 from trak_dist.status.verify import damaged_cells
 from trak_dist.store import parts
 from trak_dist.store.jobs import Job, Jobs
