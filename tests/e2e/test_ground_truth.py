@@ -19,7 +19,6 @@ import torch
 from launching import Ended
 from torch.utils.data import Subset
 
-from trak_dist import worker
 from trak_dist.cells import parse_cell
 from trak_dist.launch import main
 from trak_dist.ops import draws, lds
@@ -62,7 +61,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         patch.setattr(report, "lds_picture", lambda found, title: b"picture")
         runs = {}
         for stage in ("plan", "all"):
-            worker._session.cache_clear()
             given = [*spec(root / "run"), *TRUTH, "targets=val", "checkpoints.train=1"]
             patch.setattr("sys.argv", ["trak-dist", *given, f"stage={stage}"])
             main()
@@ -75,7 +73,6 @@ def command(launch: Callable[..., Ended], tmp_path: Path) -> Callable[..., Ended
     """A command on `tmp_path / "run"`, as if in a fresh process."""
 
     def run(*overrides: str) -> Ended:
-        worker._session.cache_clear()
         return launch(*overrides, f"run_dir={tmp_path / 'run'}", "cluster=debug")
 
     return run

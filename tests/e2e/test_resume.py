@@ -63,7 +63,6 @@ def command(launch: Callable, monkeypatch: pytest.MonkeyPatch) -> Callable:
     """The command line, as if in a fresh process: nothing is left in memory."""
 
     def run(*overrides: str) -> object:
-        worker._session.cache_clear()
         where = [] if any(o.startswith("cluster=") for o in overrides) else ["cluster=debug"]
         return launch(*overrides, *where)
 
@@ -92,7 +91,6 @@ def scores(run_dir: Path, targets: str = "val") -> np.ndarray:
 
 
 def job(run: Run, cells: list[str]) -> None:
-    worker._session.cache_clear()
     worker.run_cells(str(run.layout.run_dir), run.plan.fingerprint, "cpu", cells)
 
 

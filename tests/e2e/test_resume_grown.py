@@ -18,6 +18,7 @@ from trak_dist import open_run, plan_file, worker
 from trak_dist.cells import STAGE_CELLS, GramCell, parse_cell
 from trak_dist.errors import MissingInputs, PlanMismatch
 from trak_dist.plan import Plan
+from trak_dist.runtime.session import Session
 from trak_dist.status.verify import damaged_cells
 from trak_dist.store.receipts import Receipt
 from trak_dist.store.run import Run
@@ -32,7 +33,6 @@ def command(launch: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     """A command on a run of the tiny problem in `tmp_path`, as if in a fresh process."""
 
     def run(name: str, *overrides: str) -> Any:
-        worker._session.cache_clear()
         return launch(
             "problem._target_=tiny.problem",
             f"+problem.directory={tmp_path / 'checkpoints'}",
@@ -165,8 +165,7 @@ def test_a_worker_of_a_smaller_ensemble_does_not_write_over_the_scores_of_a_larg
 ) -> None:
     command("run", "targets=val")
     run = Run.open(tmp_path / "run")
-    worker._session.cache_clear()
-    old = worker._session(str(tmp_path / "run"), plan_file.dump(run.plan), 0, "cpu")
+    old = Session(run, torch.device("cpu"))
     torch.save(tiny.state(2), tmp_path / "checkpoints" / "2.pt")
     assert command("run").code == 0
     grown = Run.open(tmp_path / "run")

@@ -15,7 +15,7 @@ import tiny
 import torch
 import zarr
 
-from trak_dist import open_run, worker
+from trak_dist import open_run
 from trak_dist.errors import ConfigError, MissingInputs
 from trak_dist.launch import main
 from trak_dist.ops import kernel, lds, ranking
@@ -43,7 +43,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lds, "RESAMPLES", 49)
         patch.setattr("sys.argv", ["trak-dist", *given(root)])
-        worker._session.cache_clear()
         main()
     return root
 

@@ -13,7 +13,7 @@ import pytest
 import zarr
 from launching import Ended, Launch
 
-from trak_dist import open_run, worker
+from trak_dist import open_run
 from trak_dist import sweep as sweeps
 from trak_dist.cells import ScoreCell
 from trak_dist.plan import Plan
@@ -31,7 +31,6 @@ def run(launch: Launch, tiny_run: list[str], tmp_path: Path) -> Command:
     given = [o for o in tiny_run if not o.startswith("proj_dim")]
 
     def command(name: str, *overrides: str) -> Ended:
-        worker._session.cache_clear()
         small = ["+problem.rows=20", "targets=val", f"run_dir={tmp_path / name}"]
         return launch(*given, *small, *overrides)
 
@@ -430,7 +429,8 @@ def test_a_member_is_no_place_to_begin(run, tmp_path: Path) -> None:
     error = (
         "error: this is a place for members of a sweep, which are made from their run\n"
         "  where: {}\n"
-        f"  next:  python -m trak_dist.launch -m … run_dir={tmp_path / 'run'}\n"
+        f"  next:  python -m trak_dist.launch -m run_dir={tmp_path / 'run'}, and the settings of "
+        "this one\n"
     )
     assert run("run", "-m", f"run_dir={member}", "proj_dim=2").err == error.format(member)
     other = member.parent / "other"

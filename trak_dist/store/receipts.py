@@ -67,6 +67,7 @@ class Receipt:
 class Failure:
     """The last failed attempt of a cell; `expected` errors need no traceback to be understood.
 
+    `error_class` is the name of the error's class; empty in records of earlier versions.
     `doubted` ones are no attempts: the cell is done, but not of what is there now.
     """
 
@@ -77,6 +78,7 @@ class Failure:
     expected: bool
     job: Mapping[str, Any] = field(default_factory=dict)
     doubted: bool = False
+    error_class: str = ""
 
 
 class Receipts:
