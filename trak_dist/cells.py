@@ -243,4 +243,4 @@ def parse_cell(cell_id: str) -> Cell:
             cell = form[0](*coordinates)  # type: ignore[arg-type]
             if cell.id == cell_id:  # one spelling per cell
                 return cell
-    raise ConfigError(f"{cell_id!r} names no cell", next="use an id that stage=status shows")
+    raise ConfigError(f"{cell_id!r} names no cell", next="use the id of a cell of the run")

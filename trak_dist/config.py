@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar, get_args, get_type_hints
 from unicodedata import category
 
+from trak_dist import commands
 from trak_dist.errors import ConfigError
 
 STAGES = (
@@ -247,7 +248,7 @@ class Config:
         if bad:
             raise ConfigError(
                 "\n".join(["the configuration is not valid:", *bad]),
-                next="python -m trak_dist.launch --help lists the keys",
+                next=f"{commands.HELP} lists the keys",
             )
         return config
 
@@ -290,7 +291,7 @@ def refuse_other_shape(mapping: Mapping[str, Any]) -> None:
         raise ConfigError(
             "\n".join(["the configuration is not valid:", *bad]),
             where="the command line",
-            next="python -m trak_dist.launch --help lists the keys; SECTION.KEY=VALUE sets one",
+            next=f"{commands.HELP} lists the keys; SECTION.KEY=VALUE sets one",
         )
 
 

@@ -304,7 +304,7 @@ def test_status_where_no_run_is(launch, tmp_path: Path) -> None:
         launch("stage=status", f"run_dir={tmp_path}"),
         2,
         "error: there is no run here: plan.json is missing\n",
-        f"next:  python -m trak_dist.launch problem=… run_dir={tmp_path}",
+        f"next:  python -m trak_dist.launch problem=mnist run_dir={tmp_path} begins one",
     )
 
 

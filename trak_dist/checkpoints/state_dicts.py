@@ -113,7 +113,9 @@ def _told(path: Path, action: Callable[[], Any]) -> Any:
         return action()
     except FileNotFoundError:
         raise CheckpointNotFound(
-            "no checkpoint found", where=str(path), next="stage=train, or mend the problem's paths"
+            "no checkpoint found",
+            where=str(path),
+            next="mend the problem's path, or run the stage train if the run is to train it",
         ) from None
     except OSError as error:
         raise _refused(path, error) from error
@@ -212,19 +214,19 @@ def fitted(state: Mapping[str, Tensor], model: nn.Module, *, where: str) -> Fitt
 
 def _unfit(tried: Fit, model: nn.Module, where: str) -> CheckpointError:
     part, faults = tried.part, sorted(tried.faults)
+    told = "; ".join(fault.text for fault in faults[:10])
     more = f" and {len(faults) - 10} more" if len(faults) > 10 else ""
     below = f" below {part.prefix!r}" if part.prefix else ""
     alone = f"save the model alone: {_saving(part.prefix)}"
     hint = "give the problem the architecture that the checkpoint was saved from"
     if part.left_out:
         hint = f"{hint}; other parts are in it too ({part.others()}): {alone}"
-    elif faults and all(fault.startswith("unexpected") for fault in faults):
+    elif faults and all(fault.surplus for fault in faults):
         hint = f"{alone}, if the others are of the loss or of another part of a training; or {hint}"
     elif adapters(model):
         hint = f"{hint}; or {_SAVE}"
     return CheckpointError(
-        f"the checkpoint does not fit the model{below}: "
-        f"{'; '.join(faults[:10]) or 'it is empty'}{more}",
+        f"the checkpoint does not fit the model{below}: {told or 'it is empty'}{more}",
         where=where,
         next=hint,
     )

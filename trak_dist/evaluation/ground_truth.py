@@ -102,7 +102,8 @@ def refuse_without_truth(plan: Plan) -> None:
         raise ConfigError(
             "there is no ground truth to hold the scores against",
             where="ground_truth",
-            next="stage=all ground_truth.subsets=100 ground_truth.seeds=3 trains models for it",
+            next="ground_truth.subsets=100 ground_truth.seeds=3 in place of stage=evaluate trains "
+            "models for it",
         )
 
 

@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
+from trak_dist import commands
 from trak_dist.cells import Cell, FeaturizeCell, Rows
 from trak_dist.datasets import content
 from trak_dist.errors import DatasetError
@@ -128,9 +129,7 @@ def _refuse_changed(session: Session, split: str, done: Done) -> None:
         run.receipts.doubt(cell, f"shown other rows than {split!r} has at {odd[cell]}")
     if odd:
         shown = ", ".join(f"{c.id} (rows {rows})" for c, rows in list(odd.items())[:5])
-        command = (
-            f"python -m trak_dist.launch stage=verify repair=true run_dir={run.layout.run_dir}"
-        )
+        command = commands.launch(run.layout.run_dir, "stage=verify", "repair=true")
         raise DatasetError(
             f"{len(odd)} of {len(done)} done cells of {split!r} were shown other rows than the "
             f"dataset has now: {shown}{', …' if len(odd) > 5 else ''}",

@@ -136,10 +136,13 @@ class Results:
         path = self._run.layout.evaluation(targets)
         receipt = self._run.receipts.done([EvaluateCell(targets)]).get(EvaluateCell(targets))
         if receipt is None:
+            planned = EvaluateCell(targets) in self.plan.cells_of(EvaluateCell)
+            retraining = ("ground_truth.subsets=100", "ground_truth.seeds=3")
+            asked = ("stage=evaluate",) if planned else retraining
             raise MissingInputs(
                 f"{targets!r} is not evaluated",
                 where=str(self._run.layout.run_dir),
-                next="stage=evaluate, with ground_truth.subsets=… or counterfactuals.targets=…",
+                next=self._command(*asked),
             )
         text = atomic.read(path) if atomic.exists(path) else b""
         if hashlib.sha256(text).hexdigest()[:32] != receipt.digests.get("figures"):

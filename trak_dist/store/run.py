@@ -45,7 +45,8 @@ class Run:
             raise RunNotFound(
                 "there is no run here: plan.json is missing",
                 where=str(layout.run_dir),
-                next=commands.launch(run_dir, "problem=…"),
+                next=f"{commands.launch(run_dir, 'problem=mnist')} begins one, with your problem "
+                "in place of mnist",
             )
         path = layout.plan(generation)
         return cls(layout, plan_file.load(atomic.read(path), where=str(path)), generation)
