@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_graph import everything, submit
 from test_plan import PLAN, cells, plans
 
-from trak_dist import graph
+from trak_dist import graph, plan_file
 from trak_dist.cells import (
     Cell,
     CounterfactualCell,
@@ -299,4 +299,4 @@ def test_another_kernel_or_ensemble_makes_counterfactuals_anew() -> None:
 
 def test_a_plan_with_all_of_it_comes_back_from_its_file() -> None:
     plan = replace(BOTH, lambda_from="λ = 0.3, since")
-    assert Plan.from_json(plan.to_json().encode(), where="plan.json") == plan
+    assert plan_file.load(plan_file.dump(plan).encode(), where="plan.json") == plan

@@ -8,7 +8,7 @@ import pytest
 from test_graph import everything, submit
 from test_plan import PLAN, cells
 
-from trak_dist import graph
+from trak_dist import graph, plan_file
 from trak_dist.cells import (
     Cell,
     EvaluateCell,
@@ -183,4 +183,4 @@ def test_a_ground_truth_leaves_all_cells_but_the_reports_as_they_were() -> None:
 
 def test_a_plan_with_a_ground_truth_comes_back_from_its_file() -> None:
     for plan in (TRAINED, BROUGHT):
-        assert Plan.from_json(plan.to_json().encode(), where="plan.json") == plan
+        assert plan_file.load(plan_file.dump(plan).encode(), where="plan.json") == plan

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from trak_dist import plan_file
 from trak_dist.cells import STAGE_CELLS, Cell, Rows
 from trak_dist.config import Spec
 from trak_dist.errors import PlanMismatch
@@ -180,7 +181,7 @@ def test_a_changed_target_set_changes_the_keys_of_its_own_cells_only() -> None:
 
 @given(plans())
 def test_a_plan_comes_back_from_its_file(plan: Plan) -> None:
-    back = Plan.from_json(plan.to_json().encode(), where="plan.json")
+    back = plan_file.load(plan_file.dump(plan).encode(), where="plan.json")
     assert back == plan
     assert [back.key(c) for c in cells(back)] == [plan.key(c) for c in cells(plan)]
 
@@ -208,13 +209,13 @@ def _without(inner: Any, key: Any) -> None:
 def test_a_plan_edited_anywhere_is_refused(edit: Callable[[Any, Any], None]) -> None:
     answers: dict[str, str] = {}
     wheres: set[str] = set()
-    for path in leaves(json.loads(PLAN.to_json())):
+    for path in leaves(json.loads(plan_file.dump(PLAN))):
         if edit is _without and path[0] == "spec":  # its fields have defaults
             continue
-        raw = json.loads(PLAN.to_json())
+        raw = json.loads(plan_file.dump(PLAN))
         edit(functools.reduce(lambda inner, key: inner[key], path[:-1], raw), path[-1])
         try:
-            Plan.from_json(json.dumps(raw).encode(), where="/run/plan.json")
+            plan_file.load(json.dumps(raw).encode(), where="/run/plan.json")
         except PlanMismatch as error:
             wheres.add(error.where)
         except Exception as error:
@@ -225,10 +226,10 @@ def test_a_plan_edited_anywhere_is_refused(edit: Callable[[Any, Any], None]) -> 
     assert wheres == {"/run/plan.json"}
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", PLAN.to_json()[:-40]])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "{}", plan_file.dump(PLAN)[:-40]])
 def test_a_file_that_is_no_plan_is_refused(text: str) -> None:
     with pytest.raises(PlanMismatch, match="the plan can't be read"):
-        Plan.from_json(text.encode(), where="plan.json")
+        plan_file.load(text.encode(), where="plan.json")
 
 
 def test_plans_are_compared_by_dotted_field() -> None:

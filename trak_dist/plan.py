@@ -1,6 +1,6 @@
 """The plan: a run's frozen spec, splits, checkpoints and target sets, as ranges. Pure: no torch.
 
-Who makes one is `stages.planning`; here is what follows from it: which cells there are, the key of
+Who makes one is `planning.plans`; here is what follows from it: which cells there are, the key of
 each, where two plans differ, and how much memory and disk the cells need.
 """
 
@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from trak_dist import decoding
 from trak_dist.cells import (
     FULL,
     RANDOM,
@@ -41,10 +40,7 @@ from trak_dist.config import (
     Spec,
     distinct,
     flatten,
-    rebuilt,
-    spec_checks,
 )
-from trak_dist.errors import ConfigError, PlanMismatch
 
 SCHEMA = 1
 CHUNK_BYTES = 64 * 2**20
@@ -121,7 +117,8 @@ class Source:
     it, and the classes of what it gives, are written in or import; `accepted` are those of later
     versions that the user said compute the same; `model` digests how model and output print.
     `unsaved` tells the tensors of the model that no checkpoint holds, `built` what it gives of some
-    train rows as it is built; both are of `stages.pinned`, and empty in plans of earlier versions.
+    train rows as it is built; both are of `checks.pinned_model`, and empty in plans of earlier
+    versions.
     """
 
     file: str
@@ -418,63 +415,6 @@ class Plan:
         removed = chosen * len(without.remove) * without.seeds
         rows = sum(-(-s.rows // s.cell_rows) for s in splits)
         return ids * (rows + len(names) + 3) + scored + retrained + removed
-
-    # JSON -----------------------------------------------------------------------------------
-
-    def to_json(self) -> str:
-        """The text of `plan.json`."""
-        content = {"schema": SCHEMA, "fingerprint": self.fingerprint, **asdict(self)}
-        return json.dumps({**content, "digest": digest(content)}, indent=1)
-
-    @classmethod
-    def from_json(cls, text: bytes, *, where: str) -> Plan:
-        """Read the content of a `plan.json`.
-
-        Raises
-        ------
-        PlanMismatch
-            If the text is no plan, is of another schema, or was edited.
-        """
-        try:
-            raw = decoding.mapping(text)
-            schema, said, found = raw["schema"], raw.pop("digest"), digest(raw)
-        except (ValueError, KeyError, RecursionError) as error:
-            raise PlanMismatch(
-                f"the plan can't be read ({error})",
-                where=where,
-                next="restore it, or use another run_dir",
-            ) from None
-        if schema != SCHEMA:
-            raise PlanMismatch(
-                f"the plan has schema {schema!r}, this version of trak_dist reads {SCHEMA}",
-                where=where,
-                next="use the version that made it, or another run_dir",
-            )
-        if said != found:
-            raise PlanMismatch(
-                f"the plan says digest {said}, its content has {found}",
-                where=where,
-                next="restore the file, or use another run_dir: a plan is never edited by hand",
-            )
-        try:
-            fingerprint, _ = raw.pop("fingerprint"), raw.pop("schema")
-            plan = rebuilt(cls, raw, "the plan is not valid:")
-            if odd := [*spec_checks(plan.spec), *plan.oddities()]:
-                raise ConfigError("\n".join(["the plan is not valid:", *odd]))
-        except (ConfigError, KeyError) as error:
-            raise PlanMismatch(
-                getattr(error, "what", f"the plan can't be read ({error})"),
-                where=where,
-                next="use the version that made it, or another run_dir",
-            ) from None
-        if plan.fingerprint != fingerprint:
-            raise PlanMismatch(
-                f"the plan was made with fingerprint {fingerprint}, this version of "
-                f"trak_dist reads {plan.fingerprint} from it",
-                where=where,
-                next="use the version that made it, or another run_dir",
-            )
-        return plan
 
 
 def digest(value: Any) -> str:

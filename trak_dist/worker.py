@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trak_dist import graph, machine
+from trak_dist import graph, machine, plan_file
 from trak_dist.cells import STEPS, Cell, FeaturizeCell, parse_cell
 from trak_dist.errors import (
     DatasetError,
@@ -35,10 +35,9 @@ from trak_dist.errors import (
     TrakDistError,
 )
 from trak_dist.ops import numerics
-from trak_dist.plan import Plan
-from trak_dist.stages.outcome import Outcome
-from trak_dist.stages.reduce import require
-from trak_dist.stages.session import Session, open_device
+from trak_dist.runtime.inputs import require
+from trak_dist.runtime.outcome import Outcome
+from trak_dist.runtime.session import Session, open_device
 from trak_dist.store.layout import Layout
 from trak_dist.store.receipts import Failure, Receipt
 from trak_dist.store.run import Run
@@ -94,7 +93,7 @@ def run_cells(
             where=str(run.layout.plan),
             next="run the launch command again",
         )
-    session = _session(run_dir, run.plan.to_json(), run.generation, device)
+    session = _session(run_dir, plan_file.dump(run.plan), run.generation, device)
     cells = [parse_cell(cell_id) for cell_id in cell_ids]
     done = run.receipts.done(cells)
     log.info("%d cells, %d of them done before", len(cells), len(done))
@@ -128,7 +127,7 @@ def run_cells(
 
 @functools.lru_cache(maxsize=1)  # in one process the phases of a run share the problem in memory
 def _session(run_dir: str, plan: str, generation: int, device: str) -> Session:
-    parsed = Plan.from_json(plan.encode(), where=run_dir)
+    parsed = plan_file.load(plan.encode(), where=run_dir)
     return Session(Run(Layout(Path(run_dir)), parsed, generation), open_device(device))
 
 

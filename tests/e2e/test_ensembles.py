@@ -11,7 +11,7 @@ import pytest
 import zarr
 from launching import Launch
 
-from trak_dist import open_run, worker
+from trak_dist import open_run, plan_file, worker
 from trak_dist.cells import FeaturizeCell
 from trak_dist.errors import CheckpointError
 from trak_dist.stages import featurize
@@ -150,10 +150,10 @@ def test_an_ensemble_of_none(run, tmp_path: Path) -> None:
 
 
 def test_a_plan_written_before_there_were_ensembles_is_read(run, tmp_path: Path) -> None:
-    from trak_dist.plan import Plan, digest
+    from trak_dist.plan import digest
 
     assert run("run", "stage=plan").code == 0
     raw = json.loads((tmp_path / "run/plan.json").read_text())
     del raw["use"], raw["digest"]
     text = json.dumps({**raw, "digest": digest(raw)}).encode()
-    assert Plan.from_json(text, where="here") == Run.open(tmp_path / "run").plan
+    assert plan_file.load(text, where="here") == Run.open(tmp_path / "run").plan

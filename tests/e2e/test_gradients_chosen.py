@@ -14,8 +14,8 @@ from launching import Launch
 from torch import Tensor, nn
 
 import trak_dist
-from trak_dist import open_run
-from trak_dist.plan import Plan, digest
+from trak_dist import open_run, plan_file
+from trak_dist.plan import digest
 
 
 class Squashed(nn.Module):
@@ -210,7 +210,7 @@ def test_a_plan_made_before_there_were_hooks_goes_on_by_vmap(
     raw = json.loads(plan.read_text())
     del raw["gradients"], raw["spec"]["featurize"]["gradients"], raw["digest"]
     plan.write_text(json.dumps({**raw, "digest": digest(raw)}))
-    assert Plan.from_json(plan.read_bytes(), where="").fingerprint == raw["fingerprint"]
+    assert plan_file.load(plan.read_bytes(), where="").fingerprint == raw["fingerprint"]
     ended = launch(*arguments, f"run_dir={tmp_path / 'run'}")
     assert ended.code == 0, ended.err
     assert "gradients by vmap, sjlt" in ended.out

@@ -14,11 +14,11 @@ import pytest
 import tiny
 import torch
 
-from trak_dist import open_run, worker
+from trak_dist import open_run, plan_file, worker
 from trak_dist.cells import STAGE_CELLS, GramCell, parse_cell
 from trak_dist.errors import PlanMismatch
 from trak_dist.plan import Plan
-from trak_dist.stages.verify import damaged_cells
+from trak_dist.status.verify import damaged_cells
 from trak_dist.store.receipts import Receipt
 from trak_dist.store.run import Run
 
@@ -127,7 +127,7 @@ def reseeded(plan: Plan) -> Plan:
 def test_a_job_of_a_superseded_plan_writes_nothing(command, tmp_path: Path) -> None:
     command("run", "targets=val", "stage=plan")
     run = Run.open(tmp_path / "run")
-    run.layout.plan(0).write_text(reseeded(run.plan).to_json())
+    run.layout.plan(0).write_text(plan_file.dump(reseeded(run.plan)))
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     cells = [c.id for c in run.plan.cells("featurize")]
     with pytest.raises(PlanMismatch, match="this job was made for fingerprint"):
@@ -147,7 +147,7 @@ def test_a_worker_whose_plan_is_superseded_at_work_publishes_nothing_and_stops(
     def slow(session, cell, stage=featurize.featurize) -> object:
         called.append(cell.id)
         if len(called) == 2:
-            run.layout.plan(0).write_text(reseeded(run.plan).to_json())
+            run.layout.plan(0).write_text(plan_file.dump(reseeded(run.plan)))
         return stage(session, cell)
 
     monkeypatch.setattr(featurize, "featurize", slow)
@@ -166,7 +166,7 @@ def test_a_worker_of_a_smaller_ensemble_does_not_write_over_the_scores_of_a_larg
     command("run", "targets=val")
     run = Run.open(tmp_path / "run")
     worker._session.cache_clear()
-    old = worker._session(str(tmp_path / "run"), run.plan.to_json(), 0, "cpu")
+    old = worker._session(str(tmp_path / "run"), plan_file.dump(run.plan), 0, "cpu")
     torch.save(tiny.state(2), tmp_path / "checkpoints" / "2.pt")
     assert command("run").code == 0
     grown = Run.open(tmp_path / "run")

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from trak_dist import plan_file
 from trak_dist.errors import PlanMismatch, TrakDistError
-from trak_dist.plan import Plan, digest
+from trak_dist.plan import digest
 
 SECONDS = 30  # more is a hang
 ODD: tuple[Any, ...] = (
@@ -94,7 +95,7 @@ def sealed_plan(content: Json) -> Json:
     """A plan with digest and fingerprint of what it holds now, as far as it is a plan."""
     sealed(content)
     try:
-        Plan.from_json(json.dumps(content).encode(), where="")
+        plan_file.load(json.dumps(content).encode(), where="")
     except PlanMismatch as error:
         if found := re.search(r"reads (\w{32}) from it", error.what):
             content["fingerprint"] = found[1]

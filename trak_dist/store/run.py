@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from trak_dist import commands
+from trak_dist import commands, plan_file
 from trak_dist.cells import Cell
 from trak_dist.errors import PlanMismatch
 from trak_dist.plan import Plan
@@ -46,7 +46,7 @@ class Run:
                 next=commands.launch(run_dir, "problem=…"),
             )
         path = layout.plan(generation)
-        return cls(layout, Plan.from_json(atomic.read(path), where=str(path)), generation)
+        return cls(layout, plan_file.load(atomic.read(path), where=str(path)), generation)
 
     @classmethod
     def exists(cls, run_dir: Path) -> bool:
@@ -78,10 +78,10 @@ class Run:
     @classmethod
     def _publish(cls, layout: Layout, plan: Plan, generation: int) -> Run:
         path = layout.plan(generation)
-        content = plan.to_json().encode()
-        Plan.from_json(content, where=str(path))  # what could not be read is never written
+        content = plan_file.dump(plan).encode()
+        plan_file.load(content, where=str(path))  # what could not be read is never written
         there = atomic.write_once(path, content)
-        if Plan.from_json(there, where=str(path)) != plan:
+        if plan_file.load(there, where=str(path)) != plan:
             raise PlanMismatch(
                 "another process planned something else here just now",
                 where=str(path),

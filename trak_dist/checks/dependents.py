@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from trak_dist import graph
+from trak_dist import graph, plan_file
 from trak_dist.cells import STAGE_CELLS, Cell
-from trak_dist.plan import Plan
 from trak_dist.store.layout import Layout
 from trak_dist.store.run import Run
 
@@ -30,6 +29,6 @@ def sharing(run: Run) -> Iterator[Run]:
     for layout in (base, *(Layout(base.sweeps / name) for name in base.members())):
         for generation in range((layout.generation() or 0) + 1):
             path = layout.plan(generation)
-            plan = Plan.from_json(path.read_bytes(), where=str(path))
+            plan = plan_file.load(path.read_bytes(), where=str(path))
             if plan.projection_id == run.plan.projection_id:
                 yield Run(layout, plan, generation)
