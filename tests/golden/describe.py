@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 
-from trak_dist import graph, needs, worker
+from trak_dist import graph, needs, plan_file, worker
 from trak_dist.cells import STAGE_CELLS, STEPS, Cell, parse_cell
 from trak_dist.executors import batch
-from trak_dist.plan import Plan
 from trak_dist.store import contents, prepare
 from trak_dist.store.run import Run
 
@@ -26,7 +25,7 @@ GPU = ("train", "featurize", "kernel", "score", "evaluate", "report")  # of coun
 
 def planned(run_dir: Path, text: str, base: str | None = None) -> Run:
     """A run with the plan of that text, and its arrays; the member of the run of plan `base`."""
-    plan = Plan.from_json(text.encode(), where=str(run_dir))
+    plan = plan_file.load(text.encode(), where=str(run_dir))
     if base:
         run_dir = planned(run_dir, base).layout.sweeps / plan.reduce_id
     run = Run.create(run_dir, plan)
@@ -164,4 +163,4 @@ def graph_arrays(
 
 def rewritten(text: str) -> str:
     """The plan of that text, as a file of today has it."""
-    return Plan.from_json(text.encode(), where="").to_json()
+    return plan_file.dump(plan_file.load(text.encode(), where=""))

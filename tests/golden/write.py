@@ -1,6 +1,6 @@
 """Golden values: `python tests/golden/write.py` writes `expected.json` anew from `plans/`.
 
-The plans are files as `Plan.to_json` wrote them, and are not made anew: a version that reads them
+The plans are `plan.json` as they were written, and are not made anew: a version that reads them
 otherwise is what the test is there to find. A further plan is a further file.
 """
 
