@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import zarr
 from launching import Launch
+from sweeping import small_runs
 
 from trak_dist import open_run, plan_file
 from trak_dist.cells import FeaturizeCell
@@ -23,12 +24,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def run(launch: Launch, tiny_run: list[str], tmp_path: Path) -> Callable:
     """A command on a run of the tiny problem with 20 rows, 3 checkpoints and one target set."""
-
-    def command(name: str, *overrides: str) -> object:
-        small = ["+problem.rows=20", "targets=val", f"run_dir={tmp_path / name}"]
-        return launch(*tiny_run, *small, *overrides)
-
-    return command
+    return small_runs(launch, tiny_run, tmp_path)
 
 
 @pytest.fixture

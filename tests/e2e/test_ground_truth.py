@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import safetensors.torch
 import tiny
 import tiny_trained
 import torch
+from killing import Killed, kill_at
 from launching import Ended
 from torch.utils.data import Subset
 
@@ -32,10 +32,6 @@ pytestmark = pytest.mark.slow
 SUBSETS, SEEDS, ROWS = 5, 2, 24
 TRUTH = (f"ground_truth.subsets={SUBSETS}", f"ground_truth.seeds={SEEDS}")
 MODELS = [(subset, seed) for subset in range(SUBSETS) for seed in range(SEEDS)]
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing catches it."""
 
 
 def spec(run_dir: Path) -> list[str]:
@@ -171,15 +167,8 @@ def test_killed_amid_retraining_the_same_command_makes_what_is_missing_to_the_sa
 ) -> None:
     run = fork(made["plan"], tmp_path)
     owner, name, at = death
-    calls, do = itertools.count(1), getattr(owner, name)
-
-    def deadly(*args, **kwargs) -> object:
-        if next(calls) == at:
-            raise Killed
-        return do(*args, **kwargs)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, name, deadly)
+        kill_at(patch, at, (owner, name))
         with pytest.raises(Killed):
             command("stage=train")
     cells = list(run.plan.cells("train"))
