@@ -22,7 +22,7 @@ import hydra
 from omegaconf import DictConfig
 
 from trak_dist import commands, graph, machine, preparation, settings, sweep, telling
-from trak_dist.cells import STAGE_CELLS, STAGE_STEPS, STEPS
+from trak_dist.cells import STAGE_STEPS, of_run, of_stage
 from trak_dist.config import ClusterConfig, Config, SlurmConfig
 from trak_dist.errors import ConfigError, MissingInputs, ProblemError, TrakDistError
 from trak_dist.plan import SWEEP_KEYS
@@ -140,7 +140,7 @@ def _launch(composed: DictConfig, given: frozenset[str], task: Task | None) -> i
     run, workers = preparation.prepared(config, run, given, task, chosen, typed=typed)
     if config.stage == "plan":
         return DONE
-    stages = [s for s in STAGE_CELLS if config.stage in ("all", s)]
+    stages = [s for s in STAGE_STEPS if config.stage in ("all", s)]
     if isinstance(config.cluster, SlurmConfig):
         if task:
             task.state = "submitted"
@@ -204,12 +204,11 @@ def _executor(run: Run, cluster: ClusterConfig, workers: int) -> Executor:
 def _refuse_missing_upstream(run: Run, stage: str) -> None:
     if stage == "all":
         return
-    every = [c for step in STEPS for c in graph.cells(run.plan, step)]
-    done = run.receipts.done(every)
-    own = set(run.plan.cells(stage))
+    done = run.receipts.done(of_run(run.plan))
+    own = set(of_stage(run.plan, stage))
     needed = graph.upstream(run.plan, own, done) - own
-    for upstream, kinds in STAGE_CELLS.items():
-        wanted = [c for c in needed if isinstance(c, kinds)]
+    for upstream, steps in STAGE_STEPS.items():
+        wanted = [c for c in needed if c.step in steps]
         missing = sum(c not in done for c in wanted)
         if missing:
             raise MissingInputs(

@@ -6,9 +6,12 @@ import json
 from dataclasses import asdict
 
 from trak_dist import decoding
+from trak_dist.cells import count
 from trak_dist.config import rebuilt, spec_checks
 from trak_dist.errors import ConfigError, PlanMismatch
 from trak_dist.plan import SCHEMA, Plan, digest
+
+MAX_CELLS = 10**7  # what a command that lists them gets through
 
 
 def dump(plan: Plan) -> str:
@@ -49,7 +52,10 @@ def load(text: bytes, *, where: str) -> Plan:
     try:
         fingerprint, _ = raw.pop("fingerprint"), raw.pop("schema")
         plan = rebuilt(Plan, raw, "the plan is not valid:")
-        if odd := [*spec_checks(plan.spec), *plan.oddities()]:
+        odd = [*spec_checks(plan.spec), *plan.oddities()]
+        if not odd and (cells := count(plan)) > MAX_CELLS:
+            odd = [f"  {cells:.2g} cells are more than the {MAX_CELLS:.0e} that one run may have"]
+        if odd:
             raise ConfigError("\n".join(["the plan is not valid:", *odd]))
     except (ConfigError, KeyError) as error:
         raise PlanMismatch(

@@ -8,9 +8,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from trak_dist import machine, needs, settings, sweep, telling, trust
+from trak_dist import machine, resources, settings, sweep, telling, trust
+from trak_dist.cells import FeaturizeCell, MarginsCell, TrainCell
 from trak_dist.config import ClusterConfig, Config, Counterfactuals, SlurmConfig
-from trak_dist.errors import ConfigError, MemoryRefused, StoreError
+from trak_dist.errors import ConfigError, StoreError
 from trak_dist.plan import GRADIENTS_KEY, REDUCE_KEYS, SWEEP_KEYS, Plan
 from trak_dist.store import atomic
 from trak_dist.store.run import Run
@@ -77,11 +78,12 @@ def prepared(
     if config.stage == "evaluate":
         truth.refuse_without_truth(plan)
     workers = _fit_workers(plan, config.cluster)
-    there = needs.store_bytes(run.plan) if run else 0
+    there = resources.disk_bytes(run.plan) if run else 0
     if base and not run:
-        same_grads = base.plan.projection_id == plan.projection_id
-        there = needs.truth_bytes(base.plan) + (needs.grads_bytes(plan) if same_grads else 0)
-    _refuse_full_disk(run_dir, needs.store_bytes(plan) - there)
+        there = resources.disk_bytes(base.plan, (TrainCell, MarginsCell))
+        if base.plan.projection_id == plan.projection_id:
+            there += FeaturizeCell.disk_bytes(plan)
+    _refuse_full_disk(run_dir, resources.disk_bytes(plan) - there)
     if run is None:
         run = Run.create(run_dir, plan)
     elif plan != run.plan:
@@ -205,13 +207,7 @@ def _fit_workers(plan: Plan, cluster: ClusterConfig | SlurmConfig) -> int:
         threads = max(plan.spec.featurize.threads, plan.spec.reduce.threads)
         wanted = cluster.workers or gpus(cluster) or max(1, machine.cores() // threads)
         memory = memory or machine.memory_bytes()
-    try:
-        return machine.fit_workers(wanted=wanted, needed=needs.memory(plan), memory=memory)
-    except MemoryRefused as error:
-        if error.where == "featurize" and (rows := needs.batch_rows_within(plan, memory)):
-            fits = f"featurize.batch_rows={rows} would fit; or cluster.memory_gb=…"
-            raise MemoryRefused(error.what, where=error.where, next=fits) from None
-        raise
+    return resources.fit_workers(plan, wanted=wanted, memory=memory)
 
 
 def gpus(cluster: ClusterConfig) -> int:

@@ -220,7 +220,7 @@ def _give_up(run: Run, cell: Cell, attempts: int) -> None:
         "(featurize.cell_rows, in a new run) may help",
     )
     log.error("%s", error)
-    key = run.plan.key(cell)
+    key = cell.key(run.plan)
     failure = Failure(
         cell=cell.id,
         key=key,

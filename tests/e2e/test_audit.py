@@ -13,7 +13,8 @@ from launching import Launch
 from torch import Tensor
 
 from trak_dist import open_run
-from trak_dist.cells import FeaturizeCell, Rows
+from trak_dist.cells import FeaturizeCell
+from trak_dist.coordinates import Rows
 from trak_dist.errors import NotCovered
 from trak_dist.ops.hooks import HookGradients
 from trak_dist.stages import loaded

@@ -32,7 +32,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import save
 
 from trak_dist import open_run, settings, telling
-from trak_dist.cells import KernelCell, ReportCell, ScoreCell
+from trak_dist.cells import KernelCell, ReportCell, ScoreCell, of_stage
 from trak_dist.config import Config, SlurmConfig, cluster_from_mapping, refuse_other_shape
 from trak_dist.errors import CorruptChunk
 from trak_dist.launch import main
@@ -72,7 +72,7 @@ class Subject:
             step="featurize",
             fingerprint=self.run.plan.fingerprint,
             device="cpu",
-            tasks=tuple((c.id,) for c in self.run.plan.cells("featurize")),
+            tasks=tuple((c.id,) for c in of_stage(self.run.plan, "featurize")),
             cluster=json.loads(json.dumps(SlurmConfig().__dict__, default=vars)),
             stages=("featurize",),
         )
@@ -204,7 +204,7 @@ def kinds(subject: Subject) -> dict[str, Kind]:
 
     def mended() -> str:
         prepare(subject.run)  # what the planner does: mends it, or says what to do
-        if not subject.run.receipts.done(subject.run.plan.cells_of(ScoreCell)):
+        if not subject.run.receipts.done(ScoreCell.of(subject.run.plan)):
             return "told"  # taken back, to be done again
         return subject.looked()
 

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from trak_dist.cells import RANDOM, CounterfactualCell
+from trak_dist.cells import CounterfactualCell, ScoreCell
 from trak_dist.config import Counterfactuals
+from trak_dist.coordinates import RANDOM
 from trak_dist.errors import ConfigError
 from trak_dist.ops import draws, lds
 from trak_dist.plan import Plan
@@ -77,7 +78,7 @@ def counterfactual(session: Session, cell: CounterfactualCell) -> Outcome:
     if cell.whose == RANDOM:
         left[draws.some_rows(cell.seed, plan.train.rows, cell.removed)] = False
     else:
-        require(run, list(plan.score_cells(cell.targets)), needed_by=cell)
+        require(run, list(ScoreCell.of_targets(plan, cell.targets)), needed_by=cell)
         (top,) = Results(run).top(cell.targets, [int(cell.whose)], cell.removed)
         left[torch.from_numpy(top.helpful)] = False
     seed = draws.stream_key("counterfactual", cell.seed) & SEEDS  # one for all that is compared
@@ -94,7 +95,7 @@ def summary(run: Run, targets: str) -> list[dict[str, Any]]:
     Means over seeds; the interval is over targets and seeds.
     """
     asked = run.plan.counterfactuals
-    cells = list(run.plan.counterfactual_cells(targets))
+    cells = list(CounterfactualCell.of_targets(run.plan, targets))
     receipts = run.receipts.done(cells)
     looked_at = run.plan.split(targets).spread(asked.targets)
     outputs = {

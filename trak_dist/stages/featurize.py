@@ -54,7 +54,7 @@ def _computed(session: Session, cell: FeaturizeCell) -> Outcome:
     session.once(f"done cells of {cell.split}", lambda: refuse_changed_rows(session, cell))
     grads = torch.zeros(len(cell.rows), plan.store_dim, device=session.device)
     out_to_loss = torch.zeros(len(cell.rows), device=session.device)
-    checks = audit.Audit.drawn(plan.key(cell), len(cell.rows), spec.featurize.batch_rows)
+    checks = audit.Audit.drawn(cell.key(plan), len(cell.rows), spec.featurize.batch_rows)
     shown = Shown()
     slower, done = loaded.slower_batches, 0
     for host_batch in session.batches(cell.split, cell.rows):

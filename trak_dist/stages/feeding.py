@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trak_dist.cells import TRAIN, check_name
 from trak_dist.compat import (
     BasicProjector,
     FunctionalGradientComputer,
@@ -21,6 +20,7 @@ from trak_dist.compat import (
     NoOpProjector,
 )
 from trak_dist.config import FeaturizeConfig, ReduceConfig, Spec
+from trak_dist.coordinates import TRAIN, check_name
 from trak_dist.errors import ConfigError, PlanMismatch
 from trak_dist.ops.model_outputs import (
     ImageClassification,

@@ -14,7 +14,8 @@ import zlib
 from collections.abc import Mapping
 from typing import Any
 
-from trak_dist.cells import Cell, FeaturizeCell, Rows
+from trak_dist.cells import Cell, FeaturizeCell
+from trak_dist.coordinates import Rows
 from trak_dist.errors import DatasetError
 from trak_dist.stages.datasets import content
 from trak_dist.stages.session import Session
@@ -64,7 +65,7 @@ def refuse_changed_rows(session: Session, cell: FeaturizeCell) -> None:
         for c, r in alike.values()
         for at in range(len(r.facts.get("batch_digests", "")) // SHORT)
     ]
-    random.Random(run.plan.key(cell)).shuffle(batches)  # noqa: S311
+    random.Random(cell.key(run.plan)).shuffle(batches)  # noqa: S311
     size = run.plan.spec.featurize.batch_rows
     for c, digests, at in batches[: max(1, REREAD_ROWS // size)]:
         again = _shown(session, split, _batch_rows(c.rows, at, size))
@@ -142,7 +143,9 @@ def _refuse_changed(session: Session, split: str, done: Done) -> None:
 
 def _done(run: Run, split: str) -> dict[FeaturizeCell, Receipt]:
     plan = run.plan
-    cells = [c for model_id in plan.model_ids for c in plan.featurize_cells(model_id, split)]
+    cells = [
+        c for model_id in plan.model_ids for c in FeaturizeCell.of_split(plan, model_id, split)
+    ]
     return {c: r for c, r in run.receipts.done(cells).items() if isinstance(c, FeaturizeCell)}
 
 

@@ -14,8 +14,10 @@ import torch
 
 from trak_dist import commands
 from trak_dist import problem as problems
-from trak_dist.cells import TRAIN, ScoreCell, check_name
+from trak_dist.cells import FeaturizeCell, ScoreCell
+from trak_dist.cells.train import checkpoint_path
 from trak_dist.config import Config, FeaturizeConfig, Spec
+from trak_dist.coordinates import TRAIN, check_name
 from trak_dist.errors import (
     CheckpointError,
     ConfigError,
@@ -44,7 +46,6 @@ from trak_dist.stages.checkpoints import (
 from trak_dist.stages.datasets import check_split, limited, probe
 from trak_dist.stages.loaded import adding, batch_in, gradients, model_in, projector
 from trak_dist.stages.session import as_batch, as_built
-from trak_dist.store.layout import Layout
 from trak_dist.store.receipts import Receipts
 from trak_dist.store.run import Run
 
@@ -196,7 +197,7 @@ def without_missing(run: Run, plan: Plan) -> Plan:
     receipts, left = Receipts(run.layout, plan), []
     for model_id in plan.model_ids:
         splits = (plan.train, *plan.targets)
-        cells = [c for s in splits for c in plan.featurize_cells(model_id, s.name)]
+        cells = [c for s in splits for c in FeaturizeCell.of_split(plan, model_id, s.name)]
         if len(receipts.done(cells)) == len(cells):
             left.append(model_id)
     if not left:
@@ -218,13 +219,13 @@ def refuse_scored(run: Run, plan: Plan) -> None:
     same_kernels = plan.model_ids == run.plan.model_ids and plan.kernel_id == run.plan.kernel_id
     if same_kernels and not other_grads:
         return
-    if other_grads and run.receipts.done(run.plan.cells_of(ScoreCell)):
+    if other_grads and run.receipts.done(ScoreCell.of(run.plan)):
         raise PlanMismatch(
             f"the run has scores, whose gradients are by {run.plan.gradients}",
             where=str(run.layout.run_dir),
             next="another run_dir, with this featurize.gradients",
         )
-    if run.receipts.done(run.plan.cells_of(ScoreCell)):
+    if run.receipts.done(ScoreCell.of(run.plan)):
         member = run.layout.sweeps / plan.reduce_id
         there = plan.reduce_id in run.layout.members()
         raise PlanMismatch(
@@ -410,9 +411,7 @@ def _checkpoints(problem: Problem, train: int, import_root: str) -> tuple[Checkp
             where="problem",
             next="see that the paths that the problem looks for exist",
         )
-    return tuple(
-        Checkpoint(seed, Layout.trained_checkpoint("full", seed), True) for seed in range(train)
-    )
+    return tuple(Checkpoint(seed, checkpoint_path("full", seed), True) for seed in range(train))
 
 
 def _target_names(problem: Problem, targets: Sequence[str]) -> list[str]:

@@ -12,15 +12,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trak_dist import commands
-from trak_dist.cells import (
-    TRAIN,
-    Cell,
-    FeaturizeCell,
-    GramCell,
-    KernelCell,
-    PreconditionCell,
-    Rows,
-)
+from trak_dist.cells import Cell, FeaturizeCell, GramCell, KernelCell, PreconditionCell
+from trak_dist.coordinates import TRAIN, Rows
 from trak_dist.errors import MissingInputs, MixedRun, SingularGram
 from trak_dist.ops import kernel, projection
 from trak_dist.ops import rows as row_format
@@ -51,7 +44,7 @@ def gram(session: Session, cell: GramCell) -> Outcome:
         If its featurize cells are not all done, or were not made from the same things.
     """
     plan = session.run.plan
-    cells = list(plan.featurize_cells(cell.model_id, TRAIN))
+    cells = list(FeaturizeCell.of_split(plan, cell.model_id, TRAIN))
     if session.run.receipts.distrusted(cell.model_id):  # what was published meanwhile too
         audit.take_back(session.run, cell.model_id)
     receipts = require(session.run, cells, needed_by=cell)
@@ -108,9 +101,9 @@ def precondition(session: Session, cell: PreconditionCell) -> Outcome:
     run, plan = session.run, session.run.plan
     source = KernelCell(cell.model_id)
     (receipt,) = require(run, [source], needed_by=cell).values()
-    targets = list(plan.featurize_cells(cell.model_id, cell.targets))
+    targets = list(FeaturizeCell.of_split(plan, cell.model_id, cell.targets))
     # One train cell stands for all: the gram cell saw to it that they agree.
-    train = next(plan.featurize_cells(cell.model_id, TRAIN))
+    train = next(FeaturizeCell.of_split(plan, cell.model_id, TRAIN))
     refuse_mixed(require(run, [train, *targets], needed_by=cell))
     factor = torch.from_numpy(contents.read(run, source, "kernel")).to(session.device)
     if plan.split(cell.targets).fed:

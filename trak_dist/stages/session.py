@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from trak_dist import problem as problems
-from trak_dist.cells import TRAIN, Rows
 from trak_dist.config import Spec
+from trak_dist.coordinates import TRAIN, Rows
 from trak_dist.errors import DeviceError, ProblemError
 from trak_dist.problem import MapDataset, Problem
 from trak_dist.stages import audit, checkpoints, datasets, pinned

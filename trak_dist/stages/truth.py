@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trak_dist.cells import MarginsCell
+from trak_dist.cells import MarginsCell, of_stage
 from trak_dist.config import MIN_SUBSETS, GroundTruth
 from trak_dist.errors import ConfigError, EvaluationError, PlanMismatch
 from trak_dist.ops import draws
@@ -92,7 +92,7 @@ def with_ground_truth(
 
 def refuse_without_truth(plan: Plan) -> None:
     """Raise `ConfigError` if there is nothing to hold scores against."""
-    if not any(plan.cells("evaluate")):
+    if not any(of_stage(plan, "evaluate")):
         raise ConfigError(
             "there is no ground truth to hold the scores against",
             where="ground_truth",

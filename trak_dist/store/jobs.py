@@ -14,8 +14,9 @@ from functools import cached_property
 from typing import Any
 
 from trak_dist import decoding
-from trak_dist.cells import STAGE_CELLS, STEPS, Cell, check_name, parse_cell
+from trak_dist.cells import STAGE_STEPS, STEPS, Cell, of_run, parse_cell
 from trak_dist.config import DEVICES, rebuilt
+from trak_dist.coordinates import check_name
 from trak_dist.errors import PlanMismatch, StoreError
 from trak_dist.plan import digest
 from trak_dist.store import atomic
@@ -58,7 +59,7 @@ class Job:
             parse_cell(cell_id)
         if job.member:
             check_name(job.member, what="the member")  # it names a directory
-        if not set(job.stages) <= set(STAGE_CELLS):
+        if not set(job.stages) <= set(STAGE_STEPS):
             raise ValueError(f"stages {list(job.stages)} are none")
         return job
 
@@ -176,13 +177,13 @@ class Jobs:
         ours = self.run
         return (
             cell in self._cells
-            and ours.plan.key(cell) == other.plan.key(cell)
+            and cell.key(ours.plan) == cell.key(other.plan)
             and ours.layout.receipt(ours.plan, cell) == other.layout.receipt(other.plan, cell)
         )
 
     @cached_property
     def _cells(self) -> frozenset[Cell]:
-        return frozenset(c for stage in STAGE_CELLS for c in self.run.plan.cells(stage))
+        return frozenset(of_run(self.run.plan))
 
     @cached_property
     def _others(self) -> dict[str, Run]:
