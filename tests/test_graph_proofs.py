@@ -25,7 +25,7 @@ from trak_dist.cells import (
     of_stage,
     parse_cell,
 )
-from trak_dist.cells.score import halves_targets
+from trak_dist.cells.score import columns, halves_targets
 from trak_dist.config import Counterfactuals, GroundTruth
 from trak_dist.coordinates import Rows
 from trak_dist.errors import ConfigError
@@ -73,8 +73,8 @@ def test_what_names_no_counterfactual(text: str) -> None:
 
 
 def test_the_models_of_each_target_set_are_those_of_spread_targets_and_random_ones_last() -> None:
-    assert ids(WITHOUT.counterfactual_cells("val")) == OF_VAL
-    found = ids(WITHOUT.cells_of(CounterfactualCell))
+    assert ids(CounterfactualCell.of_targets(WITHOUT, "val")) == OF_VAL
+    found = ids(CounterfactualCell.of(WITHOUT))
     assert found[: len(OF_VAL)] == OF_VAL
     assert {i.split("/")[2] for i in found[len(OF_VAL) :]} == {"0", "8", "random"}  # of 9 in test
     assert len(found) == 2 * len(OF_VAL)
@@ -84,7 +84,7 @@ def test_the_models_of_each_target_set_are_those_of_spread_targets_and_random_on
 
 def test_no_more_targets_than_there_are() -> None:
     many = replace(PLAN, counterfactuals=replace(ASKED, targets=50))
-    whose = [c.whose for c in many.counterfactual_cells("val")]
+    whose = [c.whose for c in CounterfactualCell.of_targets(many, "val")]
     assert list(dict.fromkeys(whose)) == ["0", "1", "2", "random"]
 
 
@@ -100,16 +100,16 @@ def test_spread_rows_are_distinct_and_go_from_end_to_end(rows: int, count: int) 
 
 
 def test_self_influence_has_score_evaluation_and_page_of_train_and_no_counterfactuals() -> None:
-    assert ids(ITSELF.cells_of(ScoreCell)) == [
+    assert ids(ScoreCell.of(ITSELF)) == [
         "score/val/0-10",
         "score/test/0-10",
         "score/train/0-10",
     ]
-    assert ids(ITSELF.cells_of(EvaluateCell)) == ["evaluate/train"]
-    assert ids(ITSELF.cells_of(ReportCell)) == ["report/val", "report/test", "report/train"]
-    assert ids(BOTH.cells_of(EvaluateCell)) == [f"evaluate/{n}" for n in ("val", "test", "train")]
-    assert not [c for c in BOTH.cells_of(CounterfactualCell) if c.targets == "train"]
-    assert (ITSELF.score_columns("train"), ITSELF.halves("train")) == (1, [])
+    assert ids(EvaluateCell.of(ITSELF)) == ["evaluate/train"]
+    assert ids(ReportCell.of(ITSELF)) == ["report/val", "report/test", "report/train"]
+    assert ids(EvaluateCell.of(BOTH)) == [f"evaluate/{n}" for n in ("val", "test", "train")]
+    assert not [c for c in CounterfactualCell.of(BOTH) if c.targets == "train"]
+    assert (columns(ITSELF, "train"), halves_targets(ITSELF, "train")) == (1, [])
 
 
 def test_halves_are_kept_of_up_to_64_spread_targets_where_there_are_two_checkpoints() -> None:
@@ -134,11 +134,11 @@ def test_a_counterfactual_task_is_one_target_or_the_random_ones() -> None:
 
 def test_a_counterfactual_needs_all_scores_of_its_target_set_alone() -> None:
     cut = replace(PLAN, counterfactuals=ASKED, train=Split("train", 10**7, 512, "p"))
-    scores = [f"score/val/{rows}" for rows in cut.score_split("val").blocks()]
+    scores = ids(ScoreCell.of_targets(cut, "val"))
     assert len(scores) > 1
     cell = CounterfactualCell("val", "0", 2, 0)
     assert ids(cell.dependencies(cut, ())) == scores
-    assert ids(cell.dependencies(cut, set(cut.score_cells("val")))) == scores
+    assert ids(cell.dependencies(cut, set(ScoreCell.of_targets(cut, "val")))) == scores
     assert not ids(CounterfactualCell("val".dependencies(cut, "random", 2, 0), ()))
 
 
@@ -166,7 +166,7 @@ def test_the_evaluation_of_train_needs_its_scores_and_nothing_of_the_ground_trut
 
 
 def test_an_evaluation_of_counterfactuals_alone_needs_no_kernels() -> None:
-    scores = set(WITHOUT.score_cells("val"))
+    scores = set(ScoreCell.of_targets(WITHOUT, "val"))
     for done in ((), scores, set(everything(WITHOUT))):
         found = ids(EvaluateCell("val").dependencies(WITHOUT, done))
         assert found == ["score/val/0-10", *OF_VAL]
@@ -260,12 +260,12 @@ def test_what_lacks_scores_is_told_and_not_made() -> None:
 
 def changed(old: Plan, new: Plan) -> set[str]:
     """The ids of the cells of `old` that `new` has with another key, or has not."""
-    kept = {c.id for c in set(cells(old)) & set(cells(new)) if old.key(c) == new.key(c)}
+    kept = {c.id for c in set(cells(old)) & set(cells(new)) if c.key(old) == c.key(new)}
     return set(ids(cells(old))) - kept
 
 
 PAGES = {f"{kind}/{name}" for kind in ("evaluate", "report") for name in ("val", "test")}
-MADE = {c.id for c in WITHOUT.cells_of(CounterfactualCell)}
+MADE = {c.id for c in CounterfactualCell.of(WITHOUT)}
 
 
 @pytest.mark.parametrize(

@@ -72,8 +72,8 @@ def test_a_trained_ground_truth_has_a_model_for_each_subset_and_seed() -> None:
 def test_a_brought_ground_truth_trains_nothing() -> None:
     assert BROUGHT.has_truth("val")
     assert not BROUGHT.has_truth("test")
-    assert ids(BROUGHT.cells("train")) == ["train/full/1"]
-    assert ids(BROUGHT.cells("evaluate")) == ["evaluate/val"]
+    assert ids(of_stage(BROUGHT, "train")) == ["train/full/1"]
+    assert ids(of_stage(BROUGHT, "evaluate")) == ["evaluate/val"]
 
 
 def test_a_train_task_of_a_subset_is_its_seeds_each_followed_by_its_margins() -> None:
@@ -180,7 +180,7 @@ def test_a_ground_truth_leaves_all_cells_but_the_reports_as_they_were() -> None:
         differing = {c.id for c in cells(PLAN) if c.key(PLAN) != c.key(plan)}
         assert differing == {f"report/{t}" for t in ("val", "test") if plan.has_truth(t)}
     other = replace(BROUGHT, truth_files="other")
-    differing = {c.id for c in cells(BROUGHT) if BROUGHT.key(c) != c.key(other)}
+    differing = {c.id for c in cells(BROUGHT) if c.key(BROUGHT) != c.key(other)}
     assert differing == {"evaluate/val", "report/val"}
 
 

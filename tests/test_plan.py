@@ -178,7 +178,7 @@ def test_a_changed_target_set_changes_the_keys_of_its_own_cells_only() -> None:
 def test_a_plan_comes_back_from_its_file(plan: Plan) -> None:
     back = plan_file.load(plan_file.dump(plan).encode(), where="plan.json")
     assert back == plan
-    assert [back.key(c) for c in cells(back)] == [c.key(plan) for c in cells(plan)]
+    assert [c.key(back) for c in cells(back)] == [c.key(plan) for c in cells(plan)]
 
 
 def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

@@ -20,7 +20,7 @@ from waiting import AT
 
 from trak_dist import graph, task, worker
 from trak_dist.cells import of_stage, parse_cell
-from trak_dist.stages.reduce import require
+from trak_dist.runtime.inputs import require
 from trak_dist.store.jobs import Attempt, Jobs
 from trak_dist.store.run import Run
 
@@ -237,7 +237,7 @@ def test_a_failure_of_an_older_plan_is_no_reason_not_to_look_again(
 ) -> None:
     fail(run, grads(run, 0)[0])
     path = run.layout.failure(run.plan, parse_cell(grads(run, 0)[0]))
-    path.write_text(path.read_text().replace(run.plan.key(parse_cell(grads(run, 0)[0])), "older"))
+    path.write_text(path.read_text().replace(parse_cell(grads(run, 0)[0]).key(run.plan), "older"))
     unseen.meanwhile[1] = lambda: finish(run, grads(run, 0))
     assert on_slurm(publish(run, KERNEL, step="kernel")) == 0
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from string import ascii_lowercase
 from typing import Any, Literal
-
-import numpy as np
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +27,7 @@ class ArraySpec:
     @property
     def nbytes(self) -> int:
         """Bytes of its entries, uncompressed."""
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+        return math.prod(self.shape) * int(self.dtype.lstrip(ascii_lowercase)) // 8
 
 
 @dataclass(frozen=True)

@@ -14,14 +14,14 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from trak_dist.cells import MarginsCell, TrainCell
+from trak_dist.checkpoints import digests, state_dicts
 from trak_dist.coordinates import FULL, TRAIN, Rows
 from trak_dist.errors import NonFiniteGradient, ProblemError
 from trak_dist.ops import draws
 from trak_dist.ops.gradients import outputs
-from trak_dist.stages import checkpoints, state_dicts
-from trak_dist.stages.outcome import Outcome
-from trak_dist.stages.reduce import require
-from trak_dist.stages.session import Session
+from trak_dist.runtime.inputs import require
+from trak_dist.runtime.outcome import Outcome
+from trak_dist.runtime.session import Session
 from trak_dist.store import atomic, contents
 
 SEEDS = 0x7FFFFFFF  # a bit mask: what torch and numpy both take
@@ -46,7 +46,7 @@ def train(session: Session, cell: TrainCell) -> Outcome:
     path = run.layout.file(cell, "checkpoint")
     run.refuse_if_superseded(cell)
     atomic.write(path, safetensors.torch.save(state))
-    return Outcome({"checkpoint": checkpoints.content_digest(state)})
+    return Outcome({"checkpoint": digests.content_digest(state)})
 
 
 def margins(session: Session, cell: MarginsCell) -> Outcome:
