@@ -139,7 +139,7 @@ def test_a_counterfactual_needs_all_scores_of_its_target_set_alone() -> None:
     cell = CounterfactualCell("val", "0", 2, 0)
     assert ids(cell.dependencies(cut, ())) == scores
     assert ids(cell.dependencies(cut, set(ScoreCell.of_targets(cut, "val")))) == scores
-    assert not ids(CounterfactualCell("val".dependencies(cut, "random", 2, 0), ()))
+    assert not ids(CounterfactualCell("val", "random", 2, 0).dependencies(cut, ()))
 
 
 GRADS_OF_TRAIN = {f"featurize/{m}/train/{b}" for m in (0, 1) for b in ("0-4", "4-8", "8-10")}
