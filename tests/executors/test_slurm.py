@@ -224,6 +224,17 @@ def test_sbatch_refuses(launch, slurm_run, fake_slurm, tmp_path: Path) -> None:
     assert table(launch(*slurm_run))[0] == ("featurize", "2", 9, 27, "")
 
 
+def test_nodes_with_less_memory_than_a_task_asks_for(launch, slurm_run, fake_slurm) -> None:
+    fake_slurm.refuse("Memory specification can not be satisfied", [1])
+    refuses(
+        launch(*slurm_run),
+        "sbatch refused the featurize array: sbatch: error: Memory specification can not be "
+        "satisfied\n"
+        "  where: cluster\n"
+        "  next:  cluster.memory_gb=… with less than the 9 GiB that a task asks for",
+    )
+
+
 def test_what_was_submitted_before_sbatch_refused_is_told_and_left_alone_afterwards(
     launch, slurm_run, fake_slurm, tmp_path: Path
 ) -> None:

@@ -94,7 +94,7 @@ def submit(run: Run, cluster: SlurmConfig, batch: Batch) -> str:
             raise SlurmRefused(
                 f"sbatch refused the {batch.step} array: {said}",
                 where="cluster",
-                next="correct the setting it names; cluster.dry_run=true shows the script",
+                next=_correction(run.plan, cluster, batch, said),
             )
         time.sleep(PAUSE_SECONDS)
         for task in slurm.queue(batch.name):  # an answer that was lost may have been a yes
@@ -103,6 +103,13 @@ def submit(run: Run, cluster: SlurmConfig, batch: Batch) -> str:
         f"sbatch gave no answer for the {batch.step} array: {said}",
         next="see whether Slurm is up (scontrol ping), then run the same command again",
     )
+
+
+def _correction(plan: Plan, cluster: SlurmConfig, batch: Batch, said: str) -> str:
+    if "Memory" in said:
+        asked = math.ceil(memory_gb(plan, cluster, batch.step))
+        return f"cluster.memory_gb=… with less than the {asked} GiB that a task asks for"
+    return "correct the setting it names; cluster.dry_run=true shows the script"
 
 
 def script(run: Run, cluster: SlurmConfig, batch: Batch) -> str:
