@@ -231,7 +231,7 @@ def test_nodes_with_less_memory_than_a_task_asks_for(launch, slurm_run, fake_slu
         "sbatch refused the featurize array: sbatch: error: Memory specification can not be "
         "satisfied\n"
         "  where: cluster\n"
-        "  next:  cluster.memory_gb=… with less than the 9 GiB that a task asks for",
+        "  next:  cluster.memory_gb=… with less than the 1 GiB that a task asks for",
     )
 
 
