@@ -7,7 +7,7 @@ to be read from another.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -80,6 +80,20 @@ def collated(problem: Problem, dataset: MapDataset, rows: Sequence[int], *, name
     which = f"row {rows[0]}" if len(rows) == 1 else f"rows {rows[0]} to {rows[-1]}"
     with told(f"collate of {which} of {name!r}", UnreadableRow):
         return (problem.collate or default_collate)(found)
+
+
+def batch(
+    problem: Problem, dataset: MapDataset, rows: Sequence[int], *, name: str
+) -> tuple[Any, ...]:
+    """Some rows of a dataset, as the arguments of a model output; fails as `collated` does."""
+    return as_batch(collated(problem, dataset, rows, name=name))
+
+
+def as_batch(collated: Any) -> tuple[Any, ...]:
+    """What collate gave, as the arguments of a model output."""
+    if isinstance(collated, Mapping):
+        return (dict(collated),)
+    return tuple(collated) if isinstance(collated, list | tuple) else (collated,)
 
 
 def rendered(problem: Problem, name: str, row: int) -> Rendered | None:
