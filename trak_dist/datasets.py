@@ -17,8 +17,10 @@ from torch.utils.data import Subset, default_collate
 
 from trak_dist.config import Spec
 from trak_dist.errors import DatasetError, ProblemError, UnreadableRow
+from trak_dist.hashing import truncated
 from trak_dist.plan import Split
 from trak_dist.problem import MapDataset, Problem, Rendered, told
+from trak_dist.spacing import evenly_spaced
 
 PROBE_ROWS = 16
 
@@ -155,8 +157,7 @@ def probe(problem: Problem, name: str, spec: Spec) -> tuple[int, str, str]:
             f"the dataset {name!r} is empty", where="problem", next="see that its files are found"
         )
     dataset = limited(problem.dataset(name), spec.limit)
-    last, count = len(dataset) - 1, min(PROBE_ROWS, len(dataset))
-    rows = sorted({round(i * last / max(1, count - 1)) for i in range(count)})
+    rows = evenly_spaced(len(dataset), PROBE_ROWS)
     alone, together = hashlib.sha256(), hashlib.sha256()
     batch = rows[: spec.featurize.batch_rows]
     for sha, groups in ((alone, [[row] for row in rows]), (together, [batch])):
@@ -164,7 +165,7 @@ def probe(problem: Problem, name: str, spec: Spec) -> tuple[int, str, str]:
             where = f"problem.collate, row {group[0]} of {name!r}"
             for piece in content(collated(problem, dataset, group, name=name), where=where):
                 sha.update(piece)
-    return len(dataset), alone.hexdigest()[:32], together.hexdigest()[:32]
+    return len(dataset), truncated(alone), truncated(together)
 
 
 def check_split(problem: Problem, split: Split, spec: Spec) -> None:

@@ -21,6 +21,8 @@ from torch.utils import _pytree as pytree
 
 from trak_dist.cells import TRAIN, FeaturizeCell
 from trak_dist.errors import DatasetError, MissingInputs, MixedRun, ModelIDException
+from trak_dist.hashing import digest_of
+from trak_dist.listing import first_few
 from trak_dist.ops import rows as row_format
 from trak_dist.ops.model_outputs import attention_mask
 from trak_dist.runtime.outcome import Outcome, grads_facts
@@ -154,14 +156,12 @@ def refuse_missing(run: Run, model_id: int, split: str) -> None:
 
 
 def spans(rows: NDArray[np.int64]) -> str:
-    """Rows in ascending order as `3, 5-7, …`, at most ten of their ranges."""
+    """Rows in ascending order, as their ranges: `3, 5-7`."""
     breaks = np.flatnonzero(np.diff(rows) != 1) + 1
     ranges = [
-        str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}"
-        for r in np.split(rows, breaks)[:11]
-        if len(r)
+        str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in np.split(rows, breaks) if len(r)
     ]
-    return ", ".join(ranges[:10]) + (", …" if len(ranges) > 10 else "")
+    return first_few(ranges)
 
 
 def gather(run: Run, cell: FeaturizeCell) -> Outcome:
@@ -202,7 +202,7 @@ def gather(run: Run, cell: FeaturizeCell) -> Outcome:
             raise MissingInputs(what, where=cell.id) from None
         raise
     del arrays["rows"]
-    inputs = hashlib.sha256(arrays["inputs"].data).hexdigest()[:32]
+    inputs = digest_of(arrays["inputs"].data)
     digests = contents.write(run, cell, arrays)
     counts = {"rows": size, "parts": len(used), "non_finite_rows": 0}
     return Outcome(digests, {**facts, "inputs_digest": inputs, **counts})

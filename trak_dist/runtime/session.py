@@ -31,9 +31,7 @@ class Session:
         self.device = device
         self._loaded: Loaded | None = None
         self._checked: set[str] = set()
-        self.shown: dict[
-            tuple[str, Rows], str
-        ] = {}  # digests of rows of splits, see runtime.shown_rows
+        self.shown: dict[tuple[str, Rows], str] = {}  # digests of rows of splits: runtime.reread
         self.took_back = False  # cells of this job, perhaps, which are to be run again
 
     @cached_property

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from typing import Any
 
 from trak_dist.cells import TRAIN, EvaluateCell
 from trak_dist.evaluation import self_influence
 from trak_dist.evaluation.datamodeling import against_retrained
+from trak_dist.hashing import digest_of
 from trak_dist.runtime.inputs import require
 from trak_dist.runtime.outcome import Outcome
 from trak_dist.runtime.session import Session
@@ -44,4 +44,4 @@ def evaluate(session: Session, cell: EvaluateCell) -> Outcome:
     run.refuse_if_superseded(cell)
     atomic.write(run.layout.evaluation(cell.targets), text)
     facts = {name: found[name] for name in TOLD if name in found}
-    return Outcome({"figures": hashlib.sha256(text).hexdigest()[:32]}, facts)
+    return Outcome({"figures": digest_of(text)}, facts)
