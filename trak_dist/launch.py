@@ -168,8 +168,8 @@ def _look(run: Run, config: Config) -> int:
 
 
 def _submit(run: Run, cluster: SlurmConfig, stages: Sequence[str], *, force: bool) -> int:
+    from trak_dist import planning
     from trak_dist.executors import slurm
-    from trak_dist.planning import plans as planning
 
     rate = functools.partial(planning.trial_rate, run.plan)
     if cluster.dry_run:

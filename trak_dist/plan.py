@@ -7,7 +7,6 @@ each, where two plans differ, and how much memory and disk the cells need.
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -52,11 +51,6 @@ class Split:
 
     def __post_init__(self) -> None:
         check_name(self.name, what="the split")  # it names directories
-
-    def spread(self, count: int) -> list[int]:
-        """`count` of its rows, evenly spread from the first to the last; all if it has no more."""
-        count = min(count, self.rows)
-        return sorted({round(i * (self.rows - 1) / max(1, count - 1)) for i in range(count)})
 
     @property
     def fed(self) -> bool:
@@ -304,7 +298,7 @@ def of_plan(compute: Callable[Concatenate[Plan, P], T]) -> Callable[Concatenate[
 def digest(value: Any) -> str:
     """Digest of a JSON-able value, independent of the order of its keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return digest_of(text.encode())
 
 
 def cell_rows(rows: int, *, row_bytes: int, batch_rows: int) -> int:

@@ -47,8 +47,8 @@ def prepared(
     The task of a sweep makes or extends a member of `base`, if it is not that run itself. `typed`
     is the problem that the command line alone says, without the plan.
     """
+    from trak_dist import planning
     from trak_dist.evaluation import ground_truth as truth
-    from trak_dist.planning import plans as planning
     from trak_dist.store.prepare import prepare
 
     run, run_dir, plan = base, Path(config.run_dir), None
@@ -110,7 +110,7 @@ def wanted(config: Config, run: Run, may: tuple[str, ...]) -> Plan:
     settings.refuse_other_settings(run.plan.settings, asked, where=where, may=may)
     plan = run.plan.with_settings(config.spec, config.checkpoints.ensemble)
     if config.checkpoints.allow_missing:
-        from trak_dist.planning import plans as planning
+        from trak_dist import planning
 
         plan, whole = planning.without_missing(run, plan), plan
         if plan.model_ids != whole.model_ids:
@@ -129,10 +129,10 @@ def _plan_with_problem(
     *,
     typed: Mapping[str, Any],
 ) -> Plan:
+    from trak_dist import planning
     from trak_dist import problem as problems
-    from trak_dist.evaluation import ground_truth as truth
-    from trak_dist.planning import plans as planning
-    from trak_dist.stages.counterfactual import with_counterfactuals
+    from trak_dist.planning import ground_truth as truth
+    from trak_dist.planning.counterfactuals import with_counterfactuals
 
     spec = plan.spec.problem if plan else config.spec.problem
     import_root = plan.source.import_root if plan else str(Path.cwd())

@@ -29,6 +29,7 @@ from trak_dist.checks.gradient_audit import Audit
 from trak_dist.compat import FunctionalGradientComputer
 from trak_dist.config import Spec
 from trak_dist.coordinates import TRAIN
+from trak_dist.datasets import as_batch
 from trak_dist.errors import CellsFailed, ConfigError, ModelIDException
 from trak_dist.ingest import streamed_plan as feeding
 from trak_dist.ingest import streamed_rows as fed
@@ -38,7 +39,7 @@ from trak_dist.ops.batches import examples_in, rows_of
 from trak_dist.ops.gradients import select_params
 from trak_dist.plan import Plan
 from trak_dist.planning import gradient_method as coverage
-from trak_dist.runtime.session import as_batch, open_device
+from trak_dist.runtime.session import open_device
 from trak_dist.source import model_digest
 from trak_dist.stages.featurize import refuse_all_zero, refuse_unusable
 from trak_dist.store import contents

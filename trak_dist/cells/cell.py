@@ -7,7 +7,6 @@ it, and keep no table of kinds.
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import fields
@@ -15,6 +14,7 @@ from typing import ClassVar, Self
 
 from trak_dist.cells.ownership import OwnedFile, OwnedRows
 from trak_dist.coordinates import Rows
+from trak_dist.hashing import digest_of
 from trak_dist.plan import Plan
 
 
@@ -74,7 +74,7 @@ class Cell(ABC):
 
     def key(self, plan: Plan) -> str:
         """Hash of all that determines its bytes; a receipt with this key makes it done."""
-        return hashlib.sha256(f"{self.identity(plan)}|{self.id}".encode()).hexdigest()[:32]
+        return digest_of(f"{self.identity(plan)}|{self.id}".encode())
 
     def receipt_group(self, plan: Plan) -> tuple[str, ...]:
         """The directories below `receipts/<kind>` that its receipt lies in."""

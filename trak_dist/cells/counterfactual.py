@@ -11,6 +11,7 @@ from trak_dist.cells.score import ScoreCell, scores_identity
 from trak_dist.cells.train import training, training_bytes
 from trak_dist.coordinates import RANDOM
 from trak_dist.plan import Plan, digest, of_plan
+from trak_dist.spacing import evenly_spaced
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class CounterfactualCell(Cell):
     def of_targets(cls, plan: Plan, targets: str) -> Iterator[Self]:
         """Those of one target set, the ones without random rows last."""
         asked = plan.counterfactuals
-        chosen = [str(row) for row in plan.split(targets).spread(asked.targets)]
+        chosen = [str(row) for row in evenly_spaced(plan.split(targets).rows, asked.targets)]
         for whose in (*chosen, RANDOM) if chosen else ():
             for removed in asked.remove:
                 for seed in range(asked.seeds):

@@ -13,6 +13,7 @@ from trak_dist.cells.ownership import ArraySpec, OwnedRows
 from trak_dist.cells.precondition import PreconditionCell
 from trak_dist.coordinates import TRAIN, Rows
 from trak_dist.plan import CHUNK_BYTES, Plan, Split, digest, of_plan
+from trak_dist.spacing import evenly_spaced
 
 HALVES_TARGETS = 64  # of each target set, for which scores of halves of the ensemble are kept
 
@@ -117,7 +118,7 @@ def columns(plan: Plan, targets: str) -> int:
 def halves_targets(plan: Plan, targets: str) -> list[int]:
     """The targets for which scores of either half of the ensemble are kept."""
     several = targets != TRAIN and len(plan.model_ids) > 1
-    return plan.split(targets).spread(HALVES_TARGETS) if several else []
+    return evenly_spaced(plan.split(targets).rows, HALVES_TARGETS) if several else []
 
 
 def _cut(plan: Plan, targets: str) -> Split:

@@ -34,6 +34,7 @@ from trak_dist.ops.kernel import Spectrum
 from trak_dist.ops.lds import Interval
 from trak_dist.runtime.inputs import read_grads, require
 from trak_dist.runtime.session import Session
+from trak_dist.spacing import evenly_spaced
 from trak_dist.store import contents
 
 LAMBDAS = tuple(float(x) for x in np.logspace(-3, 2, 20))  # of the mean diagonal
@@ -86,7 +87,7 @@ def against_retrained(session: Session, cell: EvaluateCell) -> dict[str, Any]:
     curves = list(_curves(session, cell, truth, told))
     whole = next(c for c in curves if c.checkpoints == len(plan.model_ids))
     reliable = lds.reliability(truth.margins)
-    shown = np.unique(np.linspace(0, len(told) - 1, SHOWN_TARGETS).round().astype(int))
+    shown = evenly_spaced(len(told), SHOWN_TARGETS)
     return {
         "subsets": len(truth.masks),
         "seeds": truth.margins.shape[1],

@@ -23,6 +23,8 @@ from trak_dist.cells import FeaturizeCell
 from trak_dist.cells.featurize import INPUT_DIGEST_BYTES
 from trak_dist.coordinates import TRAIN
 from trak_dist.errors import DatasetError, MissingInputs, MixedRun, ModelIDException
+from trak_dist.hashing import digest_of
+from trak_dist.listing import first_few
 from trak_dist.ops import rows as row_format
 from trak_dist.ops.model_outputs import attention_mask
 from trak_dist.runtime.outcome import Outcome, grads_facts
@@ -158,14 +160,12 @@ def refuse_missing(run: Run, model_id: int, split: str) -> None:
 
 
 def spans(rows: NDArray[np.int64]) -> str:
-    """Rows in ascending order as `3, 5-7, …`, at most ten of their ranges."""
+    """Rows in ascending order, as their ranges: `3, 5-7`."""
     breaks = np.flatnonzero(np.diff(rows) != 1) + 1
     ranges = [
-        str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}"
-        for r in np.split(rows, breaks)[:11]
-        if len(r)
+        str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in np.split(rows, breaks) if len(r)
     ]
-    return ", ".join(ranges[:10]) + (", …" if len(ranges) > 10 else "")
+    return first_few(ranges)
 
 
 def gather(run: Run, cell: FeaturizeCell) -> Outcome:
@@ -206,7 +206,7 @@ def gather(run: Run, cell: FeaturizeCell) -> Outcome:
             raise MissingInputs(what, where=cell.id) from None
         raise
     del arrays["rows"]
-    inputs = hashlib.sha256(arrays["inputs"].data).hexdigest()[:32]
+    inputs = digest_of(arrays["inputs"].data)
     digests = contents.write(run, cell, arrays)
     counts = {"rows": size, "parts": len(used), "non_finite_rows": 0}
     return Outcome(digests, {**facts, "inputs_digest": inputs, **counts})

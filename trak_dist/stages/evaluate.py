@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from typing import Any
 
@@ -10,6 +9,7 @@ from trak_dist.cells import CounterfactualCell, EvaluateCell, FeaturizeCell, Sco
 from trak_dist.coordinates import TRAIN
 from trak_dist.evaluation import self_influence
 from trak_dist.evaluation.datamodeling import against_retrained
+from trak_dist.hashing import digest_of
 from trak_dist.runtime.inputs import require
 from trak_dist.runtime.outcome import Outcome
 from trak_dist.runtime.session import Session
@@ -45,4 +45,4 @@ def evaluate(session: Session, cell: EvaluateCell) -> Outcome:
     run.refuse_if_superseded(cell)
     atomic.write(run.layout.file(cell, "figures"), text)
     facts = {name: found[name] for name in TOLD if name in found}
-    return Outcome({"figures": hashlib.sha256(text).hexdigest()[:32]}, facts)
+    return Outcome({"figures": digest_of(text)}, facts)

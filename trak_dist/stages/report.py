@@ -23,6 +23,7 @@ from trak_dist.problem import Rendered
 from trak_dist.runtime.inputs import require
 from trak_dist.runtime.outcome import Outcome
 from trak_dist.runtime.session import Session
+from trak_dist.spacing import evenly_spaced
 from trak_dist.store import atomic
 from trak_dist.store.receipts import audited
 from trak_dist.store.results import Results, Top
@@ -114,7 +115,7 @@ def _stability(session: Session, targets: str) -> dict[str, Any]:
 
 
 def _lines(session: Session, cell: ReportCell) -> list[_Line]:
-    columns = session.run.plan.split(cell.targets).spread(SHOWN_TARGETS)
+    columns = evenly_spaced(session.run.plan.split(cell.targets).rows, SHOWN_TARGETS)
     tops = Results(session.run).top(cell.targets, columns, SHOWN_EXAMPLES)
     return [_line(session, cell, top) for top in tops]
 

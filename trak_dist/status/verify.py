@@ -6,15 +6,15 @@ made of them, count as damaged. None of a problem's code is run.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 
 from trak_dist.cells import Cell, ReportCell, of_run
 from trak_dist.checkpoints.digests import content_digest
 from trak_dist.checkpoints.state_dicts import read
 from trak_dist.checks.dependents import made_of, sharing
+from trak_dist.checks.shown_rows import of_other_rows
 from trak_dist.errors import CheckpointError, StoreError
-from trak_dist.runtime.shown_rows import of_other_rows
+from trak_dist.hashing import digest_of
 from trak_dist.store import atomic, contents
 from trak_dist.store.receipts import Receipt
 from trak_dist.store.run import Run
@@ -57,7 +57,7 @@ def _damages(run: Run, cell: Cell, receipt: Receipt) -> Iterator[str]:
         if owned.tensors:
             found = content_digest(read(path))
         elif atomic.exists(path):
-            found = hashlib.sha256(atomic.read(path)).hexdigest()[:32]
+            found = digest_of(atomic.read(path))
         else:
             found = "none"
         of_before = written is None and isinstance(cell, ReportCell) and found != "none"

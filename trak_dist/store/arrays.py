@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import shlex
@@ -28,6 +27,7 @@ from zarr.storage import LocalStore, MemoryStore
 
 from trak_dist.cells.ownership import ArraySpec
 from trak_dist.errors import CorruptChunk, StoreError
+from trak_dist.hashing import digest_of
 from trak_dist.store import atomic
 
 # Passed to open_array it is silently ignored (zarr 3.1.6), so it is set for the whole process.
@@ -155,7 +155,7 @@ def read_rows(path: Path, spec: ArraySpec, start: int, stop: int) -> NDArray[Any
 
 def content_digest(values: NDArray[Any]) -> str:
     """Digest of the values as C-ordered bytes, whatever the codec."""
-    return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()[:32]
+    return digest_of(np.ascontiguousarray(values).data)
 
 
 def _there(path: Path) -> bool:

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from trak_dist import decoding
 from trak_dist.cells.featurize import INPUT_DIGEST_BYTES
 from trak_dist.errors import CorruptChunk, StoreError
+from trak_dist.hashing import truncated
 from trak_dist.plan import digest
 from trak_dist.store import atomic
 
@@ -139,4 +140,4 @@ def _digest(arrays: Arrays) -> str:
     for name in sorted(arrays):
         sha.update(name.encode())
         sha.update(np.ascontiguousarray(arrays[name]).data)
-    return sha.hexdigest()[:32]
+    return truncated(sha)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from trak_dist.cells import STAGE_STEPS, EvaluateCell, ScoreCell, of_stage
 from trak_dist.cells.score import halves_targets
 from trak_dist.coordinates import TRAIN
 from trak_dist.errors import ConfigError, CorruptChunk, MissingInputs
+from trak_dist.hashing import digest_of
 from trak_dist.plan import Plan
 from trak_dist.store import atomic, contents
 from trak_dist.store.receipts import Receipt
@@ -145,7 +145,7 @@ class Results:
                 next="stage=evaluate, with ground_truth.subsets=… or counterfactuals.targets=…",
             )
         text = atomic.read(path) if atomic.exists(path) else b""
-        if hashlib.sha256(text).hexdigest()[:32] != receipt.digests.get("figures"):
+        if digest_of(text) != receipt.digests.get("figures"):
             raise CorruptChunk(
                 "the figures are gone, or not those that were written",
                 where=str(path),
