@@ -23,6 +23,7 @@ from trak_dist.config import (
     flatten,
 )
 from trak_dist.coordinates import TRAIN, Rows, check_name
+from trak_dist.hashing import digest_of
 
 SCHEMA = 1
 CHUNK_BYTES = 64 * 2**20
