@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from trak_dist import plan_file
 from trak_dist.cells import STAGE_CELLS, Cell, Rows
 from trak_dist.config import Spec
+from trak_dist.dotted import differences
 from trak_dist.errors import PlanMismatch
 from trak_dist.needs import memory
 from trak_dist.plan import (
@@ -25,7 +26,6 @@ from trak_dist.plan import (
     Source,
     Split,
     cell_rows,
-    differences,
     digest,
 )
 from trak_dist.store.layout import Layout

@@ -38,9 +38,8 @@ from trak_dist.config import (
     Counterfactuals,
     GroundTruth,
     Spec,
-    distinct,
-    flatten,
 )
+from trak_dist.dotted import distinct
 
 SCHEMA = 1
 CHUNK_BYTES = 64 * 2**20
@@ -123,7 +122,7 @@ class Source:
     file: str
     model: str
     import_root: str
-    accepted: tuple[str, ...] = field(default=(), metadata={"may_be_empty": True})
+    accepted: tuple[str, ...] = ()
     modules: Mapping[str, str] = field(default_factory=dict)
     unsaved: Mapping[str, str | list[float]] = field(default_factory=dict)
     built: Mapping[str, list[float]] = field(default_factory=dict)
@@ -155,7 +154,7 @@ class Plan:
     self_influence: bool = False
     lambda_from: str = ""
     mislabelled: str = ""
-    use: tuple[int, ...] = field(default=(), metadata={"may_be_empty": True})
+    use: tuple[int, ...] = ()
     gradients: str = field(default="vmap", metadata={"choices": GRADIENTS[1:]})
     activations: int = field(default=0, metadata={"min": 0})
 
@@ -396,13 +395,13 @@ class Plan:
         """What of its parts does not go together, a line for each."""
         ids, names = [c.model_id for c in self.checkpoints], [s.name for s in self.targets]
         if len(set(ids)) < len(ids):
-            yield f"  checkpoints: a model_id is there twice: {ids}"
+            yield f"checkpoints: a model_id is there twice: {ids}"
         if len(set(self.use)) < len(self.use) or not set(self.use) <= set(ids):
-            yield f"  use: {list(self.use)} are not some of the model_ids {ids}"
+            yield f"use: {list(self.use)} are not some of the model_ids {ids}"
         if self.train.name != TRAIN or TRAIN in names or len(set(names)) < len(names):
-            yield f"  targets: {names} are not names of their own beside {TRAIN!r}"
+            yield f"targets: {names} are not names of their own beside {TRAIN!r}"
         elif (cells := self._cells_at_most()) > MAX_CELLS:
-            yield f"  {cells:.2g} cells are more than the {MAX_CELLS:.0e} that one run may have"
+            yield f"{cells:.2g} cells are more than the {MAX_CELLS:.0e} that one run may have"
 
     def _cells_at_most(self) -> int:
         truth, without = self.ground_truth, self.counterfactuals
@@ -435,9 +434,3 @@ def planned_cell_rows(rows: int, spec: Spec, dim: int) -> int:
     return spec.featurize.cell_rows or cell_rows(
         rows, row_bytes=row_bytes, batch_rows=spec.featurize.batch_rows
     )
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The dotted keys whose values differ, each with its old and its new value."""
-    a, b = (json.loads(json.dumps(flatten(m))) for m in (old, new))
-    return {k: (a.get(k), b.get(k)) for k in sorted({*a, *b}) if a.get(k) != b.get(k)}
