@@ -157,7 +157,7 @@ def _launch(composed: DictConfig, given: frozenset[str], task: Task | None) -> i
 
 def _look(run: Run, config: Config) -> int:
     if config.stage == "cancel":
-        from trak_dist.stages.queue import cancel
+        from trak_dist.status.queue import cancel
 
         ids = cancel(Jobs(run))
         out.print(f"cancelled: {', '.join(ids) or 'nothing, no job of this run is in the queue'}")
@@ -170,7 +170,7 @@ def _look(run: Run, config: Config) -> int:
 
 def _submit(run: Run, cluster: SlurmConfig, stages: Sequence[str], *, force: bool) -> int:
     from trak_dist.executors import slurm
-    from trak_dist.stages import planning
+    from trak_dist.planning import plans as planning
 
     rate = functools.partial(planning.trial_rate, run.plan)
     if cluster.dry_run:

@@ -23,7 +23,7 @@ def choose_lambda(mapping: dict[str, Any], run: Run | None) -> str:
     """Put the λ that `auto` stands for into `mapping`; why it is that one, if it is asked for."""
     if mapping["reduce"]["lambda_reg"] != "auto":
         return ""
-    from trak_dist.stages import choice
+    from trak_dist.planning import lambda_selection as choice
 
     other = {**mapping, "reduce": {**mapping["reduce"], "lambda_reg": 1.0}}
     config = config_from_mapping(other)  # all else has to be valid
@@ -47,7 +47,8 @@ def prepared(
     The task of a sweep makes or extends a member of `base`, if it is not that run itself. `typed`
     is the problem that the command line alone says, without the plan.
     """
-    from trak_dist.stages import planning, truth
+    from trak_dist.evaluation import ground_truth as truth
+    from trak_dist.planning import plans as planning
     from trak_dist.store.prepare import prepare
 
     run, run_dir, plan = base, Path(config.run_dir), None
@@ -108,7 +109,7 @@ def wanted(config: Config, run: Run, may: tuple[str, ...]) -> Plan:
     settings.refuse_other_settings(run.plan.settings, asked, where=where, may=may)
     plan = run.plan.with_settings(config.spec, config.checkpoints.ensemble)
     if config.checkpoints.allow_missing:
-        from trak_dist.stages import planning
+        from trak_dist.planning import plans as planning
 
         plan, whole = planning.without_missing(run, plan), plan
         if plan.model_ids != whole.model_ids:
@@ -128,7 +129,8 @@ def _plan_with_problem(
     typed: Mapping[str, Any],
 ) -> Plan:
     from trak_dist import problem as problems
-    from trak_dist.stages import planning, truth
+    from trak_dist.evaluation import ground_truth as truth
+    from trak_dist.planning import plans as planning
     from trak_dist.stages.counterfactual import with_counterfactuals
 
     spec = plan.spec.problem if plan else config.spec.problem
@@ -219,6 +221,6 @@ def gpus(cluster: ClusterConfig) -> int:
     """GPUs that local workers may use."""
     import torch
 
-    from trak_dist.stages.session import open_device
+    from trak_dist.runtime.session import open_device
 
     return torch.cuda.device_count() if open_device(cluster.device).type == "cuda" else 0

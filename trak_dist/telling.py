@@ -16,7 +16,7 @@ from rich.text import Text
 from trak_dist import commands, needs
 from trak_dist.cells import STAGE_CELLS, Cell, EvaluateCell, FeaturizeCell, ReportCell
 from trak_dist.errors import CorruptChunk, StoreError
-from trak_dist.stages.status import Status, by_error, lines, read_status
+from trak_dist.status.state import Status, by_error, lines, read_status
 from trak_dist.store.run import Run
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def submitted(run: Run, done: Submitted) -> None:
 
 def verify(run: Run, *, repair: bool) -> bool:
     """Verify, and where asked repair; whether nothing is damaged that is not queued again."""
-    from trak_dist.stages.verify import damaged_cells, take_back
+    from trak_dist.status.verify import damaged_cells, take_back
     from trak_dist.store.prepare import prepare
 
     if repair:
