@@ -17,6 +17,7 @@ from trak_dist import plan_file
 from trak_dist.cells import Cell, KernelCell, of_run
 from trak_dist.config import Spec
 from trak_dist.coordinates import Rows
+from trak_dist.dotted import differences
 from trak_dist.errors import PlanMismatch
 from trak_dist.plan import (
     CHUNK_BYTES,
@@ -25,7 +26,6 @@ from trak_dist.plan import (
     Source,
     Split,
     cell_rows,
-    differences,
     digest,
 )
 from trak_dist.store.layout import Layout

@@ -32,6 +32,7 @@ from trak_dist.store.jobs import Jobs
 from trak_dist.store.run import Run
 from trak_dist.sweep import Task
 from trak_dist.telling import out
+from trak_dist.validation import config_from_mapping
 
 if TYPE_CHECKING:
     from trak_dist.executors.protocol import Executor
@@ -129,7 +130,7 @@ def _launch(composed: DictConfig, given: frozenset[str], task: Task | None) -> i
     settings.refuse_missing(mapping)
     mapping["run_dir"] = str(run_dir)
     chosen = preparation.choose_lambda(mapping, run)
-    config = Config.from_mapping(mapping)
+    config = config_from_mapping(mapping)
     if config.stage in ("status", "verify", "cancel"):
         run = run or Run.open(run_dir)  # raises, and says how to begin
         plan = preparation.wanted(config, run, SWEEP_KEYS if task else ())

@@ -19,10 +19,9 @@ from trak_dist.config import (
     Counterfactuals,
     GroundTruth,
     Spec,
-    distinct,
-    flatten,
 )
 from trak_dist.coordinates import TRAIN, Rows, check_name
+from trak_dist.dotted import distinct
 from trak_dist.hashing import digest_of
 
 SCHEMA = 1
@@ -105,7 +104,7 @@ class Source:
     file: str
     model: str
     import_root: str
-    accepted: tuple[str, ...] = field(default=(), metadata={"may_be_empty": True})
+    accepted: tuple[str, ...] = ()
     modules: Mapping[str, str] = field(default_factory=dict)
     unsaved: Mapping[str, str | list[float]] = field(default_factory=dict)
     built: Mapping[str, list[float]] = field(default_factory=dict)
@@ -137,7 +136,7 @@ class Plan:
     self_influence: bool = False
     lambda_from: str = ""
     mislabelled: str = ""
-    use: tuple[int, ...] = field(default=(), metadata={"may_be_empty": True})
+    use: tuple[int, ...] = ()
     gradients: str = field(default="vmap", metadata={"choices": GRADIENTS[1:]})
     activations: int = field(default=0, metadata={"min": 0})
 
@@ -270,11 +269,11 @@ class Plan:
         """What of its parts does not go together, a line for each."""
         ids, names = [c.model_id for c in self.checkpoints], [s.name for s in self.targets]
         if len(set(ids)) < len(ids):
-            yield f"  checkpoints: a model_id is there twice: {ids}"
+            yield f"checkpoints: a model_id is there twice: {ids}"
         if len(set(self.use)) < len(self.use) or not set(self.use) <= set(ids):
-            yield f"  use: {list(self.use)} are not some of the model_ids {ids}"
+            yield f"use: {list(self.use)} are not some of the model_ids {ids}"
         if self.train.name != TRAIN or TRAIN in names or len(set(names)) < len(names):
-            yield f"  targets: {names} are not names of their own beside {TRAIN!r}"
+            yield f"targets: {names} are not names of their own beside {TRAIN!r}"
 
 
 P = ParamSpec("P")
@@ -315,9 +314,3 @@ def planned_cell_rows(rows: int, spec: Spec, dim: int) -> int:
     return spec.featurize.cell_rows or cell_rows(
         rows, row_bytes=row_bytes, batch_rows=spec.featurize.batch_rows
     )
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The dotted keys whose values differ, each with its old and its new value."""
-    a, b = (json.loads(json.dumps(flatten(m))) for m in (old, new))
-    return {k: (a.get(k), b.get(k)) for k in sorted({*a, *b}) if a.get(k) != b.get(k)}

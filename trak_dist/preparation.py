@@ -17,6 +17,7 @@ from trak_dist.store import atomic
 from trak_dist.store.run import Run
 from trak_dist.sweep import Task
 from trak_dist.telling import out
+from trak_dist.validation import config_from_mapping
 
 
 def choose_lambda(mapping: dict[str, Any], run: Run | None) -> str:
@@ -26,7 +27,7 @@ def choose_lambda(mapping: dict[str, Any], run: Run | None) -> str:
     from trak_dist.planning import lambda_selection as choice
 
     other = {**mapping, "reduce": {**mapping["reduce"], "lambda_reg": 1.0}}
-    config = Config.from_mapping(other)  # all else has to be valid
+    config = config_from_mapping(other)  # all else has to be valid
     found = choice.best_lambda(run, config.spec, config.checkpoints.ensemble)
     mapping["reduce"] = {**mapping["reduce"], "lambda_reg": found.lambda_reg}
     out.print(f"auto: {found.why}")

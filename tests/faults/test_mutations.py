@@ -35,7 +35,7 @@ from trak_dist import open_run, settings, telling
 from trak_dist.cells import KernelCell, ReportCell, ScoreCell, of_stage
 from trak_dist.checkpoints import state_dicts
 from trak_dist.checkpoints.digests import content_digest
-from trak_dist.config import Config, SlurmConfig, cluster_from_mapping, refuse_other_shape
+from trak_dist.config import SlurmConfig
 from trak_dist.errors import CorruptChunk
 from trak_dist.launch import main
 from trak_dist.status.state import lines, read_status
@@ -44,6 +44,7 @@ from trak_dist.store import parts
 from trak_dist.store.jobs import Job, Jobs
 from trak_dist.store.prepare import prepare
 from trak_dist.store.run import Run
+from trak_dist.validation import cluster_from_mapping, config_from_mapping, refuse_other_shape
 
 SEED = int(os.environ.get("SEED", "1"))
 FEW = int(os.environ.get("MUTATIONS", "30"))
@@ -224,12 +225,12 @@ def kinds(subject: Subject) -> dict[str, Kind]:
             slurm = OmegaConf.to_container(OmegaConf.load(settings.CONF / "cluster/slurm.yaml"))
             plain |= {"problem": {"_target_": "a.b"}, "run_dir": "x", "store_dim": 2048}
             subject.mapping = plain | {"projection": {"kind": "sjlt", "seed": 0}, "cluster": slurm}
-            Config.from_mapping(subject.mapping)
+            config_from_mapping(subject.mapping)
         changed = mutated_json(draw, subject.mapping)
 
         def look() -> str:
             refuse_other_shape(changed)
-            Config.from_mapping(changed)
+            config_from_mapping(changed)
             return "correct"
 
         return look

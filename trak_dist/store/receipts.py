@@ -11,7 +11,7 @@ import io
 import json
 import logging
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -20,11 +20,11 @@ import numpy as np
 
 from trak_dist import decoding
 from trak_dist.cells import Cell, FeaturizeCell
-from trak_dist.config import rebuilt
 from trak_dist.errors import CorruptChunk, StoreError
 from trak_dist.plan import Plan, digest
 from trak_dist.store import atomic
 from trak_dist.store.layout import Layout
+from trak_dist.structuring import structure, unstructure
 
 Fact = TypeVar("Fact")
 log = logging.getLogger(__name__)
@@ -222,7 +222,7 @@ def audited(receipts: Iterable[Receipt]) -> str:
 
 
 def _dump(value: Receipt | Failure) -> bytes:
-    content = json.loads(json.dumps(asdict(value)))
+    content = json.loads(json.dumps(unstructure(value)))
     return json.dumps({**content, "digest": digest(content)}).encode()
 
 
@@ -249,7 +249,7 @@ def _parsed(text: bytes, kind: type[Kind]) -> Kind:
     said = raw.pop("digest", None)
     if said not in (None, digest(raw)):
         raise ValueError("its content is not what was written")
-    return rebuilt(kind, raw, "it is no record of a cell:")
+    return structure(kind, raw, "it is no record of a cell:")
 
 
 def _read_directory(directory: Path, names: Container[str]) -> dict[str, Receipt]:
