@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -86,17 +85,6 @@ def test_no_more_targets_than_there_are() -> None:
     many = replace(PLAN, counterfactuals=replace(ASKED, targets=50))
     whose = [c.whose for c in CounterfactualCell.of_targets(many, "val")]
     assert list(dict.fromkeys(whose)) == ["0", "1", "2", "random"]
-
-
-@given(st.integers(1, 60), st.integers(1, 80))
-def test_spread_rows_are_distinct_and_go_from_end_to_end(rows: int, count: int) -> None:
-    found = Split("val", rows, 4, "q").spread(count)
-    assert len(found) == min(rows, count)
-    assert found == sorted(set(found))
-    assert found[0] == 0
-    assert found[-1] == (rows - 1 if min(rows, count) > 1 else 0)
-    gaps = {b - a for a, b in pairwise(found)}
-    assert not gaps or max(gaps) - min(gaps) <= 1
 
 
 def test_self_influence_has_score_evaluation_and_page_of_train_and_no_counterfactuals() -> None:

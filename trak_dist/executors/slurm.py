@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from trak_dist import graph, machine, slurm
 from trak_dist.cells import STEPS, Cell, of_run
+from trak_dist.config import SlurmConfig
 from trak_dist.errors import ConfigError, MissingInputs, QueueFull, SlurmError, SlurmRefused
 from trak_dist.executors import batch
 from trak_dist.executors.sending import (
