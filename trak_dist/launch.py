@@ -22,7 +22,7 @@ import hydra
 from omegaconf import DictConfig
 
 from trak_dist import commands, graph, machine, preparation, settings, sweep, telling
-from trak_dist.cells import STAGE_CELLS, STAGE_STEPS, STEPS
+from trak_dist.cells import STAGE_STEPS, of_run, of_stage
 from trak_dist.config import ClusterConfig, Config, SlurmConfig
 from trak_dist.errors import ConfigError, MissingInputs, ProblemError, TrakDistError
 from trak_dist.plan import SWEEP_KEYS
@@ -32,6 +32,7 @@ from trak_dist.store.jobs import Jobs
 from trak_dist.store.run import Run
 from trak_dist.sweep import Task
 from trak_dist.telling import out
+from trak_dist.validation import config_from_mapping
 
 if TYPE_CHECKING:
     from trak_dist.executors.protocol import Executor, Job
@@ -129,7 +130,7 @@ def _launch(composed: DictConfig, given: frozenset[str], task: Task | None) -> i
     settings.refuse_missing(mapping)
     mapping["run_dir"] = str(run_dir)
     chosen = preparation.choose_lambda(mapping, run)
-    config = Config.from_mapping(mapping)
+    config = config_from_mapping(mapping)
     if config.stage in ("status", "verify", "cancel"):
         run = run or Run.open(run_dir)  # raises, and says how to begin
         plan = preparation.wanted(config, run, SWEEP_KEYS if task else ())
@@ -140,7 +141,7 @@ def _launch(composed: DictConfig, given: frozenset[str], task: Task | None) -> i
     run, workers = preparation.prepared(config, run, given, task, chosen, typed=typed)
     if config.stage == "plan":
         return DONE
-    stages = [s for s in STAGE_CELLS if config.stage in ("all", s)]
+    stages = [s for s in STAGE_STEPS if config.stage in ("all", s)]
     if isinstance(config.cluster, SlurmConfig):
         if task:
             task.state = "submitted"
@@ -169,8 +170,8 @@ def _look(run: Run, config: Config) -> int:
 
 
 def _submit(run: Run, cluster: SlurmConfig, stages: Sequence[str], *, force: bool) -> int:
+    from trak_dist import planning
     from trak_dist.executors import slurm
-    from trak_dist.planning import plans as planning
 
     rate = functools.partial(planning.trial_rate, run.plan)
     if cluster.dry_run:
@@ -205,12 +206,11 @@ def _executor(run: Run, cluster: ClusterConfig, workers: int) -> Executor:
 def _refuse_missing_upstream(run: Run, stage: str) -> None:
     if stage == "all":
         return
-    every = [c for step in STEPS for c in graph.cells(run.plan, step)]
-    done = run.receipts.done(every)
-    own = set(run.plan.cells(stage))
+    done = run.receipts.done(of_run(run.plan))
+    own = set(of_stage(run.plan, stage))
     needed = graph.upstream(run.plan, own, done) - own
-    for upstream, kinds in STAGE_CELLS.items():
-        wanted = [c for c in needed if isinstance(c, kinds)]
+    for upstream, steps in STAGE_STEPS.items():
+        wanted = [c for c in needed if c.step in steps]
         missing = sum(c not in done for c in wanted)
         if missing:
             raise MissingInputs(

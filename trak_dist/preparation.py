@@ -9,14 +9,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from trak_dist import machine, needs, settings, sweep, telling, trust
+from trak_dist import machine, resources, settings, sweep, telling, trust
+from trak_dist.cells import FeaturizeCell, MarginsCell, TrainCell
 from trak_dist.config import ClusterConfig, Config, Counterfactuals, SlurmConfig
-from trak_dist.errors import ConfigError, MemoryRefused, StoreError
+from trak_dist.errors import ConfigError, StoreError
 from trak_dist.plan import GRADIENTS_KEY, REDUCE_KEYS, SWEEP_KEYS, Plan
 from trak_dist.store import atomic
 from trak_dist.store.run import Run
 from trak_dist.sweep import Task
 from trak_dist.telling import out
+from trak_dist.validation import config_from_mapping
 
 
 def choose_lambda(mapping: dict[str, Any], run: Run | None) -> str:
@@ -26,7 +28,7 @@ def choose_lambda(mapping: dict[str, Any], run: Run | None) -> str:
     from trak_dist.planning import lambda_selection as choice
 
     other = {**mapping, "reduce": {**mapping["reduce"], "lambda_reg": 1.0}}
-    config = Config.from_mapping(other)  # all else has to be valid
+    config = config_from_mapping(other)  # all else has to be valid
     found = choice.best_lambda(run, config.spec, config.checkpoints.ensemble)
     mapping["reduce"] = {**mapping["reduce"], "lambda_reg": found.lambda_reg}
     out.print(f"auto: {found.why}")
@@ -47,8 +49,8 @@ def prepared(
     The task of a sweep makes or extends a member of `base`, if it is not that run itself. `typed`
     is the problem that the command line alone says, without the plan.
     """
+    from trak_dist import planning
     from trak_dist.evaluation import ground_truth as truth
-    from trak_dist.planning import plans as planning
     from trak_dist.store.prepare import prepare
 
     run, run_dir, plan = base, Path(config.run_dir), None
@@ -79,11 +81,12 @@ def prepared(
     if config.stage == "evaluate":
         truth.refuse_without_truth(plan)
     workers = _fit_workers(plan, config.cluster)
-    there = needs.store_bytes(run.plan) if run else 0
+    there = resources.disk_bytes(run.plan) if run else 0
     if base and not run:
-        same_grads = base.plan.projection_id == plan.projection_id
-        there = needs.truth_bytes(base.plan) + (needs.grads_bytes(plan) if same_grads else 0)
-    _refuse_full_disk(run_dir, needs.store_bytes(plan) - there)
+        there = resources.disk_bytes(base.plan, (TrainCell, MarginsCell))
+        if base.plan.projection_id == plan.projection_id:
+            there += FeaturizeCell.disk_bytes(plan)
+    _refuse_full_disk(run_dir, resources.disk_bytes(plan) - there)
     if run is None:
         run = Run.create(run_dir, plan)
     elif plan != run.plan:
@@ -109,7 +112,7 @@ def wanted(config: Config, run: Run, may: tuple[str, ...]) -> Plan:
     settings.refuse_other_settings(run.plan.settings, asked, where=where, may=may)
     plan = run.plan.with_settings(config.spec, config.checkpoints.ensemble)
     if config.checkpoints.allow_missing:
-        from trak_dist.planning import plans as planning
+        from trak_dist import planning
 
         plan, whole = planning.without_missing(run, plan), plan
         if plan.model_ids != whole.model_ids:
@@ -128,10 +131,10 @@ def _plan_with_problem(
     *,
     typed: Mapping[str, Any],
 ) -> Plan:
+    from trak_dist import planning
     from trak_dist import problem as problems
-    from trak_dist.evaluation import ground_truth as truth
-    from trak_dist.planning import plans as planning
-    from trak_dist.stages.counterfactual import with_counterfactuals
+    from trak_dist.planning import ground_truth as truth
+    from trak_dist.planning.counterfactuals import with_counterfactuals
 
     spec = plan.spec.problem if plan else config.spec.problem
     import_root = plan.source.import_root if plan else str(Path.cwd())
@@ -209,13 +212,7 @@ def _fit_workers(plan: Plan, cluster: ClusterConfig | SlurmConfig) -> int:
         threads = max(plan.spec.featurize.threads, plan.spec.reduce.threads)
         wanted = cluster.workers or gpus(cluster) or max(1, machine.cores() // threads)
         memory = memory or machine.memory_bytes()
-    try:
-        return machine.fit_workers(wanted=wanted, needed=needs.memory(plan), memory=memory)
-    except MemoryRefused as error:
-        if error.where == "featurize" and (rows := needs.batch_rows_within(plan, memory)):
-            fits = f"featurize.batch_rows={rows} would fit; or cluster.memory_gb=…"
-            raise MemoryRefused(error.what, where=error.where, next=fits) from None
-        raise
+    return resources.fit_workers(plan, wanted=wanted, memory=memory)
 
 
 def gpus(cluster: ClusterConfig) -> int:

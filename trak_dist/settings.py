@@ -20,9 +20,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trak_dist import commands
-from trak_dist.config import Spec, control_character, flatten, nearest, refuse_other_shape
+from trak_dist.config import Spec
+from trak_dist.dotted import differences, flatten
 from trak_dist.errors import ConfigError, PlanMismatch, TrakDistError
-from trak_dist.plan import SWEEP_KEYS, differences
+from trak_dist.field_checks import control_character
+from trak_dist.plan import SWEEP_KEYS
+from trak_dist.structuring import nearest
+from trak_dist.validation import refuse_other_shape
 
 PACKAGE = Path(__file__).parent
 CONF = next(p for p in (PACKAGE / "conf", PACKAGE.parent / "conf") if p.is_dir())

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from trak_dist import commands, needs
-from trak_dist.cells import STAGE_CELLS, Cell, EvaluateCell, FeaturizeCell, ReportCell
+from trak_dist import commands, resources
+from trak_dist.cells import Cell, EvaluateCell, FeaturizeCell, ReportCell, ScoreCell, count
 from trak_dist.errors import CorruptChunk, StoreError
 from trak_dist.status.state import Status, read_status
 from trak_dist.status.text import by_error, lines
@@ -37,12 +37,12 @@ def plain(text: str) -> str:
 def planned(run: Run) -> None:
     """Print what the run is, in one line."""
     plan = run.plan
-    cells = sum(1 for stage in STAGE_CELLS for _ in plan.cells(stage))
     out.print(
         f"plan: {plan.train.rows} train rows, {len(plan.model_ids)} checkpoints, "
         f"{', '.join(f'{s.name} {s.rows}' for s in plan.targets)} targets, p {plan.parameters:,}, "
         f"gradients by {plan.gradients}, {plan.spec.projection.kind} to {plan.proj_dim}, "
-        f"{cells} cells, {needs.store_bytes(plan) / 2**20:,.0f} MiB, in {run.layout.run_dir}"
+        f"{count(plan)} cells, {resources.disk_bytes(plan) / 2**20:,.0f} MiB, "
+        f"in {run.layout.run_dir}"
     )
 
 
@@ -161,10 +161,11 @@ def _refuse_outside(run: Run, cell: Cell) -> None:
 
 def tell_what_next(run: Run) -> None:
     """Print where scores, report and pictures are, what to type next, and the LDS."""
-    for cell, receipt in run.receipts.done(run.plan.cells_of(ReportCell)).items():
+    for cell, receipt in run.receipts.done(ReportCell.of(run.plan)).items():
         name = cell.id.partition("/")[2]
-        page = run.layout.report(name)
-        print(f"scores: {run.layout.scores(name)}")
+        page = run.layout.file(cell, "page")
+        first = next(ScoreCell.of_targets(run.plan, name))
+        print(f"scores: {run.layout.array(first, first.arrays(run.plan)['scores'])}")
         shown = [
             page,
             *(page.parent / f"{page.stem}{p}.png" for p in receipt.fact("pictures", list)),
@@ -177,7 +178,7 @@ def tell_what_next(run: Run) -> None:
 
 def proofs(run: Run) -> Iterator[str]:
     """What was found of the scores' worth: overlaps, counterfactuals, AUC, LDS last."""
-    done = run.receipts.done([*run.plan.cells_of(ReportCell), *run.plan.cells_of(EvaluateCell)])
+    done = run.receipts.done([*ReportCell.of(run.plan), *EvaluateCell.of(run.plan)])
     facts = [(cell.id.partition("/")[2], receipt.facts) for cell, receipt in done.items()]
     for tell in (_halves, _removed, _labels):
         for name, found in facts:
@@ -187,9 +188,9 @@ def proofs(run: Run) -> Iterator[str]:
 
 
 def _halves(name: str, found: Mapping[str, Any]) -> Iterator[str]:
-    for count, share in found.get("stability", {}).items():
+    for rows, share in found.get("stability", {}).items():
         yield (
-            f"halves: {name} share {_interval(share)} of the {count} most helpful rows, by "
+            f"halves: {name} share {_interval(share)} of the {rows} most helpful rows, by "
             f"chance {share['chance']:.2g}"
         )
 
@@ -226,7 +227,7 @@ def _odd_facts_told(name: str) -> Iterator[None]:
 def lds(run: Run) -> Iterator[str]:
     """The LDS of each target set that was held against retrained models."""
     flattered = ", λ chosen on these targets" if run.plan.lambda_from else ""
-    for cell, receipt in run.receipts.done(run.plan.cells_of(EvaluateCell)).items():
+    for cell, receipt in run.receipts.done(EvaluateCell.of(run.plan)).items():
         name = cell.id.partition("/")[2]
         with _odd_facts_told(name):
             yield from _lds(name, receipt.facts, flattered)

@@ -173,7 +173,7 @@ def test_of_cells_of_other_rows_and_of_a_gram_that_is_not_finite(
 ) -> None:
     assert place().code == 0
     run = Run.open(place.run_dir)
-    receipts = run.receipts.done(run.plan.cells_of(FeaturizeCell))
+    receipts = run.receipts.done(FeaturizeCell.of(run.plan))
     first = next(iter(receipts))
     receipts[first] = replace(receipts[first], facts={"inputs_digest": "another"})
     with pytest.raises(TrakDistError) as raised:
@@ -188,10 +188,10 @@ def test_of_cells_of_other_rows_and_of_a_gram_that_is_not_finite(
 def test_of_changed_rows(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     assert place("stage=featurize").code == 0
     run = Run.open(place.run_dir)
-    for cell in list(run.plan.featurize_cells(1, "train")):
+    for cell in list(FeaturizeCell.of_split(run.plan, 1, "train")):
         run.receipts.revoke(cell, why="a test")
     other = {"inputs_digest": "another", "batch_digests": "another"}
-    monkeypatch.setattr("trak_dist.runtime.shown_rows._shown", lambda *_: other)
+    monkeypatch.setattr("trak_dist.runtime.reread._shown", lambda *_: other)
     ended = place("stage=featurize")
     assert ended.code == 1
     assert "were shown other rows than the dataset has now" in ended.err

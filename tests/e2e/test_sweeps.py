@@ -41,7 +41,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
         def count(session, cell) -> object:
             plan = session.run.plan
             ids = {"gram": f"/{plan.proj_dim}", "kernel": f"/{plan.kernel_id}"}
-            found.append((plan.projection_id + ids.get(cell.stage, ""), cell.id))
+            found.append((plan.projection_id + ids.get(cell.kind, ""), cell.id))
             return stage(session, cell)
 
         monkeypatch.setattr(module, name, count)
@@ -442,7 +442,7 @@ def test_a_missing_checkpoint_is_left_out_by_every_member(run, tmp_path: Path, m
     found = [Path(row[2]) for row in summary(ended)]
     assert all(path.parent == tmp_path / "run/sweeps" for path in found)
     assert all(open_run(path).plan.use == (0, 2) for path in found)
-    assert all(Run.open(p).receipts.done(open_run(p).plan.cells_of(ScoreCell)) for p in found)
+    assert all(Run.open(p).receipts.done(ScoreCell.of(open_run(p).plan)) for p in found)
 
 
 @pytest.mark.long

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from trak_dist.checkpoints.fit import Fit, in_short, same
 from trak_dist.checkpoints.names import Names, State, adapters
 from trak_dist.errors import CheckpointError, CheckpointNotFound, UnreadableCheckpoint
+from trak_dist.listing import first_few
 
 # What a directory of Hugging Face holds, the first that is there; an index names its shards.
 FILES = (
@@ -214,8 +215,6 @@ def fitted(state: Mapping[str, Tensor], model: nn.Module, *, where: str) -> Fitt
 
 def _unfit(tried: Fit, model: nn.Module, where: str) -> CheckpointError:
     part, faults = tried.part, sorted(tried.faults)
-    told = "; ".join(fault.text for fault in faults[:10])
-    more = f" and {len(faults) - 10} more" if len(faults) > 10 else ""
     below = f" below {part.prefix!r}" if part.prefix else ""
     alone = f"save the model alone: {_saving(part.prefix)}"
     hint = "give the problem the architecture that the checkpoint was saved from"
@@ -226,7 +225,8 @@ def _unfit(tried: Fit, model: nn.Module, where: str) -> CheckpointError:
     elif adapters(model):
         hint = f"{hint}; or {_SAVE}"
     return CheckpointError(
-        f"the checkpoint does not fit the model{below}: {told or 'it is empty'}{more}",
+        f"the checkpoint does not fit the model{below}: "
+        f"{first_few([f.text for f in faults], separator='; ') or 'it is empty'}",
         where=where,
         next=hint,
     )

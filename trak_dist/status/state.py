@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trak_dist import slurm
-from trak_dist.cells import STAGE_CELLS, Cell
+from trak_dist.cells import STAGE_STEPS, Cell, of_stage
 from trak_dist.errors import SlurmError
 from trak_dist.status.queue import Queue, read_queue
 from trak_dist.store.jobs import Jobs
@@ -121,8 +121,8 @@ def read_status(run: Run) -> Status:
         except SlurmError as error:
             note = f"what is running or queued is not known: {' '.join(error.what.split())}"
     stages = {}
-    for name in STAGE_CELLS:
-        cells = tuple(run.plan.cells(name))
+    for name in STAGE_STEPS:
+        cells = tuple(of_stage(run.plan, name))
         done = run.receipts.done(cells)
         left = {c for c in cells if c not in done}
         running = left & queue.running

@@ -83,7 +83,7 @@ def _grid(status: Status) -> Iterator[str]:
 
 
 def _marks(stage: StageStatus, model_id: int, split: Split, run: Run) -> str:
-    states = [stage.state(c) for c in run.plan.featurize_cells(model_id, split.name)]
+    states = [stage.state(c) for c in FeaturizeCell.of_split(run.plan, model_id, split.name)]
     columns = min(GRID_COLUMNS, len(states))
     parts = (
         states[i * len(states) // columns : (i + 1) * len(states) // columns]
