@@ -135,7 +135,8 @@ def flip(path: Path) -> None:
 def test_of_damage(place: Place) -> None:
     assert place().code == 0
     run = Run.open(place.run_dir)
-    flip(run.layout.scores("val"))
+    path = run.layout.store / "scores" / "val"
+    flip(path)
     with pytest.raises(TrakDistError) as raised:
         open_run(place.run_dir).scores("val")
     ended = place("stage=verify")
@@ -144,14 +145,14 @@ def test_of_damage(place: Place) -> None:
         arguments = hinted(text)
         assert arguments[:2] == ["stage=verify", "repair=true"]
         assert place.names(arguments)
-    shutil.rmtree(run.layout.scores("val"))
+    shutil.rmtree(path)
     with pytest.raises(TrakDistError) as raised:
         open_run(place.run_dir).scores("val")
     arguments = hinted(raised.value.next)
     assert arguments[0] == "stage=plan"
     assert place.names(arguments)
     assert place(*arguments).code == 0
-    assert run.layout.scores("val").exists()
+    assert path.exists()
 
 
 def test_of_what_is_not_there(place: Place) -> None:

@@ -18,8 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from trak_dist.cells import Cell, FeaturizeCell, KernelCell, ScoreCell, of_stage
 from trak_dist.config import Spec
 from trak_dist.coordinates import Rows
-from trak_dist.hashing import digest
-from trak_dist.plan import Checkpoint, Plan, Source, Split
+from trak_dist.plan import Checkpoint, Plan, Source, Split, digest
 from trak_dist.store.layout import Layout
 from trak_dist.store.receipts import Failure, Receipt, Receipts
 
