@@ -18,9 +18,13 @@ if TYPE_CHECKING:
         ProjectionType,
     )
     from trak_dist.errors import ModelIDException
+    from trak_dist.execution import Outcome
+    from trak_dist.interface import PlannedRun, plan_run
     from trak_dist.ops.model_outputs import ImageClassification, ModelOutput, TextClassification
     from trak_dist.problem import Problem, Rendered
+    from trak_dist.progress import Progress
     from trak_dist.store.results import Results, open_run
+    from trak_dist.summary import Summary
     from trak_dist.traker import TRAKer
 
 __version__ = "0.1.0"
@@ -33,13 +37,18 @@ __all__ = [
     "ModelIDException",
     "ModelOutput",
     "NoOpProjector",
+    "Outcome",
+    "PlannedRun",
     "Problem",
+    "Progress",
     "ProjectionType",
     "Rendered",
     "Results",
+    "Summary",
     "TRAKer",
     "TextClassification",
     "open_run",
+    "plan_run",
 ]
 
 _HOME = {
@@ -53,12 +62,17 @@ _HOME = {
     "ImageClassification": "trak_dist.ops.model_outputs",
     "ModelIDException": "trak_dist.errors",
     "ModelOutput": "trak_dist.ops.model_outputs",
+    "Outcome": "trak_dist.execution",
+    "PlannedRun": "trak_dist.interface",
     "Problem": "trak_dist.problem",
+    "Progress": "trak_dist.progress",
     "Rendered": "trak_dist.problem",
     "Results": "trak_dist.store.results",
+    "Summary": "trak_dist.summary",
     "TRAKer": "trak_dist.traker",
     "TextClassification": "trak_dist.ops.model_outputs",
     "open_run": "trak_dist.store.results",
+    "plan_run": "trak_dist.interface",
 }
 
 

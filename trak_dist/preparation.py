@@ -1,77 +1,121 @@
-"""From a configuration to a run on disk: its plan made, extended or refused, its arrays there."""
+"""From an invocation to a run on disk: its plan made, extended or refused, its arrays there."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from trak_dist import machine, needs, settings, sweep, telling, trust
-from trak_dist.config import ClusterConfig, Config, Counterfactuals, SlurmConfig
-from trak_dist.errors import ConfigError, MemoryRefused, StoreError
-from trak_dist.plan import GRADIENTS_KEY, REDUCE_KEYS, SWEEP_KEYS, Plan
+from trak_dist import machine, members, needs, trust
+from trak_dist.config import ClusterConfig, Config, Counterfactuals, GroundTruth, SlurmConfig
+from trak_dist.errors import ConfigError, MemoryRefused, PlanMismatch, StoreError
+from trak_dist.invocation import Invocation
+from trak_dist.plan import GRADIENTS_KEY, REDUCE_KEYS, SWEEP_KEYS, Plan, differences
 from trak_dist.store import atomic
 from trak_dist.store.run import Run
-from trak_dist.sweep import Task
-from trak_dist.telling import out
+
+Note = Callable[[str], None]
+LAMBDA_KEY = "reduce.lambda_reg"
 
 
-def choose_lambda(mapping: dict[str, Any], run: Run | None) -> str:
-    """Put the λ that `auto` stands for into `mapping`; why it is that one, if it is asked for."""
-    if mapping["reduce"]["lambda_reg"] != "auto":
-        return ""
-    from trak_dist.stages import choice
+@dataclass(frozen=True)
+class Resolved:
+    """An invocation merged with the plan of the run that is there, if one is.
 
-    other = {**mapping, "reduce": {**mapping["reduce"], "lambda_reg": 1.0}}
-    config = Config.from_mapping(other)  # all else has to be valid
-    found = choice.best_lambda(run, config.spec, config.checkpoints.ensemble)
-    mapping["reduce"] = {**mapping["reduce"], "lambda_reg": found.lambda_reg}
-    out.print(f"auto: {found.why}")
-    return found.why
+    `lambda_from` says how λ was chosen, where the user left that open; `sweep_dims` are the
+    dimensions of the sweep that it is one combination of, None outside of a sweep.
+    """
+
+    invocation: Invocation
+    config: Config
+    base: Run | None
+    lambda_from: str
+    sweep_dims: Sequence[int] | None
+
+    @property
+    def changeable(self) -> tuple[str, ...]:
+        """How the keys begin that may differ from those of the run."""
+        if self.sweep_dims is not None:
+            return SWEEP_KEYS
+        member = self.base is not None and self.base.layout.member
+        return () if member else (*REDUCE_KEYS, GRADIENTS_KEY)
 
 
-def prepared(
-    config: Config,
-    base: Run | None,
-    given: frozenset[str],
-    task: Task | None,
-    lambda_from: str,
-    *,
-    typed: Mapping[str, Any],
-) -> tuple[Run, int]:
+@dataclass(frozen=True)
+class Prepared:
+    """A run whose plan and arrays are on disk, and how many workers fit."""
+
+    run: Run
+    config: Config
+    workers: int
+
+
+def resolve(invocation: Invocation, note: Note, *, sweep_dims: Sequence[int] | None) -> Resolved:
+    """Merge with the plan of the run that is there.
+
+    Raises
+    ------
+    ConfigError
+        If settings are not valid.
+    EvaluationError
+        If λ is to be chosen, and there is nothing to choose it from.
+    """
+    run_dir = invocation.run_dir
+    with atomic.told(run_dir):
+        base = Run.open(run_dir) if Run.exists(run_dir) else None
+    if base is None or sweep_dims is not None:
+        members.check_not_nested(run_dir)
+    plan = base.plan if base else None
+    if sweep_dims is not None and not invocation.names("store_dim"):
+        dim, why = members.store_dim(invocation.values(plan), sweep_dims, plan)
+        invocation = invocation.with_explicit("store_dim", dim)
+        if why:
+            note(why)
+    kept = invocation.from_plan(plan) if plan else []
+    if kept and invocation.values(plan).get("stage") not in ("status", "cancel"):
+        note(f"from the plan: {', '.join(kept)}")
+    invocation, lambda_from = _with_chosen_lambda(invocation, base, note)
+    return Resolved(invocation, invocation.merged(plan), base, lambda_from, sweep_dims)
+
+
+def open_existing(resolved: Resolved, note: Note) -> Run:
+    """The run, or the member of its sweep, that an invocation is about; nothing is planned.
+
+    Raises
+    ------
+    PlanMismatch, ConfigError
+        If there is none, or it has other settings.
+    """
+    base = resolved.base or Run.open(Path(resolved.config.run_dir))  # raises, says how to begin
+    may = SWEEP_KEYS if resolved.sweep_dims is not None else ()
+    plan = _with_settings(resolved.config, base, may, note)
+    return members.open_member(base, plan) if resolved.sweep_dims is not None else base
+
+
+def prepare_run(resolved: Resolved, note: Note) -> Prepared:
     """The run, made or extended, and how many workers fit; refuses before it writes.
 
-    The task of a sweep makes or extends a member of `base`, if it is not that run itself. `typed`
-    is the problem that the command line alone says, without the plan.
+    A combination of a sweep makes or extends a member, if it is not the run itself.
     """
     from trak_dist.stages import planning, truth
     from trak_dist.store.prepare import prepare
 
-    run, run_dir, plan = base, Path(config.run_dir), None
+    config, base = resolved.config, resolved.base
+    run, plan = base, None
+    run_dir = Path(config.run_dir)
     if base:
-        may = SWEEP_KEYS if task else () if base.layout.member else (*REDUCE_KEYS, GRADIENTS_KEY)
-        plan = wanted(config, base, may)
-        if task:
-            run_dir = sweep.home(base, plan)
+        plan = _with_settings(config, base, resolved.changeable, note)
+        if resolved.sweep_dims is not None:
+            run_dir = members.directory(base, plan)
             run = Run.open(run_dir) if Run.exists(run_dir) else None
             # A new member shares the models of the ground truth; counterfactuals would be its own.
             fresh = replace(plan, counterfactuals=Counterfactuals())
             plan = run.plan if run else fresh
-            plan = replace(plan, lambda_from=lambda_from or plan.lambda_from)
+            plan = replace(plan, lambda_from=resolved.lambda_from or plan.lambda_from)
         else:
             planning.refuse_scored(base, plan)
-    if "self_influence" in given and plan:
-        plan = replace(plan, self_influence=config.self_influence)
-    retrains = settings.given_in("ground_truth", given) or settings.given_in(
-        "counterfactuals", given
-    )
-    other_grads = (
-        base is not None and plan is not None and plan.spec.featurize != base.plan.spec.featurize
-    )
-    if plan is None or config.stage != "reduce" or retrains or other_grads:
-        plan = _plan_with_problem(config, plan, run or base, given, typed=typed)
+    plan = _extended(resolved, run or base, plan, note)
     planning.refuse_unknown_ids(plan)
     planning.refuse_rank_deficient(plan)
     if config.stage == "evaluate":
@@ -81,30 +125,57 @@ def prepared(
     if base and not run:
         same_grads = base.plan.projection_id == plan.projection_id
         there = needs.truth_bytes(base.plan) + (needs.grads_bytes(plan) if same_grads else 0)
-    _refuse_full_disk(run_dir, needs.store_bytes(plan) - there)
+    _check_disk(run_dir, needs.store_bytes(plan) - there)
     if run is None:
         run = Run.create(run_dir, plan)
     elif plan != run.plan:
         run = run.extend(plan)
-    if task:
-        task.run_dir = run_dir
     prepare(run)
     truth.publish_masks(run)
-    telling.planned(run)
-    return run, workers
+    return Prepared(run, config, workers)
 
 
-def wanted(config: Config, run: Run, may: tuple[str, ...]) -> Plan:
-    """The plan of `run` with the settings that are asked for, if they differ only where they may.
+def gpus(cluster: ClusterConfig) -> int:
+    """GPUs that local workers may use."""
+    import torch
 
-    Parameters
-    ----------
-    may : tuple of str
-        How the keys begin that may differ.
-    """
+    from trak_dist.stages.session import open_device
+
+    return torch.cuda.device_count() if open_device(cluster.device).type == "cuda" else 0
+
+
+def _with_chosen_lambda(
+    invocation: Invocation, base: Run | None, note: Note
+) -> tuple[Invocation, str]:
+    """With the λ that `auto` stands for, and why it is that one."""
+    plan = base.plan if base else None
+    if invocation.values(plan).get(LAMBDA_KEY) != "auto":
+        return invocation, ""
+    from trak_dist.stages import choice
+
+    other = invocation.with_explicit(LAMBDA_KEY, 1.0).merged(plan)  # all else has to be valid
+    found = choice.best_lambda(base, other.spec, other.checkpoints.ensemble)
+    note(f"auto: {found.why}")
+    return invocation.with_explicit(LAMBDA_KEY, found.lambda_reg), found.why
+
+
+def _with_settings(config: Config, run: Run, may: tuple[str, ...], note: Note) -> Plan:
+    """The plan of `run` with the settings asked for, which differ only where they may."""
     asked = {**asdict(config.spec), "checkpoints": {"use": config.checkpoints.ensemble}}
     where = str(run.layout.run_dir)
-    settings.refuse_other_settings(run.plan.settings, asked, where=where, may=may)
+    found = differences(run.plan.settings, asked)
+    if not all(key.startswith(may) for key in found):
+        listed = "\n".join(
+            f"  {k}: {old!r} in the plan, {new!r} now" for k, (old, new) in found.items()
+        )
+        as_member = all(key.startswith(SWEEP_KEYS) for key in found)
+        raise PlanMismatch(
+            f"the run directory belongs to another spec:\n{listed}",
+            where=where,
+            next="leave these settings out to go on with this run, "
+            + ("add -m to compute with these too, " if as_member else "")
+            + "or use another run_dir",
+        )
     plan = run.plan.with_settings(config.spec, config.checkpoints.ensemble)
     if config.checkpoints.allow_missing:
         from trak_dist.stages import planning
@@ -112,70 +183,82 @@ def wanted(config: Config, run: Run, may: tuple[str, ...]) -> Plan:
         plan, whole = planning.without_missing(run, plan), plan
         if plan.model_ids != whole.model_ids:
             left_out = [i for i in whole.model_ids if i not in plan.model_ids]
-            out.print(
-                f"not featurized, left out of the ensemble: {left_out}; it is {list(plan.use)}"
-            )
+            note(f"not featurized, left out of the ensemble: {left_out}; it is {list(plan.use)}")
     return plan
 
 
-def _plan_with_problem(
-    config: Config,
-    plan: Plan | None,
-    run: Run | None,
-    given: frozenset[str],
-    *,
-    typed: Mapping[str, Any],
-) -> Plan:
+def _extended(resolved: Resolved, run: Run | None, plan: Plan | None, note: Note) -> Plan:
+    """The plan with all that is asked for; made or extended with the problem, where that is needed.
+
+    `run` is the one whose plan it extends, or the base of a new member.
+    """
+    invocation, config, base = resolved.invocation, resolved.config, resolved.base
+    if plan and invocation.names("self_influence"):
+        plan = replace(plan, self_influence=config.self_influence)
+    retrains = invocation.names_in("ground_truth") or invocation.names_in("counterfactuals")
+    other_grads = plan and base and plan.spec.featurize != base.plan.spec.featurize
+    if plan and config.stage == "reduce" and not retrains and not other_grads:
+        return plan
+    return _with_problem(resolved, run, plan, note)
+
+
+def _with_problem(resolved: Resolved, run: Run | None, plan: Plan | None, note: Note) -> Plan:
     from trak_dist import problem as problems
     from trak_dist.stages import planning, truth
     from trak_dist.stages.counterfactual import with_counterfactuals
 
+    invocation, config = resolved.invocation, resolved.config
     spec = plan.spec.problem if plan else config.spec.problem
     import_root = plan.source.import_root if plan else str(Path.cwd())
     said = plan is None or config.trust or config.accept_source
-    if plan and run and not said and not trust.planned_here(typed, plan):
+    if plan and run and not said and not trust.planned_here(invocation.problem, plan):
         trust.refuse_foreign(plan, run.layout.run_dir)
-    elif note := trust.give_word(spec, import_root):
-        out.print(note)
+    elif why := trust.give_word(spec, import_root):
+        note(why)
     if plan and plan.train.fed:
-        _refuse_what_takes_a_problem(config, given)
+        _check_needs_no_problem(invocation, config)
         return plan
     problem, source = problems.build(spec, import_root=import_root)
     problem = problems.drawing(problem, config.spec.featurize.random)
     if plan is None:
-        plan = planning.make_plan(config, problem, source, tell=out.print)
+        plan = planning.make_plan(config, problem, source, tell=note)
     else:
         trained = sum(c.trained for c in plan.checkpoints)
+        more = invocation.names("checkpoints.train")
         plan = planning.extend_plan(
             plan,
             problem,
             source,
-            targets=config.targets if "targets" in given else (),
-            train=config.checkpoints.train if "checkpoints.train" in given else trained,
+            targets=config.targets if invocation.names("targets") else (),
+            train=config.checkpoints.train if more else trained,
             accept_source=config.accept_source,
         )
     if run and run.plan.spec.featurize != plan.spec.featurize:
         plan = planning.with_gradients(plan, problem)
     if config.stage != "report":
-        plan = planning.check_checkpoints(plan, problem, run, out.print)
-    if asked := settings.given_in("ground_truth", given):
-        layout = run.layout if run else None
-        homes = (
-            [layout.base, *(layout.sweeps / name for name in layout.members())] if layout else []
-        )
-        others = [Run.open(home).plan.ground_truth for home in homes]
+        plan = planning.check_checkpoints(plan, problem, run, note)
+    if asked := invocation.names_in("ground_truth"):
         plan = truth.with_ground_truth(
-            plan, problem, config.ground_truth, asked, others=others, tell=out.print
+            plan, problem, config.ground_truth, asked, others=_ground_truths(run), tell=note
         )
     plan = replace(plan, mislabelled=problems.flags_digest(problem))
-    if asked := settings.given_in("counterfactuals", given):
+    if asked := invocation.names_in("counterfactuals"):
         plan = with_counterfactuals(plan, problem, config.counterfactuals, asked)
     return plan
 
 
-def _refuse_what_takes_a_problem(config: Config, given: frozenset[str]) -> None:
+def _ground_truths(run: Run | None) -> list[GroundTruth]:
+    """Those of a run and the members of its sweep, which share the models."""
+    if run is None:
+        return []
+    layout = run.layout
+    run_dirs = [layout.base, *(layout.sweeps / name for name in layout.members())]
+    return [Run.open(run_dir).plan.ground_truth for run_dir in run_dirs]
+
+
+def _check_needs_no_problem(invocation: Invocation, config: Config) -> None:
     sections = ("ground_truth", "counterfactuals", "targets", "checkpoints.train")
-    asked = [key for key in sorted(given) if key.startswith(sections)]
+    asked = [key for key in sorted(invocation.explicit) if key.startswith(sections)]
     if asked:
         raise ConfigError(
             f"{', '.join(asked)}: there is no problem here to take it from",
@@ -184,7 +267,7 @@ def _refuse_what_takes_a_problem(config: Config, given: frozenset[str]) -> None:
         )
 
 
-def _refuse_full_disk(run_dir: Path, needed: int) -> None:
+def _check_disk(run_dir: Path, needed: int) -> None:
     with atomic.told(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         free = atomic.free_bytes(run_dir.absolute())
@@ -212,12 +295,3 @@ def _fit_workers(plan: Plan, cluster: ClusterConfig | SlurmConfig) -> int:
             fits = f"featurize.batch_rows={rows} would fit; or cluster.memory_gb=…"
             raise MemoryRefused(error.what, where=error.where, next=fits) from None
         raise
-
-
-def gpus(cluster: ClusterConfig) -> int:
-    """GPUs that local workers may use."""
-    import torch
-
-    from trak_dist.stages.session import open_device
-
-    return torch.cuda.device_count() if open_device(cluster.device).type == "cuda" else 0

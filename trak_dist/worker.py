@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trak_dist import graph, machine, plan_file
+from trak_dist import graph, in_process, machine, plan_file
 from trak_dist.cells import STEPS, Cell, FeaturizeCell, parse_cell
 from trak_dist.errors import (
     DatasetError,
@@ -93,7 +93,8 @@ def run_cells(
             where=str(run.layout.plan),
             next="run the launch command again",
         )
-    session = _session(run_dir, plan_file.dump(run.plan), run.generation, device)
+    text = plan_file.dump(run.plan)
+    session = _session(run_dir, text, run.generation, device, in_process.held())
     cells = [parse_cell(cell_id) for cell_id in cell_ids]
     done = run.receipts.done(cells)
     log.info("%d cells, %d of them done before", len(cells), len(done))
@@ -126,7 +127,9 @@ def run_cells(
 
 
 @functools.lru_cache(maxsize=1)  # in one process the phases of a run share the problem in memory
-def _session(run_dir: str, plan: str, generation: int, device: str) -> Session:
+def _session(
+    run_dir: str, plan: str, generation: int, device: str, _: in_process.Held | None = None
+) -> Session:
     parsed = plan_file.load(plan.encode(), where=run_dir)
     return Session(Run(Layout(Path(run_dir)), parsed, generation), open_device(device))
 

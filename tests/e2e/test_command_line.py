@@ -55,7 +55,7 @@ def test_a_mistake_in_the_problem_is_told_whole(launch, tiny_run, monkeypatch) -
     def broken(*_: object, **__: object) -> None:
         raise LookupError("of the code")
 
-    monkeypatch.setattr(preparation, "prepared", broken)
+    monkeypatch.setattr(preparation, "prepare_run", broken)
     ended = launch(*tiny_run)
     assert ended.code == 1
     assert "LookupError: of the code" in ended.err
