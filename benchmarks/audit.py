@@ -4,7 +4,7 @@
 
 One thread, one process; the ways take turns, medians over rounds. Of each cell `ROWS` rows are
 computed alone, and of one batch in `BATCHES` the weighted sum is held against plain autograd
-(`trak_dist.stages.audit`); the shares are of cells of so many rows.
+(`trak_dist.checks.gradient_audit`); the shares are of cells of so many rows.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from featurize import DIM, featurizing
 from models import CASES, Case
 from rounds import medians, take_turns
 
+from trak_dist.checkpoints.featurizer import adding
+from trak_dist.checks.gradient_audit import BATCHES, ROWS
 from trak_dist.ops import audit
 from trak_dist.ops.batches import rows_of
 from trak_dist.ops.gradients import LoopGradients, select_params
 from trak_dist.ops.projection import make_projector
-from trak_dist.stages.audit import BATCHES, ROWS
-from trak_dist.stages.loaded import adding
 
 ROUNDS = 5
 CELLS = (512, 2048, 16384)

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from trak_dist.cells import TRAIN
-from trak_dist.stages.reduce import read_grads
-from trak_dist.stages.session import Session
+from trak_dist.runtime.inputs import read_grads
+from trak_dist.runtime.session import Session
 from trak_dist.store import contents
 from trak_dist.store.run import Run
 

@@ -23,13 +23,13 @@ from models import CASES, Case
 from rounds import Seconds, medians, ratios, take_turns
 from torch import Tensor
 
+from trak_dist.checkpoints.featurizer import adding
 from trak_dist.ops import numerics
 from trak_dist.ops.gradients import GradientComputer, VmapGradients, select_params
 from trak_dist.ops.hooks import HookGradients
 from trak_dist.ops.model_outputs import out_to_loss
 from trak_dist.ops.projection import Projector, make_projector
-from trak_dist.stages.loaded import adding
-from trak_dist.stages.session import open_device
+from trak_dist.runtime.session import open_device
 
 ROUNDS, DIM = 5, 4096
 DIMS = (512, 2048, 16384)

@@ -369,7 +369,7 @@ def test_checkpoints_that_were_shown_other_examples_are_refused(
 
 
 def test_padding_makes_no_other_example() -> None:
-    from trak_dist.stages.fed import row_digests
+    from trak_dist.ingest.streamed_rows import row_digests
 
     short = torch.tensor([[5, 6, 7], [8, 9, 0]])
     long = torch.tensor([[5, 6, 7, 0, 0], [8, 9, 0, 0, 0]])
@@ -379,7 +379,7 @@ def test_padding_makes_no_other_example() -> None:
 
 
 def test_what_the_attention_mask_masks_is_padding() -> None:
-    from trak_dist.stages.fed import row_digests
+    from trak_dist.ingest.streamed_rows import row_digests
 
     def text(ids: list[list[int]], mask: list[list[int]]) -> dict[str, torch.Tensor]:
         return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
     from trak_dist.execution import Outcome
     from trak_dist.interface import PlannedRun, plan_run
     from trak_dist.ops.model_outputs import ImageClassification, ModelOutput, TextClassification
+    from trak_dist.planning.summary import Summary
     from trak_dist.problem import Problem, Rendered
     from trak_dist.progress import Progress
     from trak_dist.store.results import Results, open_run
-    from trak_dist.summary import Summary
     from trak_dist.traker import TRAKer
 
 __version__ = "0.1.0"
@@ -68,7 +68,7 @@ _HOME = {
     "Progress": "trak_dist.progress",
     "Rendered": "trak_dist.problem",
     "Results": "trak_dist.store.results",
-    "Summary": "trak_dist.summary",
+    "Summary": "trak_dist.planning.summary",
     "TRAKer": "trak_dist.traker",
     "TextClassification": "trak_dist.ops.model_outputs",
     "open_run": "trak_dist.store.results",

@@ -15,15 +15,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as Bar
 from rich.text import Text
 
-from trak_dist import commands, quality
+from trak_dist import commands
 from trak_dist.cells import ReportCell
 from trak_dist.errors import TrakDistError
+from trak_dist.evaluation import quality
 from trak_dist.execution import Outcome
+from trak_dist.planning.summary import description
 from trak_dist.progress import Progress
-from trak_dist.stages.status import Status, by_error, lines, read_status
+from trak_dist.status.state import Status, by_error, lines, read_status
+from trak_dist.status.verification import Verification
 from trak_dist.store.run import Run
-from trak_dist.summary import description
-from trak_dist.verification import Verification
 
 if TYPE_CHECKING:
     from trak_dist.executors.sending import Submitted

@@ -14,9 +14,9 @@ from trak_dist import commands, graph, machine
 from trak_dist.cells import STAGE_CELLS, STAGE_STEPS, STEPS, Cell
 from trak_dist.config import ClusterConfig, Config, SlurmConfig
 from trak_dist.errors import CellsFailed, MissingInputs
-from trak_dist.preparation import Prepared, gpus
+from trak_dist.planning.preparation import Prepared, gpus
 from trak_dist.progress import Counter, OnProgress, Progress
-from trak_dist.stages.status import Status, read_status
+from trak_dist.status.state import Status, read_status
 from trak_dist.store.receipts import Failure, rows_per_second
 from trak_dist.store.run import Run
 
@@ -146,7 +146,7 @@ class _Execution:
         if self.cluster.kind != "debug":
             return nullcontext()
         from trak_dist import worker
-        from trak_dist.stages.session import open_device
+        from trak_dist.runtime.session import open_device
 
         return worker.own_numerics(open_device(self.cluster.device))
 
@@ -227,7 +227,7 @@ def _check_upstream(run: Run, stage: str) -> None:
 
 def _submitted(run: Run, config: Config, cluster: SlurmConfig) -> Outcome:
     from trak_dist.executors import slurm
-    from trak_dist.stages import planning
+    from trak_dist.planning import plans as planning
 
     stages = stages_of(config)
     rate = functools.partial(planning.trial_rate, run.plan)

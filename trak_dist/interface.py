@@ -11,17 +11,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trak_dist import execution, in_process, keywords, preparation, summary
+from trak_dist import execution, in_process, keywords
 from trak_dist.cells import STAGE_CELLS
 from trak_dist.config import STAGES
 from trak_dist.errors import ConfigError
 from trak_dist.execution import Outcome
 from trak_dist.keywords import ProblemLike
-from trak_dist.preparation import Prepared
+from trak_dist.planning import preparation, summary
+from trak_dist.planning.preparation import Prepared
+from trak_dist.planning.summary import Summary
 from trak_dist.problem import Problem
 from trak_dist.progress import OnProgress
-from trak_dist.stages.status import Status, read_status
-from trak_dist.summary import Summary
+from trak_dist.status.state import Status, read_status
 
 if TYPE_CHECKING:
     from trak_dist.store.results import Results

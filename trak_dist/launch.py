@@ -18,11 +18,12 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from trak_dist import console, execution, options, preparation, settings, sweep
+from trak_dist import console, execution, options, settings, sweep
 from trak_dist.config import Config
 from trak_dist.errors import ConfigError, ProblemError, TrakDistError
 from trak_dist.interface import LOOKS
-from trak_dist.preparation import Prepared
+from trak_dist.planning import preparation
+from trak_dist.planning.preparation import Prepared
 from trak_dist.store.jobs import Jobs
 from trak_dist.store.run import Run
 from trak_dist.sweep import Combination
@@ -137,12 +138,12 @@ def _execute(prepared: Prepared, combination: Combination | None) -> int:
 
 def _look(run: Run, config: Config) -> int:
     if config.stage == "cancel":
-        from trak_dist.stages.queue import cancel
+        from trak_dist.status.queue import cancel
 
         console.cancelled(cancel(Jobs(run)))
         return DONE
     if config.stage == "verify":
-        from trak_dist.verification import verify_run
+        from trak_dist.status.verification import verify_run
 
         found = verify_run(run, repair=config.repair)
         console.verification(run, found)

@@ -1,6 +1,6 @@
 """The plan: a run's frozen spec, splits, checkpoints and target sets, as ranges. Pure: no torch.
 
-Who makes one is `stages.planning`; here is what follows from it: which cells there are, the key of
+Who makes one is `planning.plans`; here is what follows from it: which cells there are, the key of
 each, where two plans differ, and how much memory and disk the cells need.
 """
 
@@ -117,7 +117,8 @@ class Source:
     it, and the classes of what it gives, are written in or import; `accepted` are those of later
     versions that the user said compute the same; `model` digests how model and output print.
     `unsaved` tells the tensors of the model that no checkpoint holds, `built` what it gives of some
-    train rows as it is built; both are of `stages.pinned`, and empty in plans of earlier versions.
+    train rows as it is built; both are of `checks.pinned_model`, and empty in plans of earlier
+    versions.
     """
 
     file: str

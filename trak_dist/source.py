@@ -1,6 +1,6 @@
 """What a problem is made of: its files, and how its model prints; held against what was planned.
 
-Whether what it builds is the same is for `stages.pinned` to say.
+Whether what it builds is the same is for `checks.pinned_model` to say.
 """
 
 from __future__ import annotations

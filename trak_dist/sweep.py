@@ -13,7 +13,8 @@ from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 
-from trak_dist import console, options, quality, settings
+from trak_dist import console, options, settings
+from trak_dist.evaluation import quality
 from trak_dist.store import atomic
 from trak_dist.store.run import Run
 

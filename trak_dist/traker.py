@@ -2,8 +2,9 @@
 
 `save_dir` is a run directory. Any number of processes may feed any rows of any checkpoint into it
 at once, without a coordinator: what each computes is a part of its own, gathered into the run's
-chunks when features or scores are finalized (`stages.fed`). Kernels and scores are the cells that
-`python -m trak_dist.launch` runs, by the same worker; either goes on with what the other made.
+chunks when features or scores are finalized (`ingest.streamed_rows`). Kernels and scores are the
+cells that `python -m trak_dist.launch` runs, by the same worker; either goes on with what the other
+made.
 """
 
 from __future__ import annotations
@@ -21,20 +22,24 @@ from torch.utils import _pytree as pytree
 
 from trak_dist import trust, worker
 from trak_dist.cells import TRAIN, Cell, FeaturizeCell, GramCell, KernelCell, PreconditionCell
+from trak_dist.checkpoints import digests as checkpoints
+from trak_dist.checkpoints import state_dicts
+from trak_dist.checkpoints.featurizer import Loaded
+from trak_dist.checks.gradient_audit import Audit
 from trak_dist.compat import FunctionalGradientComputer
 from trak_dist.config import Spec
 from trak_dist.errors import CellsFailed, ConfigError, ModelIDException
+from trak_dist.ingest import streamed_plan as feeding
+from trak_dist.ingest import streamed_rows as fed
+from trak_dist.ingest.streamed_checkpoint import FedCheckpoint
 from trak_dist.ops import model_outputs
 from trak_dist.ops.batches import examples_in, rows_of
 from trak_dist.ops.gradients import select_params
 from trak_dist.plan import Plan
+from trak_dist.planning import gradient_method as coverage
+from trak_dist.runtime.session import as_batch, open_device
 from trak_dist.source import model_digest
-from trak_dist.stages import checkpoints, coverage, fed, feeding, state_dicts
-from trak_dist.stages.audit import Audit
 from trak_dist.stages.featurize import refuse_all_zero, refuse_unusable
-from trak_dist.stages.fed_checkpoint import FedCheckpoint
-from trak_dist.stages.loaded import Loaded
-from trak_dist.stages.session import as_batch, open_device
 from trak_dist.store import contents
 from trak_dist.store.prepare import prepare_checkpoint, prepare_scores
 from trak_dist.store.results import Results

@@ -35,9 +35,9 @@ from trak_dist.errors import (
     TrakDistError,
 )
 from trak_dist.ops import numerics
-from trak_dist.stages.outcome import Outcome
-from trak_dist.stages.reduce import require
-from trak_dist.stages.session import Session, open_device
+from trak_dist.runtime.inputs import require
+from trak_dist.runtime.outcome import Outcome
+from trak_dist.runtime.session import Session, open_device
 from trak_dist.store.layout import Layout
 from trak_dist.store.receipts import Failure, Receipt
 from trak_dist.store.run import Run

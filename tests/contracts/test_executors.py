@@ -114,7 +114,7 @@ def test_no_tasks_are_no_work(make: Make, tmp_path: Path) -> None:
 
 
 def test_debug_starts_no_task_after_an_interrupt(tmp_path: Path) -> None:
-    def interrupt() -> None:
+    def interrupt(_: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -124,7 +124,7 @@ def test_debug_starts_no_task_after_an_interrupt(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_local_leaves_no_worker_running_after_an_interrupt(tmp_path: Path) -> None:
-    def interrupt_once_both_work() -> None:
+    def interrupt_once_both_work(_: int) -> None:
         if len(ran(tmp_path)) == 2:
             raise KeyboardInterrupt
 

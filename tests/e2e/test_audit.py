@@ -14,10 +14,10 @@ from torch import Tensor
 
 from trak_dist import open_run
 from trak_dist.cells import FeaturizeCell, Rows
+from trak_dist.checkpoints import featurizer
+from trak_dist.checks.gradient_audit import BATCHES, Audit
 from trak_dist.errors import NotCovered
 from trak_dist.ops.hooks import HookGradients
-from trak_dist.stages import loaded
-from trak_dist.stages.audit import BATCHES, Audit
 
 
 class Swapping(HookGradients):
@@ -85,7 +85,7 @@ def test_wrong_gradients_take_the_checkpoint_back_and_the_loop_makes_it_anew(
     thorough: None,
 ) -> None:
     assert command(*arguments, "stage=plan").code == 0
-    monkeypatch.setattr(loaded, "HookGradients", Swapping)
+    monkeypatch.setattr(featurizer, "HookGradients", Swapping)
     assert command().code == 0
     run = open_run(tmp_path / "run")
     assert run.plan.gradients == "hooks"
@@ -109,7 +109,7 @@ def test_what_was_made_of_wrong_gradients_is_made_again(
     run = open_run(tmp_path / "run")
     damaged = FeaturizeCell(0, "train", Rows(20, 30))
     run._run.receipts.revoke(damaged, why="for this test")
-    monkeypatch.setattr(loaded, "HookGradients", Swapping)
+    monkeypatch.setattr(featurizer, "HookGradients", Swapping)
     assert command().code == 0
     again = open_run(tmp_path / "run")
     of_first = [r for r in again.receipts("featurize").values() if "/0/" in r.cell]
@@ -127,7 +127,7 @@ def test_wrong_gradients_by_hooks_that_were_asked_for_fail_and_the_loop_is_a_way
     thorough: None,
 ) -> None:
     assert command(*arguments, "stage=plan", "featurize.gradients=hooks").code == 0
-    monkeypatch.setattr(loaded, "HookGradients", Swapping)
+    monkeypatch.setattr(featurizer, "HookGradients", Swapping)
     ended = command()
     assert ended.code == 1
     status = command("stage=status").out
@@ -151,7 +151,7 @@ def test_a_batch_without_a_rule_goes_one_by_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert command(*arguments, "stage=plan").code == 0
-    monkeypatch.setattr(loaded, "HookGradients", Refusing)
+    monkeypatch.setattr(featurizer, "HookGradients", Refusing)
     assert command().code == 0
     run = open_run(tmp_path / "run")
     slower = [r.facts["slower_batches"] for r in run.receipts("featurize").values()]

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from trak_dist import commands, preparation
+from trak_dist import commands
 from trak_dist.config import SlurmConfig, cluster_from_mapping
 from trak_dist.errors import ConfigError
+from trak_dist.planning import preparation
 
 STUMBLES = {
     "problem=0": "problem: 0 is not the name of an option\n  where: the command line\n"

@@ -26,10 +26,10 @@ from scipy import stats
 from torch.utils.data import Subset
 
 from trak_dist import open_run, worker
+from trak_dist.evaluation.datamodeling import LAMBDAS
 from trak_dist.launch import main
 from trak_dist.ops import lds
 from trak_dist.stages import report
-from trak_dist.stages.datamodeling import LAMBDAS
 
 pytestmark = pytest.mark.slow
 

@@ -14,8 +14,8 @@ from launching import Ended
 
 from trak_dist import worker
 from trak_dist.cells import FeaturizeCell
+from trak_dist.checkpoints.digests import content_digest
 from trak_dist.plan import Plan, digest
-from trak_dist.stages.checkpoints import content_digest
 from trak_dist.store.run import Run
 
 DIGESTS = [content_digest(tiny.state(seed)) for seed in range(3)]

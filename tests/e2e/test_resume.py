@@ -15,7 +15,7 @@ import tiny
 from trak_dist import launch as launcher
 from trak_dist import open_run, worker
 from trak_dist.cells import ScoreCell, parse_cell
-from trak_dist.stages.verify import damaged_cells
+from trak_dist.status.verify import damaged_cells
 from trak_dist.store import arrays, contents
 from trak_dist.store.receipts import Receipts
 from trak_dist.store.run import Run

@@ -18,7 +18,7 @@ from trak_dist import open_run, plan_file, worker
 from trak_dist.cells import STAGE_CELLS, GramCell, parse_cell
 from trak_dist.errors import PlanMismatch
 from trak_dist.plan import Plan
-from trak_dist.stages.verify import damaged_cells
+from trak_dist.status.verify import damaged_cells
 from trak_dist.store.receipts import Receipt
 from trak_dist.store.run import Run
 

@@ -13,10 +13,10 @@ import pytest
 import zarr
 from launching import Ended, Launch
 
-from trak_dist import members as sweep_members
 from trak_dist import open_run, worker
 from trak_dist.cells import ScoreCell
 from trak_dist.plan import Plan
+from trak_dist.planning import members as sweep_members
 from trak_dist.stages import featurize, reduce
 from trak_dist.store.run import Run
 from trak_dist.sweep import Sweep

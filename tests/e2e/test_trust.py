@@ -119,7 +119,7 @@ def hook(event, arguments):
             told.append((event, str(arguments[0])))
 sys.dont_write_bytecode = True
 from trak_dist import launch, open_run
-import trak_dist.stages.status, trak_dist.stages.verify  # not what is in question
+import trak_dist.status.state, trak_dist.status.verify  # not what is in question
 sys.addaudithook(hook)
 for look in ("status", "status watch=true", "verify", "verify repair=true", "cancel"):
     sys.argv = ["trak-dist", f"run_dir={run_dir}", *f"stage={look}".split()]

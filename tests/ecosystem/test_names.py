@@ -13,10 +13,10 @@ import tiny
 import torch
 from torch import Tensor, nn
 
+from trak_dist.checkpoints import state_dicts
+from trak_dist.checkpoints.digests import content_digest
+from trak_dist.checkpoints.state_dicts import Fitted
 from trak_dist.errors import CheckpointError
-from trak_dist.stages import state_dicts
-from trak_dist.stages.checkpoints import content_digest
-from trak_dist.stages.state_dicts import Fitted
 
 State = dict[str, Tensor]
 

@@ -18,10 +18,10 @@ from gathering import gathered
 from torch import Tensor, nn
 
 from trak_dist import TextClassification, TRAKer, open_run
+from trak_dist.checkpoints import state_dicts
 from trak_dist.errors import CheckpointError
 from trak_dist.ops.gradients import LoopGradients, select_params
 from trak_dist.ops.hooks import HookGradients
-from trak_dist.stages import state_dicts
 
 
 def loaded(path: Path, model: nn.Module) -> state_dicts.Fitted:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trak_dist.errors import DeviceError
-from trak_dist.stages.session import open_device
+from trak_dist.runtime.session import open_device
 
 
 @pytest.fixture(autouse=True)

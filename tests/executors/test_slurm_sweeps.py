@@ -11,8 +11,8 @@ from launching import Ended, Launch
 from submitting import fail, finish, table
 
 from trak_dist import graph
-from trak_dist.stages.queue import read_queue
-from trak_dist.stages.status import read_status
+from trak_dist.status.queue import read_queue
+from trak_dist.status.state import read_status
 from trak_dist.store.jobs import Jobs
 from trak_dist.store.run import Run
 

@@ -20,7 +20,7 @@ from waiting import AT
 
 from trak_dist import graph, task, worker
 from trak_dist.cells import parse_cell
-from trak_dist.stages.reduce import require
+from trak_dist.runtime.inputs import require
 from trak_dist.store.jobs import Attempt, Jobs
 from trak_dist.store.run import Run
 

@@ -20,7 +20,7 @@ from injecting import Fault, Layer, note, step_clock
 from trak_dist import launch, task, worker
 from trak_dist.executors.local import work
 from trak_dist.executors.protocol import Job, Task
-from trak_dist.stages.verify import damaged_cells
+from trak_dist.status.verify import damaged_cells
 from trak_dist.store.run import Run
 
 HUNG_SECONDS = 120.0

@@ -33,13 +33,13 @@ from safetensors.torch import save
 
 from trak_dist import console, open_run, options
 from trak_dist.cells import KernelCell, ReportCell, ScoreCell
+from trak_dist.checkpoints import state_dicts
+from trak_dist.checkpoints.digests import content_digest
 from trak_dist.config import Config, SlurmConfig, cluster_from_mapping, refuse_other_shape
 from trak_dist.errors import CorruptChunk
 from trak_dist.launch import main
-from trak_dist.stages import state_dicts
-from trak_dist.stages.checkpoints import content_digest
-from trak_dist.stages.status import lines, read_status
-from trak_dist.stages.verify import damaged_cells
+from trak_dist.status.state import lines, read_status
+from trak_dist.status.verify import damaged_cells
 from trak_dist.store import parts
 from trak_dist.store.jobs import Job, Jobs
 from trak_dist.store.prepare import prepare

@@ -13,12 +13,12 @@ from test_layers import Weighed, moved
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from trak_dist.checkpoints.featurizer import adding
 from trak_dist.ops import bundles as bundling
 from trak_dist.ops.bundles import Bundles, has_bundles
 from trak_dist.ops.gradients import VmapGradients, select_params
 from trak_dist.ops.hooks import HookGradients
 from trak_dist.ops.projection import Projector, make_projector
-from trak_dist.stages.loaded import adding
 
 BATCH, DIM = 3, 96
 

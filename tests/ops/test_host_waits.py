@@ -23,10 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trak_dist import ImageClassification
 from trak_dist.config import FeaturizeConfig, ProjectionConfig, Spec
+from trak_dist.ingest.streamed_plan import new_plan
 from trak_dist.ops import projection as projections
 from trak_dist.ops.gradients import select_params
-from trak_dist.stages.feeding import new_plan
-from trak_dist.stages.session import Loaded
+from trak_dist.runtime.session import Loaded
 
 BATCHES = 2
 ON = torch.device("meta") if DEVICE.type == "cpu" else DEVICE

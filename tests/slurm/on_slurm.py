@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from trak_dist import open_run
-from trak_dist.stages.status import Status, read_status
+from trak_dist.status.state import Status, read_status
 from trak_dist.store.run import Run
 
 SCRIPT = Path(__file__).parent.parent.parent / "launch" / "slurm-lab"

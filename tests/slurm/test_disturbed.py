@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from on_slurm import SLURM, Lab, finish, overrides, running, scores, status, wait
 
-from trak_dist.stages.queue import read_queue
+from trak_dist.status.queue import read_queue
 from trak_dist.store.jobs import Jobs
 from trak_dist.store.run import Run
 

@@ -26,7 +26,7 @@ from trak_dist.executors.sending import (
     send_as_fits,
     sender,
 )
-from trak_dist.stages.queue import Queue, cells_of, read_queue
+from trak_dist.status.queue import Queue, cells_of, read_queue
 from trak_dist.store.jobs import GO_ON, Job, Jobs
 from trak_dist.store.run import Run
 

@@ -15,9 +15,9 @@ from trak_dist.errors import ConfigError
 from trak_dist.ops import draws, lds
 from trak_dist.plan import Plan
 from trak_dist.problem import Problem
-from trak_dist.stages.outcome import Outcome
-from trak_dist.stages.reduce import require
-from trak_dist.stages.session import Session
+from trak_dist.runtime.inputs import require
+from trak_dist.runtime.outcome import Outcome
+from trak_dist.runtime.session import Session
 from trak_dist.stages.train import SEEDS, fit, outputs_of
 from trak_dist.store.results import Results
 from trak_dist.store.run import Run

@@ -7,11 +7,12 @@ import json
 from typing import Any
 
 from trak_dist.cells import TRAIN, EvaluateCell
-from trak_dist.stages import counterfactual, self_influence
-from trak_dist.stages.datamodeling import against_retrained
-from trak_dist.stages.outcome import Outcome
-from trak_dist.stages.reduce import require
-from trak_dist.stages.session import Session
+from trak_dist.evaluation import self_influence
+from trak_dist.evaluation.datamodeling import against_retrained
+from trak_dist.runtime.inputs import require
+from trak_dist.runtime.outcome import Outcome
+from trak_dist.runtime.session import Session
+from trak_dist.stages import counterfactual
 from trak_dist.store import atomic
 
 TOLD = ("lds", "left_out", "chosen", "counterfactuals", "mislabelled")  # in the receipt too

@@ -10,13 +10,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trak_dist.cells import FeaturizeCell
+from trak_dist.checks import gradient_audit
 from trak_dist.errors import NonFiniteGradient, ProblemError, WrongGradient
+from trak_dist.ingest import streamed_rows
 from trak_dist.ops import rows as row_format
 from trak_dist.ops.batches import examples_in
-from trak_dist.stages import audit, fed
-from trak_dist.stages.inputs import Shown, refuse_changed_rows, refuse_unlike
-from trak_dist.stages.outcome import Outcome, grads_facts
-from trak_dist.stages.session import Session
+from trak_dist.runtime.outcome import Outcome, grads_facts
+from trak_dist.runtime.session import Session
+from trak_dist.runtime.shown_rows import Shown, refuse_changed_rows, refuse_unlike
 from trak_dist.store import contents
 
 
@@ -37,13 +38,13 @@ def featurize(session: Session, cell: FeaturizeCell) -> Outcome:
     """
     run, spec = session.run, session.run.plan.spec
     if run.plan.split(cell.split).fed:
-        return fed.gather(run, cell)
+        return streamed_rows.gather(run, cell)
     try:
         return _computed(session, cell)
     except WrongGradient as error:
-        if spec.featurize.gradients != "auto" or audit.way(run, cell.model_id) == "loop":
+        if spec.featurize.gradients != "auto" or gradient_audit.way(run, cell.model_id) == "loop":
             raise WrongGradient(error.what, where=cell.id, next=error.next) from None
-        audit.distrust(run, cell, error)
+        gradient_audit.distrust(run, cell, error)
         session.took_back = True
     return _computed(session, cell)
 
@@ -54,7 +55,7 @@ def _computed(session: Session, cell: FeaturizeCell) -> Outcome:
     session.once(f"done cells of {cell.split}", lambda: refuse_changed_rows(session, cell))
     grads = torch.zeros(len(cell.rows), plan.store_dim, device=session.device)
     out_to_loss = torch.zeros(len(cell.rows), device=session.device)
-    checks = audit.Audit.drawn(plan.key(cell), len(cell.rows), spec.featurize.batch_rows)
+    checks = gradient_audit.Audit.drawn(plan.key(cell), len(cell.rows), spec.featurize.batch_rows)
     shown = Shown()
     slower, done = loaded.slower_batches, 0
     for host_batch in session.batches(cell.split, cell.rows):

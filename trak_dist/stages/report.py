@@ -13,14 +13,14 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from trak_dist import datasets
 from trak_dist.cells import TRAIN, EvaluateCell, FeaturizeCell, ReportCell
+from trak_dist.evaluation.plots import counterfactual_picture, lds_picture
 from trak_dist.ops import lds, ranking
 from trak_dist.problem import Rendered
-from trak_dist.stages import datasets
-from trak_dist.stages.outcome import Outcome
-from trak_dist.stages.plots import counterfactual_picture, lds_picture
-from trak_dist.stages.reduce import require
-from trak_dist.stages.session import Session
+from trak_dist.runtime.inputs import require
+from trak_dist.runtime.outcome import Outcome
+from trak_dist.runtime.session import Session
 from trak_dist.store import atomic
 from trak_dist.store.receipts import audited
 from trak_dist.store.results import Results, Top

@@ -8,9 +8,9 @@ from torch import Tensor
 from trak_dist.cells import TRAIN, FeaturizeCell, KernelCell, PreconditionCell, Rows, ScoreCell
 from trak_dist.ops import kernel
 from trak_dist.ops.scores import Ensemble
-from trak_dist.stages.outcome import Outcome
-from trak_dist.stages.reduce import read_grads, refuse_other_rows, require
-from trak_dist.stages.session import Session
+from trak_dist.runtime.inputs import read_grads, refuse_other_rows, require
+from trak_dist.runtime.outcome import Outcome
+from trak_dist.runtime.session import Session
 from trak_dist.store import contents
 
 

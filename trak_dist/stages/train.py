@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from trak_dist.cells import FULL, TRAIN, MarginsCell, Rows, TrainCell
+from trak_dist.checkpoints import digests, state_dicts
 from trak_dist.errors import NonFiniteGradient, ProblemError
 from trak_dist.ops import draws
 from trak_dist.ops.gradients import outputs
-from trak_dist.stages import checkpoints, state_dicts
-from trak_dist.stages.outcome import Outcome
-from trak_dist.stages.reduce import require
-from trak_dist.stages.session import Session
+from trak_dist.runtime.inputs import require
+from trak_dist.runtime.outcome import Outcome
+from trak_dist.runtime.session import Session
 from trak_dist.store import atomic, contents
 
 SEEDS = 0x7FFFFFFF  # a bit mask: what torch and numpy both take
@@ -45,7 +45,7 @@ def train(session: Session, cell: TrainCell) -> Outcome:
     path = run.layout.checkpoint(run.layout.trained_checkpoint(cell.subset, cell.seed))
     run.refuse_if_superseded(cell)
     atomic.write(path, safetensors.torch.save(state))
-    return Outcome({"checkpoint": checkpoints.content_digest(state)})
+    return Outcome({"checkpoint": digests.content_digest(state)})
 
 
 def margins(session: Session, cell: MarginsCell) -> Outcome:

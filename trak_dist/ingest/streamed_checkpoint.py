@@ -8,12 +8,12 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from trak_dist.checkpoints import digests, state_dicts
+from trak_dist.checkpoints.featurizer import Loaded
 from trak_dist.errors import CheckpointError
+from trak_dist.ingest.streamed_rows import Feed
 from trak_dist.ops.model_outputs import ModelOutput
 from trak_dist.plan import Plan
-from trak_dist.stages import checkpoints, state_dicts
-from trak_dist.stages.fed import Feed
-from trak_dist.stages.loaded import Loaded
 
 log = logging.getLogger("trak_dist")
 
@@ -41,7 +41,7 @@ class FedCheckpoint:
             log.info("checkpoints: %s", fitted.said)
         self.model_id = model_id
         self.absent: frozenset[str] = fitted.absent
-        self.digest = checkpoints.content_digest(fitted.state)
+        self.digest = digests.content_digest(fitted.state)
         fitted.load_into(model)
         self._model = model.eval()
         self._weights = self._versions()

@@ -12,10 +12,20 @@ from typing import Any
 
 import torch
 
-from trak_dist import commands
+from trak_dist import commands, datasets
 from trak_dist import problem as problems
 from trak_dist.cells import TRAIN, ScoreCell, check_name
+from trak_dist.checkpoints import fit, state_dicts
+from trak_dist.checkpoints.digests import (
+    content_digest,
+    published,
+    refuse_other_weights,
+    refuse_twins,
+)
+from trak_dist.checkpoints.featurizer import adding, batch_in, gradients, model_in, projector
+from trak_dist.checks import pinned_model
 from trak_dist.config import Config, FeaturizeConfig, Spec
+from trak_dist.datasets import check_split, limited, probe
 from trak_dist.errors import (
     CheckpointError,
     ConfigError,
@@ -32,18 +42,10 @@ from trak_dist.ops.gradients import (
     select_params,
 )
 from trak_dist.plan import Checkpoint, Plan, Source, Split, planned_cell_rows
+from trak_dist.planning import gradient_method
 from trak_dist.problem import MapDataset, Problem
+from trak_dist.runtime.session import as_batch, as_built
 from trak_dist.source import accepting, refuse_changed
-from trak_dist.stages import coverage, datasets, fit, pinned, state_dicts
-from trak_dist.stages.checkpoints import (
-    content_digest,
-    published,
-    refuse_other_weights,
-    refuse_twins,
-)
-from trak_dist.stages.datasets import check_split, limited, probe
-from trak_dist.stages.loaded import adding, batch_in, gradients, model_in, projector
-from trak_dist.stages.session import as_batch, as_built
 from trak_dist.store.layout import Layout
 from trak_dist.store.receipts import Receipts
 from trak_dist.store.run import Run
@@ -68,7 +70,7 @@ def make_plan(
     dim = parameters if identity else spec.store_dim
     checkpoints = _checkpoints(problem, config.checkpoints.train, source.import_root)
     # First: a forward pass may leave things in the model.
-    unsaved = pinned.unsaved(problem.model, _held(problem, checkpoints))
+    unsaved = pinned_model.unsaved(problem.model, _held(problem, checkpoints))
     train = _split(TRAIN, problem, spec, dim)
     targets = tuple(_split(n, problem, spec, dim) for n in _target_names(problem, config.targets))
     chosen = _chosen_gradients(problem, spec, (train, *targets), spec.featurize.gradients)
@@ -121,12 +123,12 @@ def extend_plan(
         plan = replace(plan, source=accepting(plan.source, source))
     refuse_changed(plan.spec.problem, plan.source, source)
     what = plan.spec.problem["_target_"]
-    pinned.refuse_other_unsaved(plan.source, problem.model, what=what)
+    pinned_model.refuse_other_unsaved(plan.source, problem.model, what=what)
     for split in (plan.train, *plan.targets):
         check_split(problem, split, plan.spec)
     if plan.source.built:
         now = _as_built(problem, plan.spec, plan.source.unsaved)
-        pinned.refuse_other_built(plan.source, now, what=what)
+        pinned_model.refuse_other_built(plan.source, now, what=what)
     known = {s.name for s in plan.targets}
     added = [n for n in _target_names(problem, targets) if n not in known] if targets else []
     checkpoints = _checkpoints(problem, train, plan.source.import_root)
@@ -288,7 +290,9 @@ def _chosen_gradients(
 ) -> tuple[str, str]:
     batches = {n: b for s in splits for n, b in _whole_batches(problem, s, spec).items()}
     params = spec.featurize.params
-    return coverage.choose(problem.model, problem.model_output, batches, params=params, asked=asked)
+    return gradient_method.choose(
+        problem.model, problem.model_output, batches, params=params, asked=asked
+    )
 
 
 def _whole_batches(problem: Problem, split: Split, spec: Spec) -> dict[str, Batch]:
@@ -324,7 +328,9 @@ def _held(problem: Problem, checkpoints: Sequence[Checkpoint]) -> set[str]:
     return own.keys() - state_dicts.fitted(state, model, where=first.path).absent
 
 
-def _as_built(problem: Problem, spec: Spec, unsaved: Collection[str]) -> dict[str, pinned.Numbers]:
+def _as_built(
+    problem: Problem, spec: Spec, unsaved: Collection[str]
+) -> dict[str, pinned_model.Numbers]:
     return as_built(problem, spec, unsaved, torch.device("cpu"))
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from trak_dist import decoding
+from trak_dist.checkpoints import state_dicts
 from trak_dist.errors import CheckpointError
 from trak_dist.plan import Checkpoint
-from trak_dist.stages import state_dicts
 from trak_dist.store import atomic
 from trak_dist.store.run import Run
 

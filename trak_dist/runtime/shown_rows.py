@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from trak_dist.cells import Cell, FeaturizeCell, Rows
+from trak_dist.datasets import content
 from trak_dist.errors import DatasetError
-from trak_dist.stages.datasets import content
-from trak_dist.stages.session import Session
+from trak_dist.runtime.session import Session
 from trak_dist.store.receipts import Receipt
 from trak_dist.store.run import Run
 

@@ -23,7 +23,7 @@ from trak_dist.cells import TRAIN, FeaturizeCell
 from trak_dist.errors import DatasetError, MissingInputs, MixedRun, ModelIDException
 from trak_dist.ops import rows as row_format
 from trak_dist.ops.model_outputs import attention_mask
-from trak_dist.stages.outcome import Outcome, grads_facts
+from trak_dist.runtime.outcome import Outcome, grads_facts
 from trak_dist.store import contents, parts
 from trak_dist.store.parts import Part
 from trak_dist.store.run import Run

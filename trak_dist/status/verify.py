@@ -10,11 +10,11 @@ import hashlib
 from collections.abc import Iterator, Sequence
 
 from trak_dist.cells import STAGE_CELLS, Cell, EvaluateCell, ReportCell, TrainCell
+from trak_dist.checkpoints.digests import content_digest
+from trak_dist.checkpoints.state_dicts import read
+from trak_dist.checks.dependents import made_of, sharing
 from trak_dist.errors import CheckpointError, StoreError
-from trak_dist.stages.checkpoints import content_digest
-from trak_dist.stages.derived import made_of, sharing
-from trak_dist.stages.inputs import of_other_rows
-from trak_dist.stages.state_dicts import read
+from trak_dist.runtime.shown_rows import of_other_rows
 from trak_dist.store import atomic, contents
 from trak_dist.store.receipts import Receipt
 from trak_dist.store.run import Run

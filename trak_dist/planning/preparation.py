@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from trak_dist import machine, members, needs, trust
+from trak_dist import machine, needs, trust
 from trak_dist.config import ClusterConfig, Config, Counterfactuals, GroundTruth, SlurmConfig
 from trak_dist.errors import ConfigError, MemoryRefused, PlanMismatch, StoreError
 from trak_dist.invocation import Invocation
 from trak_dist.plan import GRADIENTS_KEY, REDUCE_KEYS, SWEEP_KEYS, Plan, differences
+from trak_dist.planning import members
 from trak_dist.store import atomic
 from trak_dist.store.run import Run
 
@@ -98,7 +99,8 @@ def prepare_run(resolved: Resolved, note: Note) -> Prepared:
 
     A combination of a sweep makes or extends a member, if it is not the run itself.
     """
-    from trak_dist.stages import planning, truth
+    from trak_dist.evaluation import ground_truth as truth
+    from trak_dist.planning import plans as planning
     from trak_dist.store.prepare import prepare
 
     config, base = resolved.config, resolved.base
@@ -139,7 +141,7 @@ def gpus(cluster: ClusterConfig) -> int:
     """GPUs that local workers may use."""
     import torch
 
-    from trak_dist.stages.session import open_device
+    from trak_dist.runtime.session import open_device
 
     return torch.cuda.device_count() if open_device(cluster.device).type == "cuda" else 0
 
@@ -151,7 +153,7 @@ def _with_chosen_lambda(
     plan = base.plan if base else None
     if invocation.values(plan).get(LAMBDA_KEY) != "auto":
         return invocation, ""
-    from trak_dist.stages import choice
+    from trak_dist.planning import lambda_selection as choice
 
     other = invocation.with_explicit(LAMBDA_KEY, 1.0).merged(plan)  # all else has to be valid
     found = choice.best_lambda(base, other.spec, other.checkpoints.ensemble)
@@ -178,7 +180,7 @@ def _with_settings(config: Config, run: Run, may: tuple[str, ...], note: Note) -
         )
     plan = run.plan.with_settings(config.spec, config.checkpoints.ensemble)
     if config.checkpoints.allow_missing:
-        from trak_dist.stages import planning
+        from trak_dist.planning import plans as planning
 
         plan, whole = planning.without_missing(run, plan), plan
         if plan.model_ids != whole.model_ids:
@@ -204,7 +206,8 @@ def _extended(resolved: Resolved, run: Run | None, plan: Plan | None, note: Note
 
 def _with_problem(resolved: Resolved, run: Run | None, plan: Plan | None, note: Note) -> Plan:
     from trak_dist import problem as problems
-    from trak_dist.stages import planning, truth
+    from trak_dist.evaluation import ground_truth as truth
+    from trak_dist.planning import plans as planning
     from trak_dist.stages.counterfactual import with_counterfactuals
 
     invocation, config = resolved.invocation, resolved.config

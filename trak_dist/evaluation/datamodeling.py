@@ -19,12 +19,12 @@ from torch import Tensor
 
 from trak_dist.cells import TRAIN, EvaluateCell, GramCell, KernelCell, MarginsCell
 from trak_dist.errors import EvaluationError
+from trak_dist.evaluation.ground_truth import Truth, read_truth
 from trak_dist.ops import lds, projection
 from trak_dist.ops.kernel import Spectrum
 from trak_dist.ops.lds import Interval
-from trak_dist.stages.reduce import read_grads, require
-from trak_dist.stages.session import Session
-from trak_dist.stages.truth import Truth, read_truth
+from trak_dist.runtime.inputs import read_grads, require
+from trak_dist.runtime.session import Session
 from trak_dist.store import contents
 
 LAMBDAS = tuple(float(x) for x in np.logspace(-3, 2, 20))  # of the mean diagonal

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from trak_dist.stages.names import Part, State
+from trak_dist.checkpoints.names import Part, State
 
 _EXTRA_STATE = "_extra_state"  # how torch ends the name of what `get_extra_state` gives
 

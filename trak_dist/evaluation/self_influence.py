@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from trak_dist.cells import TRAIN, Cell
 from trak_dist.ops import ranking
-from trak_dist.stages.session import Session
+from trak_dist.runtime.session import Session
 from trak_dist.store import contents
 from trak_dist.store.results import Results
 

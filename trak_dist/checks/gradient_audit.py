@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trak_dist.cells import FeaturizeCell
+from trak_dist.checkpoints.featurizer import Loaded, adding, batch_in
+from trak_dist.checks.dependents import made_of, sharing
 from trak_dist.errors import WrongGradient
 from trak_dist.ops import audit
 from trak_dist.ops.batches import Batch, rows_of
 from trak_dist.ops.model_outputs import own_form
-from trak_dist.stages.derived import made_of, sharing
-from trak_dist.stages.loaded import Loaded, adding, batch_in
 from trak_dist.store.run import Run
 
 ROWS = 2  # of each cell

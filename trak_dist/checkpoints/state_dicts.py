@@ -15,9 +15,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from trak_dist.checkpoints.fit import Fit, in_short, same
+from trak_dist.checkpoints.names import Names, State, adapters
 from trak_dist.errors import CheckpointError
-from trak_dist.stages.fit import Fit, in_short, same
-from trak_dist.stages.names import Names, State, adapters
 
 # What a directory of Hugging Face holds, the first that is there; an index names its shards.
 FILES = (

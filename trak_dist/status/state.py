@@ -13,7 +13,7 @@ from trak_dist import slurm
 from trak_dist.cells import STAGE_CELLS, Cell, FeaturizeCell
 from trak_dist.errors import SlurmError
 from trak_dist.plan import Split
-from trak_dist.stages.queue import Queue, read_queue
+from trak_dist.status.queue import Queue, read_queue
 from trak_dist.store.jobs import Jobs
 from trak_dist.store.receipts import Failure, Receipt, audited, rows_per_second
 from trak_dist.store.run import Run

@@ -38,7 +38,7 @@ def verify_run(run: Run, *, repair: bool) -> Verification:
     StoreError
         If receipts to be taken back lie outside of the run directory.
     """
-    from trak_dist.stages.verify import damaged_cells, take_back
+    from trak_dist.status.verify import damaged_cells, take_back
     from trak_dist.store.prepare import prepare
 
     if repair:

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from trak_dist import datasets
 from trak_dist import problem as problems
 from trak_dist.cells import TRAIN, Rows
+from trak_dist.checkpoints import digests
+from trak_dist.checkpoints.featurizer import Loaded, batch_in, model_in
+from trak_dist.checks import gradient_audit, pinned_model
 from trak_dist.config import Spec
 from trak_dist.errors import DeviceError, ProblemError
 from trak_dist.problem import MapDataset, Problem
-from trak_dist.stages import audit, checkpoints, datasets, pinned
-from trak_dist.stages.loaded import Loaded, batch_in, model_in
 from trak_dist.store.run import Run
 
 
@@ -29,7 +31,9 @@ class Session:
         self.device = device
         self._loaded: Loaded | None = None
         self._checked: set[str] = set()
-        self.shown: dict[tuple[str, Rows], str] = {}  # digests of rows of splits, see stages.inputs
+        self.shown: dict[
+            tuple[str, Rows], str
+        ] = {}  # digests of rows of splits, see runtime.shown_rows
         self.took_back = False  # cells of this job, perhaps, which are to be run again
 
     @cached_property
@@ -45,12 +49,12 @@ class Session:
             )
         problem = problems.rebuild(plan.spec.problem, plan.source)
         problem = problems.drawing(problem, plan.spec.featurize.random)
-        pinned.refuse_other_unsaved(plan.source, problem.model, what=what)
+        pinned_model.refuse_other_unsaved(plan.source, problem.model, what=what)
         for split in (plan.train, *plan.targets):
             datasets.check_split(problem, split, plan.spec)
         if plan.source.built:
             now = as_built(problem, plan.spec, plan.source.unsaved, self.device)
-            pinned.refuse_other_built(plan.source, now, what=what)
+            pinned_model.refuse_other_built(plan.source, now, what=what)
         return problem
 
     def once(self, what: str, check: Callable[[], None]) -> None:
@@ -65,12 +69,12 @@ class Session:
 
     def load(self, model_id: int) -> Loaded:
         """The model of one checkpoint, on the device, with its gradients and its projection."""
-        way = audit.way(self.run, model_id)
+        way = gradient_audit.way(self.run, model_id)
         there = self._loaded
         if there is None or (there.model_id, there.way) != (model_id, way):
             plan, problem = self.run.plan, self.problem
             model: nn.Module = problem.model.to(self.device).eval()
-            digest = checkpoints.load_into(self.run, model, plan.checkpoint(model_id))
+            digest = digests.load_into(self.run, model, plan.checkpoint(model_id))
             self._loaded = Loaded(
                 plan,
                 model_id,
@@ -85,7 +89,7 @@ class Session:
     def batches(self, split: str, rows: Rows) -> Iterator[tuple[Any, ...]]:
         """Batches of `batch_rows` examples, on the CPU, none reaching beyond `rows`.
 
-        They are read in this thread, which made the dataset: see `stages.datasets`. A GPU goes on
+        They are read in this thread, which made the dataset: see `datasets`. A GPU goes on
         with one batch while the next is read.
 
         Raises
@@ -120,7 +124,7 @@ def as_batch(collated: Any) -> tuple[Any, ...]:
 
 def as_built(
     problem: Problem, spec: Spec, unsaved: Collection[str], device: torch.device
-) -> dict[str, pinned.Numbers]:
+) -> dict[str, pinned_model.Numbers]:
     """What pins the problem's model as it is built, from its first and its last train row.
 
     Parameters
@@ -131,7 +135,7 @@ def as_built(
     compute, dataset = spec.featurize.compute, datasets.limited(problem.train, spec.limit)
     rows = sorted({0, len(dataset) - 1})[-spec.featurize.batch_rows :]
     batch = as_batch(datasets.collated(problem, dataset, rows, name=TRAIN))
-    return pinned.built(
+    return pinned_model.built(
         model_in(compute, problem.model.to(device).eval()),
         problem.model_output,
         _converted(batch_in(compute, batch), lambda t: t.to(device)),

@@ -1,0 +1,166 @@
+"""What the package makes of a plan, as plain values: all calls of the golden tests into it.
+
+Where functions move, this module follows them; `expected.json` stays as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from trak_dist import graph, needs, plan_file, worker
+from trak_dist.cells import STAGE_CELLS, STEPS, Cell, parse_cell
+from trak_dist.executors import batch
+from trak_dist.store import contents, prepare
+from trak_dist.store.run import Run
+
+MEMORY = ("featurize", "gram", "kernel", "precondition", "score", "evaluate")  # others had none
+GPU = ("train", "featurize", "kernel", "score", "evaluate", "report")  # of counterfactual: wrong
+
+
+def planned(run_dir: Path, text: str, base: str | None = None) -> Run:
+    """A run with the plan of that text, and its arrays; the member of the run of plan `base`."""
+    plan = plan_file.load(text.encode(), where=str(run_dir))
+    if base:
+        run_dir = planned(run_dir, base).layout.sweeps / plan.reduce_id
+    run = Run.create(run_dir, plan)
+    prepare.prepare(run)
+    return run
+
+
+def numbers(run: Run) -> dict[str, Any]:
+    plan = run.plan
+    names = ("fingerprint", "projection_id", "kernel_id", "reduce_id", "precondition_dtype")
+    found = {name: getattr(plan, name) for name in (*names, "store_dim", "proj_dim", "model_ids")}
+    found |= {name: getattr(needs, name)(plan) for name in ("store_bytes", "grads_bytes")}
+    found |= {"memory": {kind: needs.memory(plan)[kind] for kind in MEMORY}}
+    found |= {"cpus": {step: batch._threads(plan, step) for step in STEPS}}
+    found |= {"gpu": {step: step in batch.GPU_STEPS for step in GPU}}
+    return found | {"halves": {name: plan.halves(name) for name in plan.scored()}}
+
+
+def everything(run: Run) -> list[Cell]:
+    return [cell for stage in STAGE_CELLS for cell in run.plan.cells(stage)]
+
+
+def order(run: Run) -> dict[str, list[str]]:
+    """The ids of the cells that each stage, and each step, runs."""
+    stages = {f"stage {s}": [c.id for c in run.plan.cells(s)] for s in STAGE_CELLS}
+    return stages | {f"step {s}": [c.id for c in graph.cells(run.plan, s)] for s in STEPS}
+
+
+def cell(run: Run, one: Cell) -> dict[str, Any]:
+    """What a cell is called, where its records and results are, and what it needs."""
+    plan, layout = run.plan, run.layout
+    assert parse_cell(one.id) == one
+    paths = {"receipt": layout.receipt(plan, one), "failure": layout.failure(plan, one)}
+    if one.stage == "featurize":
+        paths["consolidated"] = layout.consolidated(plan, one)
+        paths["parts"] = layout.parts(plan, one.model_id, one.split)
+    files: dict[str, Callable[[], Path]] = {
+        "train": lambda: layout.checkpoint(layout.trained_checkpoint(one.subset, one.seed)),
+        "evaluate": lambda: layout.evaluation(one.targets),
+        "report": lambda: layout.report(one.targets),
+    }
+    if one.stage in files:
+        paths["file"] = files[one.stage]()
+    waits = {
+        name: sorted({c.id for c in graph.needs(plan, one, done)})
+        for name, done in (("none", ()), ("all", everything(run)))
+    }
+    owned = contents.slabs(run, one).items()
+    key = {} if one.stage == "report" else {"key": plan.key(one)}  # a report's may change
+    return {
+        **key,
+        **{name: str(path.relative_to(layout.base)) for name, path in paths.items()},
+        "needs": waits,
+        "owns": {n: [str(s.path.relative_to(layout.store)), s.start, s.stop] for n, s in owned},
+    }
+
+
+def arrays(run: Run) -> dict[str, Any]:
+    """Each array, by its path in the store, as on disk; and what the cells that own it take it for.
+
+    Groups are only named.
+    """
+    found: dict[str, Any] = {}
+    for path in run.layout.store.rglob("zarr.json"):
+        meta = json.loads(path.read_text())
+        names = ("shape", "data_type", "fill_value", "attributes")
+        found[str(path.parent.relative_to(run.layout.store))] = (
+            {
+                **{name: meta[name] for name in names if meta[name] != {}},
+                "chunks": meta["chunk_grid"]["configuration"]["chunk_shape"],
+                "codecs": "+".join(codec["name"] for codec in meta["codecs"]),
+            }
+            if meta["node_type"] == "array"
+            else "group"
+        )
+    for slab in (s for c in everything(run) for s in contents.slabs(run, c).values()):
+        spec = slab.spec
+        taken_for = [spec.shape, spec.chunks, spec.dtype, spec.compression, spec.grows]
+        array = found[str(slab.path.relative_to(run.layout.store))]
+        assert array.setdefault("owned as", taken_for) == taken_for
+    return found
+
+
+def threads(run: Run) -> dict[str, int]:
+    """torch's threads in each kind of cell."""
+    found, device = {}, torch.device("cpu")
+    for one in everything(run):
+        if one.stage not in found:
+            with worker.own_numerics(device):
+                worker._fix_numerics(SimpleNamespace(run=run, device=device), one)
+                found[one.stage] = torch.get_num_threads()
+    return found
+
+
+def alike(run: Run) -> dict[str, list[list[str]]]:
+    """The cells of each step, those together that need the same of earlier steps."""
+    found: dict[str, list[list[str]]] = {}
+    for step in STEPS:
+        groups: dict[object, list[str]] = {}
+        for one in graph.cells(run.plan, step):
+            groups.setdefault(graph.shares_needs(one), []).append(one.id)
+        found[step] = sorted(map(sorted, groups.values()))
+    return found
+
+
+def tasks(run: Run, rows_per_task: int) -> dict[str, list[list[str]]]:
+    found = {s: graph.tasks(run.plan, s, rows_per_task=rows_per_task) for s in STEPS}
+    return {step: [[c.id for c in task] for task in made] for step, made in found.items()}
+
+
+def graph_arrays(
+    run: Run,
+    *,
+    done: Collection[Cell] = (),
+    skip: Collection[Cell] = (),
+    owners: Collection[Cell] = (),
+) -> Iterator[Any]:
+    """The arrays of the job graph, if tasks of others own some cells.
+
+    Arrays that lack a cell are not submitted.
+    """
+    owned = {cell: f"other.{cell.id}" for cell in owners}
+    asked = {"done": done, "owners": owned, "skip": skip, "rows_per_task": 16}
+    for number, array in enumerate(graph.arrays(run.plan, list(STEPS), **asked)):
+        for index, task in enumerate(() if array.lacks else array.tasks):
+            owned.update(dict.fromkeys(task, f"{array.step}.{number}.{index}"))
+        yield {
+            "step": array.step,
+            "tasks": ["+".join(c.id for c in task) for task in array.tasks],
+            "after": sorted(array.after),
+            "beside": sorted(array.beside),
+            "lacks": sorted(c.id for c in array.lacks),
+        }
+
+
+def rewritten(text: str) -> str:
+    """The plan of that text, as a file of today has it."""
+    return plan_file.dump(plan_file.load(text.encode(), where=""))

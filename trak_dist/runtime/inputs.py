@@ -1,0 +1,100 @@
+"""What a cell is made of: receipts that have to be there and to agree, and decoded grads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from trak_dist import commands
+from trak_dist.cells import Cell, FeaturizeCell, Rows
+from trak_dist.errors import MissingInputs, MixedRun
+from trak_dist.ops import projection
+from trak_dist.ops import rows as row_format
+from trak_dist.runtime.session import Session
+from trak_dist.store import contents
+from trak_dist.store.receipts import Receipt
+from trak_dist.store.run import Run
+
+SHARED_FACTS = (
+    "checkpoint_digest",
+    "projector",
+    "projector_seed",
+    "projector_dim",
+    "projector_version",
+    "dtype",
+    "gradients",
+)
+
+
+def read_grads(session: Session, cell: FeaturizeCell) -> Float[Tensor, "rows k"]:
+    """The grads of a featurize cell, decoded and folded to `proj_dim`, on the device."""
+    stored, scale = (
+        torch.from_numpy(contents.read(session.run, cell, name)).to(session.device)
+        for name in ("grads", "row_scale")
+    )
+    return projection.fold(row_format.decode(stored, scale), session.run.plan.proj_dim)
+
+
+def require(run: Run, cells: Sequence[Cell], *, needed_by: Cell) -> dict[Cell, Receipt]:
+    """The receipts of `cells`.
+
+    Raises
+    ------
+    MissingInputs
+        Naming those that are not done.
+    """
+    done = run.receipts.done(cells)
+    missing = [c.id for c in cells if c not in done]
+    if missing:
+        raise MissingInputs(
+            f"{len(missing)} of the cells that {needed_by.id} needs are not done: "
+            f"{', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}",
+            where=needed_by.id,
+            next=commands.launch(run.layout.run_dir),
+        )
+    return done
+
+
+def refuse_mixed(receipts: dict[Cell, Receipt]) -> None:
+    """Raise `MixedRun` naming the cells of one checkpoint that were not made alike."""
+    mend = "mend the cause, then start a new run_dir: these cells can't be reduced together"
+    for fact in SHARED_FACTS:
+        values = [(cell, r.facts.get(fact)) for cell, r in receipts.items()]
+        _refuse_unequal(fact, values, next=mend)
+
+
+def refuse_other_rows(run: Run, receipts: dict[Cell, Receipt]) -> None:
+    """Raise `MixedRun` naming cells whose input rows differ between checkpoints."""
+    by_rows: dict[tuple[str, Rows], list[tuple[Cell, object]]] = {}
+    for cell, receipt in receipts.items():
+        assert isinstance(cell, FeaturizeCell)
+        values = by_rows.setdefault((cell.split, cell.rows), [])
+        values.append((cell, receipt.facts.get("inputs_digest")))
+    command = f"python -m trak_dist.launch stage=verify repair=true run_dir={run.layout.run_dir}"
+    back = f"mend the cause; {command} takes all that disagree back, to be computed again"
+    for values in by_rows.values():
+        _refuse_unequal("inputs_digest", values, next=back)
+
+
+def _refuse_unequal(fact: str, values: Sequence[tuple[Cell, object]], *, next: str) -> None:
+    by_value: dict[object, list[str]] = {}
+    for cell, value in values:
+        by_value.setdefault(value, []).append(cell.id)
+    if len(by_value) > 1:
+        groups: Iterator[str] = (
+            f"{value!r} in {', '.join(cells[:3])}{', …' if len(cells) > 3 else ''}"
+            for value, cells in by_value.items()
+        )
+        hint = (
+            " (random augmentation? data that changed? a loader that shuffles?)"
+            if fact == "inputs_digest"
+            else ""
+        )
+        raise MixedRun(
+            f"cells that belong together disagree on {fact}{hint}: {'; '.join(groups)}",
+            where=min(by_value.values(), key=len)[0],
+            next=next,
+        )
