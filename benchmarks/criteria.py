@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trak_dist.cells import TRAIN
+from trak_dist.cells import FeaturizeCell
+from trak_dist.coordinates import TRAIN
 from trak_dist.runtime.inputs import read_grads
 from trak_dist.runtime.session import Session
 from trak_dist.store import contents
@@ -45,7 +46,7 @@ def main() -> None:
     lambdas = evaluation["lambdas"]
     of_q, of_f = [], []
     for model_id in plan.model_ids:
-        cells = list(plan.featurize_cells(model_id, TRAIN))
+        cells = list(FeaturizeCell.of_split(plan, model_id, TRAIN))
         x = torch.cat([read_grads(session, cell) for cell in cells]).double()
         q = torch.from_numpy(
             np.concatenate([contents.read(run, cell, "out_to_loss") for cell in cells])

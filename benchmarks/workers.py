@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from trak_dist.cells import of_stage
 from trak_dist.store.run import Run
 
 ROUNDS = 3
@@ -52,7 +53,7 @@ def local(path: Path, name: str, workers: int) -> float:
 def bare(path: Path, name: str, workers: int) -> float:
     """Seconds of so many bare copies of the loop."""
     run = Run.open(trained(path, name))
-    cells = [cell.id for cell in run.plan.cells("featurize")]
+    cells = [cell.id for cell in of_stage(run.plan, "featurize")]
     started = time.perf_counter()
     share = -(-len(cells) // workers)
     base = [sys.executable, "-c", LOOP, str(run.layout.run_dir), run.plan.fingerprint]

@@ -13,6 +13,7 @@ from devices import DEVICE
 from launching import Ended, Launch
 
 from trak_dist import worker
+from trak_dist.cells import KINDS
 from trak_dist.launch import main
 
 
@@ -85,8 +86,9 @@ def command(launch: Launch, tmp_path: Path) -> Launch:
 def attempts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The ids of the cells that stages were called for."""
     called: list[str] = []
-    for module_name, name in set(worker._STAGES.values()):
-        module = importlib.import_module(f"trak_dist.stages.{module_name}")
+    for kind in KINDS:
+        module_name, name = kind.run.split(":")
+        module = importlib.import_module(module_name)
         stage = getattr(module, name)
 
         def noted(session, cell, stage=stage) -> object:

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trak_dist import cells
-from trak_dist.cells import Cell, Rows, check_name, parse_cell
+from trak_dist.cells import Cell, parse_cell
+from trak_dist.coordinates import Rows, check_name
 from trak_dist.errors import ConfigError
 
 names = st.from_regex(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", fullmatch=True)

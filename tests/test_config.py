@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
-from trak_dist.config import STAGES, Config, Spec, flatten, nearest, rebuilt
+from trak_dist.config import STAGES, ClusterConfig, Config, ProjectionConfig, SlurmConfig, Spec
+from trak_dist.dotted import flatten
 from trak_dist.errors import ConfigError
+from trak_dist.settings import CONF
+from trak_dist.structuring import nearest, structure, unstructure
+from trak_dist.validation import config_from_mapping
 
 SETTINGS = (
     "accept_source, checkpoints, cluster, counterfactuals, featurize, force, ground_truth, limit, "
@@ -21,7 +26,7 @@ GOOD: dict[str, Any] = {"problem": {"_target_": "a.b", "rows": 3}, "run_dir": "r
 
 def faults(mapping: Mapping[str, Any]) -> list[str]:
     with pytest.raises(ConfigError) as raised:
-        Config.from_mapping(mapping)
+        config_from_mapping(mapping)
     first, *lines = raised.value.what.splitlines()
     assert first == "the configuration is not valid:"
     assert all(line.startswith("  ") for line in lines)
@@ -29,7 +34,7 @@ def faults(mapping: Mapping[str, Any]) -> list[str]:
 
 
 def test_the_least_that_a_user_gives_is_enough() -> None:
-    config = Config.from_mapping(GOOD)
+    config = config_from_mapping(GOOD)
     assert (config.stage, config.targets, config.repair) == ("all", ("all",), False)
     assert config.spec.problem == {"_target_": "a.b", "rows": 3}
     assert config.spec.proj_dim == config.spec.store_dim == 2048
@@ -102,14 +107,14 @@ def test_lambda_is_a_finite_number_that_is_not_negative(value: float) -> None:
 
 
 def test_whole_numbers_stand_for_floats_but_not_the_other_way() -> None:
-    config = Config.from_mapping({**GOOD, "reduce": {"lambda_reg": 2}})
+    config = config_from_mapping({**GOOD, "reduce": {"lambda_reg": 2}})
     assert isinstance(config.spec.reduce.lambda_reg, float)
     assert faults({**GOOD, "proj_dim": 16.0}) == ["proj_dim: 16.0 is not of type int"]
 
 
 def test_one_target_set_may_be_given_without_a_list() -> None:
-    assert Config.from_mapping({**GOOD, "targets": "val"}).targets == ("val",)
-    assert Config.from_mapping({**GOOD, "targets": ["val", "test"]}).targets == ("val", "test")
+    assert config_from_mapping({**GOOD, "targets": "val"}).targets == ("val",)
+    assert config_from_mapping({**GOOD, "targets": ["val", "test"]}).targets == ("val", "test")
 
 
 @pytest.mark.parametrize(
@@ -151,15 +156,15 @@ def test_cells_hold_whole_batches_whatever_the_projection(kind: str) -> None:
 
 
 def test_dimensions_that_fold_are_accepted() -> None:
-    spec = Config.from_mapping({**GOOD, "proj_dim": 8, "store_dim": 16}).spec
+    spec = config_from_mapping({**GOOD, "proj_dim": 8, "store_dim": 16}).spec
     assert (spec.proj_dim, spec.store_dim) == (8, 16)
 
 
 def test_a_spec_comes_back_from_its_own_mapping() -> None:
-    spec = Config.from_mapping({**GOOD, "proj_dim": 8, "store_dim": 16, "limit": 5}).spec
-    assert rebuilt(Spec, asdict(spec), "no spec:") == spec
+    spec = config_from_mapping({**GOOD, "proj_dim": 8, "store_dim": 16, "limit": 5}).spec
+    assert structure(Spec, unstructure(spec), "no spec:") == spec
     with pytest.raises(ConfigError, match=r"the plan's spec is not valid:\n  limit: 'x' is not"):
-        rebuilt(Spec, {**asdict(spec), "limit": "x"}, "the plan's spec is not valid:")
+        structure(Spec, {**unstructure(spec), "limit": "x"}, "the plan's spec is not valid:")
 
 
 def test_the_nearest_name_is_only_offered_if_it_is_near() -> None:
@@ -174,8 +179,44 @@ def test_nested_settings_flatten_to_dotted_keys() -> None:
 def test_options_of_sbatch_that_the_launcher_sets_itself_are_refused() -> None:
     cluster = {"kind": "slurm", "sbatch": {"gpus_per_node": 2, "reservation": "x", "time": 3}}
     with pytest.raises(ConfigError) as raised:
-        Config.from_mapping({**GOOD, "cluster": cluster})
+        config_from_mapping({**GOOD, "cluster": cluster})
     assert str(raised.value).splitlines()[1:3] == [
         "  cluster.sbatch.gpus_per_node: the launcher sets --gpus-per-node itself",
         "  cluster.sbatch.time: the launcher sets --time itself",
     ]
+
+
+def in_yaml(name: str) -> dict[str, Any]:
+    found = OmegaConf.to_container(OmegaConf.load(CONF / f"{name}.yaml"), resolve=False)
+    assert isinstance(found, dict)
+    return {str(key): value for key, value in found.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "defaults"),
+    [
+        ("cluster/local", ClusterConfig()),
+        ("cluster/slurm", SlurmConfig()),
+        ("projection/sjlt", ProjectionConfig()),
+        ("projection/gaussian", ProjectionConfig(kind="gaussian")),
+        ("projection/rademacher", ProjectionConfig(kind="rademacher")),
+        ("projection/identity", ProjectionConfig(kind="identity")),
+    ],
+)
+def test_a_group_in_yaml_has_the_defaults_of_its_dataclass(name: str, defaults: object) -> None:
+    assert flatten(in_yaml(name)) == flatten(json.loads(json.dumps(unstructure(defaults))))
+
+
+def test_settings_in_yaml_have_the_defaults_of_the_dataclasses() -> None:
+    yaml = in_yaml("config")
+    for outside in ("defaults", "hydra", "run_dir"):
+        yaml.pop(outside)
+    assert yaml.pop("store_dim") == "${proj_dim}"
+    defaults = unstructure(Config(spec=Spec(problem={}), run_dir=""))
+    defaults |= defaults.pop("spec")
+    for group in ("problem", "projection", "cluster", "run_dir", "store_dim"):
+        defaults.pop(group)
+    assert flatten(yaml).keys() == flatten(defaults).keys()
+    config = config_from_mapping({**GOOD, **yaml})
+    assert config == config_from_mapping(GOOD)
+    assert config == Config(spec=Spec(problem=GOOD["problem"]), run_dir=GOOD["run_dir"])

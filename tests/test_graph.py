@@ -10,12 +10,20 @@ from hypothesis import strategies as st
 from test_plan import PLAN, plans
 
 from trak_dist import graph
-from trak_dist.cells import STEPS, Cell, FeaturizeCell, PreconditionCell, ScoreCell, parse_cell
+from trak_dist.cells import (
+    STEPS,
+    Cell,
+    FeaturizeCell,
+    PreconditionCell,
+    ScoreCell,
+    of_step,
+    parse_cell,
+)
 from trak_dist.plan import Plan
 
 
 def everything(plan: Plan) -> list[Cell]:
-    return [cell for step in STEPS for cell in graph.cells(plan, step)]
+    return [cell for step in STEPS for cell in of_step(plan, step)]
 
 
 def submit(plan: Plan, done: Collection[Cell], **changed: object) -> list[graph.Array]:
@@ -35,7 +43,7 @@ def test_the_tasks_of_a_step_hold_each_of_its_cells_once(
     plan: Plan, rows: int, data: st.DataObject
 ) -> None:
     for step in STEPS:
-        cells = list(graph.cells(plan, step))
+        cells = list(of_step(plan, step))
         skip = set(data.draw(st.lists(st.sampled_from(cells)))) if cells else set()
         tasks = graph.tasks(plan, step, skip=skip, rows_per_task=rows)
         assert [c for task in tasks for c in task if step == "featurize"] == [
@@ -49,7 +57,7 @@ def test_the_tasks_of_a_step_hold_each_of_its_cells_once(
 def test_a_data_shard_is_neighbouring_cells_of_one_checkpoint_and_split(
     plan: Plan, rows: int, data: st.DataObject
 ) -> None:
-    cells = list(graph.cells(plan, "featurize"))
+    cells = list(of_step(plan, "featurize"))
     skip = set(data.draw(st.lists(st.sampled_from(cells))))
     for shard in graph.tasks(plan, "featurize", skip=skip, rows_per_task=rows):
         assert len({(c.model_id, c.split) for c in shard}) == 1
@@ -79,7 +87,7 @@ def test_every_cell_runs_after_what_it_needs_and_all_are_submitted_once(
     names = {}
     for number, array in enumerate(arrays, 1):
         for index, task in enumerate(array.tasks):
-            needed = [n for n in graph.needs(plan, task[0], done) if n not in done]
+            needed = [n for n in task[0].dependencies(plan, done) if n not in done]
             assert {names[n] for n in needed} == set(array.after)
             names.update(dict.fromkeys(task, f"{array.step}.{number}.{index}"))
 
@@ -87,7 +95,7 @@ def test_every_cell_runs_after_what_it_needs_and_all_are_submitted_once(
 def test_without_training_featurize_is_one_array_and_a_kernel_waits_for_its_own_checkpoint() -> (
     None
 ):
-    trained = {c for c in everything(PLAN) if c.stage == "train"}
+    trained = {c for c in everything(PLAN) if c.kind == "train"}
     arrays = submit(PLAN, trained)
     assert [a.step for a in arrays] == [
         *("featurize", "kernel", "kernel", "score", "report", "report")
@@ -112,7 +120,7 @@ def test_a_cell_taken_back_is_made_again_and_what_reads_it_waits() -> None:
 
 def test_what_lacks_an_input_that_nobody_makes_says_so() -> None:
     lost = parse_cell("featurize/1/train/4-8")
-    arrays = submit(PLAN, {c for c in everything(PLAN) if c.stage == "train"}, skip={lost})
+    arrays = submit(PLAN, {c for c in everything(PLAN) if c.kind == "train"}, skip={lost})
     lacking = {array.step: array.lacks for array in arrays if array.lacks}
     assert set(lacking) == {"kernel", "score", "report"}
     assert lacking["kernel"] == (lost,)
@@ -124,11 +132,11 @@ def test_what_lacks_an_input_that_nobody_makes_says_so() -> None:
 
 def test_a_task_that_begins_with_a_kernel_waits_beside_the_one_that_makes_its_gram() -> None:
     """As it is where the members of a sweep differ in λ: another run's job makes the Gram."""
-    done = {c for c in everything(PLAN) if c.stage in ("train", "featurize")}
+    done = {c for c in everything(PLAN) if c.kind in ("train", "featurize")}
     owners = {parse_cell("gram/0"): "7_0", parse_cell("gram/1"): "7_1"}
     steps = ("kernel",)
     arrays = list(graph.arrays(PLAN, steps, done=done, owners=owners, skip=(), rows_per_task=1))
     assert [(a.after, a.beside, a.lacks) for a in arrays] == [
         (frozenset(), frozenset({name}), ()) for name in ("7_0", "7_1")
     ]
-    assert all(array.tasks[0][0].stage == "kernel" for array in arrays)
+    assert all(array.tasks[0][0].kind == "kernel" for array in arrays)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -20,12 +19,14 @@ from trak_dist.cells import (
     KernelCell,
     MarginsCell,
     ReportCell,
-    Rows,
     ScoreCell,
     TrainCell,
+    of_stage,
     parse_cell,
 )
+from trak_dist.cells.score import columns, halves_targets
 from trak_dist.config import Counterfactuals, GroundTruth
+from trak_dist.coordinates import Rows
 from trak_dist.errors import ConfigError
 from trak_dist.plan import Checkpoint, Plan, Split
 
@@ -71,51 +72,40 @@ def test_what_names_no_counterfactual(text: str) -> None:
 
 
 def test_the_models_of_each_target_set_are_those_of_spread_targets_and_random_ones_last() -> None:
-    assert ids(WITHOUT.counterfactual_cells("val")) == OF_VAL
-    found = ids(WITHOUT.cells_of(CounterfactualCell))
+    assert ids(CounterfactualCell.of_targets(WITHOUT, "val")) == OF_VAL
+    found = ids(CounterfactualCell.of(WITHOUT))
     assert found[: len(OF_VAL)] == OF_VAL
     assert {i.split("/")[2] for i in found[len(OF_VAL) :]} == {"0", "8", "random"}  # of 9 in test
     assert len(found) == 2 * len(OF_VAL)
-    assert ids(WITHOUT.cells("evaluate"))[-2:] == ["evaluate/val", "evaluate/test"]
-    assert not list(PLAN.cells("evaluate"))
+    assert ids(of_stage(WITHOUT, "evaluate"))[-2:] == ["evaluate/val", "evaluate/test"]
+    assert not list(of_stage(PLAN, "evaluate"))
 
 
 def test_no_more_targets_than_there_are() -> None:
     many = replace(PLAN, counterfactuals=replace(ASKED, targets=50))
-    whose = [c.whose for c in many.counterfactual_cells("val")]
+    whose = [c.whose for c in CounterfactualCell.of_targets(many, "val")]
     assert list(dict.fromkeys(whose)) == ["0", "1", "2", "random"]
 
 
-@given(st.integers(1, 60), st.integers(1, 80))
-def test_spread_rows_are_distinct_and_go_from_end_to_end(rows: int, count: int) -> None:
-    found = Split("val", rows, 4, "q").spread(count)
-    assert len(found) == min(rows, count)
-    assert found == sorted(set(found))
-    assert found[0] == 0
-    assert found[-1] == (rows - 1 if min(rows, count) > 1 else 0)
-    gaps = {b - a for a, b in pairwise(found)}
-    assert not gaps or max(gaps) - min(gaps) <= 1
-
-
 def test_self_influence_has_score_evaluation_and_page_of_train_and_no_counterfactuals() -> None:
-    assert ids(ITSELF.cells_of(ScoreCell)) == [
+    assert ids(ScoreCell.of(ITSELF)) == [
         "score/val/0-10",
         "score/test/0-10",
         "score/train/0-10",
     ]
-    assert ids(ITSELF.cells_of(EvaluateCell)) == ["evaluate/train"]
-    assert ids(ITSELF.cells_of(ReportCell)) == ["report/val", "report/test", "report/train"]
-    assert ids(BOTH.cells_of(EvaluateCell)) == [f"evaluate/{n}" for n in ("val", "test", "train")]
-    assert not [c for c in BOTH.cells_of(CounterfactualCell) if c.targets == "train"]
-    assert (ITSELF.score_columns("train"), ITSELF.halves("train")) == (1, [])
+    assert ids(EvaluateCell.of(ITSELF)) == ["evaluate/train"]
+    assert ids(ReportCell.of(ITSELF)) == ["report/val", "report/test", "report/train"]
+    assert ids(EvaluateCell.of(BOTH)) == [f"evaluate/{n}" for n in ("val", "test", "train")]
+    assert not [c for c in CounterfactualCell.of(BOTH) if c.targets == "train"]
+    assert (columns(ITSELF, "train"), halves_targets(ITSELF, "train")) == (1, [])
 
 
 def test_halves_are_kept_of_up_to_64_spread_targets_where_there_are_two_checkpoints() -> None:
     wide = replace(PLAN, targets=(Split("val", 1000, 4, "q"),))
-    kept = wide.halves("val")
+    kept = halves_targets(wide, "val")
     assert (len(kept), kept[0], kept[-1]) == (64, 0, 999)
-    assert PLAN.halves("test") == list(range(9))
-    assert replace(PLAN, use=(1,)).halves("test") == []
+    assert halves_targets(PLAN, "test") == list(range(9))
+    assert halves_targets(replace(PLAN, use=(1,)), "test") == []
 
 
 # Tasks and needs --------------------------------------------------------------------------------
@@ -132,12 +122,12 @@ def test_a_counterfactual_task_is_one_target_or_the_random_ones() -> None:
 
 def test_a_counterfactual_needs_all_scores_of_its_target_set_alone() -> None:
     cut = replace(PLAN, counterfactuals=ASKED, train=Split("train", 10**7, 512, "p"))
-    scores = [f"score/val/{rows}" for rows in cut.score_split("val").blocks()]
+    scores = ids(ScoreCell.of_targets(cut, "val"))
     assert len(scores) > 1
     cell = CounterfactualCell("val", "0", 2, 0)
-    assert ids(graph.needs(cut, cell, ())) == scores
-    assert ids(graph.needs(cut, cell, set(cut.score_cells("val")))) == scores
-    assert not ids(graph.needs(cut, CounterfactualCell("val", "random", 2, 0), ()))
+    assert ids(cell.dependencies(cut, ())) == scores
+    assert ids(cell.dependencies(cut, set(ScoreCell.of_targets(cut, "val")))) == scores
+    assert not ids(CounterfactualCell("val", "random", 2, 0).dependencies(cut, ()))
 
 
 GRADS_OF_TRAIN = {f"featurize/{m}/train/{b}" for m in (0, 1) for b in ("0-4", "4-8", "8-10")}
@@ -145,30 +135,30 @@ GRADS_OF_TRAIN = {f"featurize/{m}/train/{b}" for m in (0, 1) for b in ("0-4", "4
 
 def test_self_influence_needs_kernels_and_the_train_rows_grads_and_no_targets() -> None:
     cell = ScoreCell("train", Rows(0, 10))
-    assert ids(graph.needs(ITSELF, cell, ())) == ["kernel/0", "kernel/1"]
+    assert ids(cell.dependencies(ITSELF, ())) == ["kernel/0", "kernel/1"]
     done = {KernelCell(0), KernelCell(1)}
-    found = ids(graph.needs(ITSELF, cell, done))
+    found = ids(cell.dependencies(ITSELF, done))
     assert set(found) == {"kernel/0", "kernel/1"} | GRADS_OF_TRAIN
     assert len(found) == len(set(found))
-    partly = set(ids(graph.needs(ITSELF, cell, {KernelCell(1)})))
+    partly = set(ids(cell.dependencies(ITSELF, {KernelCell(1)})))
     assert partly == {"kernel/0", "kernel/1"} | {g for g in GRADS_OF_TRAIN if g[10] == "1"}
 
 
 def test_the_evaluation_of_train_needs_its_scores_and_nothing_of_the_ground_truth() -> None:
     for plan in (ITSELF, BOTH):
-        found = ids(graph.needs(plan, EvaluateCell("train"), ()))
+        found = ids(EvaluateCell("train").dependencies(plan, ()))
         assert found == ["score/train/0-10"]
-        found = ids(graph.needs(plan, EvaluateCell("train"), set(everything(plan))))
+        found = ids(EvaluateCell("train").dependencies(plan, set(everything(plan))))
         assert set(found) == {"score/train/0-10"} | GRADS_OF_TRAIN
-        assert ids(graph.needs(plan, ReportCell("train"), ())) == ["evaluate/train"]
+        assert ids(ReportCell("train").dependencies(plan, ())) == ["evaluate/train"]
 
 
 def test_an_evaluation_of_counterfactuals_alone_needs_no_kernels() -> None:
-    scores = set(WITHOUT.score_cells("val"))
+    scores = set(ScoreCell.of_targets(WITHOUT, "val"))
     for done in ((), scores, set(everything(WITHOUT))):
-        found = ids(graph.needs(WITHOUT, EvaluateCell("val"), done))
+        found = ids(EvaluateCell("val").dependencies(WITHOUT, done))
         assert found == ["score/val/0-10", *OF_VAL]
-    both = set(ids(graph.needs(BOTH, EvaluateCell("val"), scores)))
+    both = set(ids(EvaluateCell("val").dependencies(BOTH, scores)))
     margins = {f"margins/{s}/{m}/val" for s in range(3) for m in range(2)}
     assert both == {"score/val/0-10", *OF_VAL, *margins, "kernel/0", "kernel/1"}
 
@@ -195,7 +185,7 @@ def test_the_whole_graph_is_submitted_once_each_task_after_what_it_needs(plan: P
     made = made_by(arrays)
     for array in arrays:
         for task in array.tasks:
-            needed = {c for cell in task for c in graph.needs(plan, cell, ())} - set(task)
+            needed = {c for cell in task for c in cell.dependencies(plan, ())} - set(task)
             assert {made[c] for c in needed} == set(array.after), ids(task)
 
 
@@ -214,7 +204,7 @@ def test_of_any_plan_and_progress_all_is_submitted_once(plan: Plan, data: st.Dat
     made = made_by(arrays)
     for array in arrays:
         for task in array.tasks:
-            needed = {c for cell in task for c in graph.needs(plan, cell, done)}
+            needed = {c for cell in task for c in cell.dependencies(plan, done)}
             waited = {made[c] for c in needed - done - set(task)}
             assert waited == set(array.after), ids(task)
 
@@ -246,7 +236,7 @@ def test_a_subsets_task_whose_later_cell_needs_a_model_that_another_makes_waits_
 def test_what_lacks_scores_is_told_and_not_made() -> None:
     lost = ScoreCell("val", Rows(0, 10))
     arrays = submit(
-        WITHOUT, set(everything(WITHOUT)) - set(WITHOUT.cells("evaluate")) - {lost}, skip={lost}
+        WITHOUT, set(everything(WITHOUT)) - set(of_stage(WITHOUT, "evaluate")) - {lost}, skip={lost}
     )
     lacking = {(a.step, a.tasks[0][0].targets): a.lacks for a in arrays if a.lacks}  # type: ignore[union-attr]
     assert lacking[("counterfactual", "val")] == (lost,)
@@ -258,12 +248,12 @@ def test_what_lacks_scores_is_told_and_not_made() -> None:
 
 def changed(old: Plan, new: Plan) -> set[str]:
     """The ids of the cells of `old` that `new` has with another key, or has not."""
-    kept = {c.id for c in set(cells(old)) & set(cells(new)) if old.key(c) == new.key(c)}
+    kept = {c.id for c in set(cells(old)) & set(cells(new)) if c.key(old) == c.key(new)}
     return set(ids(cells(old))) - kept
 
 
 PAGES = {f"{kind}/{name}" for kind in ("evaluate", "report") for name in ("val", "test")}
-MADE = {c.id for c in WITHOUT.cells_of(CounterfactualCell)}
+MADE = {c.id for c in CounterfactualCell.of(WITHOUT)}
 
 
 @pytest.mark.parametrize(

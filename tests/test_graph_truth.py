@@ -15,9 +15,12 @@ from trak_dist.cells import (
     KernelCell,
     MarginsCell,
     ReportCell,
+    ScoreCell,
     TrainCell,
+    of_stage,
     parse_cell,
 )
+from trak_dist.cells.train import retrained
 from trak_dist.config import GroundTruth
 from trak_dist.plan import Checkpoint, Plan, Split
 
@@ -47,30 +50,30 @@ def test_every_id_of_a_plan_with_a_ground_truth_parses_back_to_its_cell() -> Non
 
 def test_without_a_ground_truth_there_is_nothing_to_evaluate() -> None:
     assert not PLAN.has_truth("val")
-    assert not list(PLAN.cells("evaluate"))
-    assert not list(PLAN.cells_of(MarginsCell))
-    assert ids(PLAN.cells("train")) == ["train/full/1"]
-    assert ids(graph.needs(PLAN, ReportCell("val"), ())) == ["score/val/0-10"]
+    assert not list(of_stage(PLAN, "evaluate"))
+    assert not list(MarginsCell.of(PLAN))
+    assert ids(of_stage(PLAN, "train")) == ["train/full/1"]
+    assert ids(ReportCell("val").dependencies(PLAN, ())) == ["score/val/0-10"]
 
 
 def test_a_trained_ground_truth_has_a_model_for_each_subset_and_seed() -> None:
     models = [(str(subset), seed) for subset in range(3) for seed in range(2)]
     assert TRAINED.has_truth
-    assert list(TRAINED.retrained()) == models
-    assert list(TRAINED.cells_of(TrainCell)) == [
+    assert list(retrained(TRAINED)) == models
+    assert list(TrainCell.of(TRAINED)) == [
         TrainCell("full", 1),
         *(TrainCell(*model) for model in models),
     ]
     wanted = {MarginsCell(*model, targets) for model in models for targets in ("val", "test")}
-    assert set(TRAINED.cells_of(MarginsCell)) == wanted
-    assert ids(TRAINED.cells("evaluate")) == ["evaluate/val", "evaluate/test"]
+    assert set(MarginsCell.of(TRAINED)) == wanted
+    assert ids(of_stage(TRAINED, "evaluate")) == ["evaluate/val", "evaluate/test"]
 
 
 def test_a_brought_ground_truth_trains_nothing() -> None:
     assert BROUGHT.has_truth("val")
     assert not BROUGHT.has_truth("test")
-    assert ids(BROUGHT.cells("train")) == ["train/full/1"]
-    assert ids(BROUGHT.cells("evaluate")) == ["evaluate/val"]
+    assert ids(of_stage(BROUGHT, "train")) == ["train/full/1"]
+    assert ids(of_stage(BROUGHT, "evaluate")) == ["evaluate/val"]
 
 
 def test_a_train_task_of_a_subset_is_its_seeds_each_followed_by_its_margins() -> None:
@@ -91,14 +94,14 @@ def test_a_train_task_of_a_subset_is_its_seeds_each_followed_by_its_margins() ->
 
 
 def test_an_evaluation_needs_scores_margins_and_what_its_curves_are_made_of() -> None:
-    scores, margins = ["score/val/0-10"], [f"margins/{s}/{m}/val" for s, m in TRAINED.retrained()]
+    scores, margins = ["score/val/0-10"], [f"margins/{s}/{m}/val" for s, m in retrained(TRAINED)]
     cell = EvaluateCell("val")
-    assert ids(graph.needs(TRAINED, cell, ())) == scores + margins
-    assert ids(graph.needs(BROUGHT, cell, ())) == scores
-    done: set[Cell] = set(TRAINED.score_cells("val"))
-    found = ids(graph.needs(TRAINED, cell, done))
+    assert ids(cell.dependencies(TRAINED, ())) == scores + margins
+    assert ids(cell.dependencies(BROUGHT, ())) == scores
+    done: set[Cell] = set(ScoreCell.of_targets(TRAINED, "val"))
+    found = ids(cell.dependencies(TRAINED, done))
     assert set(found) == {*scores, *margins, "kernel/0", "kernel/1"}
-    found = ids(graph.needs(TRAINED, cell, done | {KernelCell(0), KernelCell(1)}))
+    found = ids(cell.dependencies(TRAINED, done | {KernelCell(0), KernelCell(1)}))
     blocks = {"train": ("0-4", "4-8", "8-10"), "val": ("0-3",)}
     grads = {f"featurize/{m}/{s}/{b}" for m in (0, 1) for s in blocks for b in blocks[s]}
     assert set(found) == {*scores, *margins, *grads, "gram/0", "gram/1", "kernel/0", "kernel/1"}
@@ -108,14 +111,14 @@ def test_an_evaluation_needs_scores_margins_and_what_its_curves_are_made_of() ->
 def test_a_report_waits_for_the_evaluation() -> None:
     cell = ReportCell("val")
     for plan in (TRAINED, BROUGHT):
-        assert ids(graph.needs(plan, cell, ())) == ["evaluate/val"]
+        assert ids(cell.dependencies(plan, ())) == ["evaluate/val"]
         done = {EvaluateCell("val")}
-        assert ids(graph.needs(plan, cell, done)) == ["evaluate/val", "score/val/0-10"]
+        assert ids(cell.dependencies(plan, done)) == ["evaluate/val", "score/val/0-10"]
 
 
 def test_an_evaluation_that_lacks_margins_waits_for_the_tasks_that_make_them() -> None:
     lost = [MarginsCell("1", 0, "val"), MarginsCell("2", 1, "val")]
-    later = {c for c in everything(TRAINED) if c.stage in ("evaluate", "report")}
+    later = {c for c in everything(TRAINED) if c.kind in ("evaluate", "report")}
     done = set(everything(TRAINED)) - later - set(lost)
     train, *evaluations, _, _ = submit(TRAINED, done)
     assert train.tasks == tuple((cell,) for cell in lost)
@@ -142,12 +145,12 @@ def test_the_whole_graph_is_submitted_once_and_featurize_waits_for_no_retraining
 
 def changed(other: Plan) -> set[str]:
     """The ids of the cells of `TRAINED` whose keys are others in `other`, or that are not there."""
-    kept = {c.id for c in set(cells(TRAINED)) & set(cells(other)) if TRAINED.key(c) == other.key(c)}
+    kept = {c.id for c in set(cells(TRAINED)) & set(cells(other)) if c.key(TRAINED) == c.key(other)}
     return set(ids(cells(TRAINED))) - kept
 
 
 EVALUATED = {"evaluate/val", "evaluate/test", "report/val", "report/test"}
-MADE = {c.id for c in cells(TRAINED) if c.stage in ("train", "margins")} - {"train/full/1"}
+MADE = {c.id for c in cells(TRAINED) if c.kind in ("train", "margins")} - {"train/full/1"}
 
 
 @pytest.mark.parametrize(
@@ -174,10 +177,10 @@ def test_a_checkpoint_or_a_target_set_that_joins_leaves_the_retrained_models() -
 
 def test_a_ground_truth_leaves_all_cells_but_the_reports_as_they_were() -> None:
     for plan in (TRAINED, BROUGHT):
-        differing = {c.id for c in cells(PLAN) if PLAN.key(c) != plan.key(c)}
+        differing = {c.id for c in cells(PLAN) if c.key(PLAN) != c.key(plan)}
         assert differing == {f"report/{t}" for t in ("val", "test") if plan.has_truth(t)}
     other = replace(BROUGHT, truth_files="other")
-    differing = {c.id for c in cells(BROUGHT) if BROUGHT.key(c) != other.key(c)}
+    differing = {c.id for c in cells(BROUGHT) if c.key(BROUGHT) != c.key(other)}
     assert differing == {"evaluate/val", "report/val"}
 
 

@@ -13,10 +13,11 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 from test_plan import PLAN
 
-from trak_dist import keywords, options, settings
-from trak_dist.config import Config
+from trak_dist import settings
 from trak_dist.errors import ConfigError, ProblemError
-from trak_dist.invocation import Invocation
+from trak_dist.interface import keywords, options
+from trak_dist.interface.invocation import Invocation
+from trak_dist.validation import config_from_mapping
 
 TARGET = PLAN.spec.problem["_target_"]
 
@@ -38,7 +39,7 @@ def test_the_defaults_of_the_files_are_those_of_the_dataclasses() -> None:
     by_files = typed("problem=custom", "problem._target_=a.b", "run_dir=/x").merged(None)
     by_classes = called(problem="a.b", run_dir="/x").merged(None)
     assert by_files == by_classes
-    assert by_classes == Config.from_mapping(
+    assert by_classes == config_from_mapping(
         {"problem": {"_target_": "a.b"}, "run_dir": "/x", "cluster": {"kind": "local"}}
     )
 

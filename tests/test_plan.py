@@ -14,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trak_dist import plan_file
-from trak_dist.cells import STAGE_CELLS, Cell, Rows
+from trak_dist.cells import Cell, KernelCell, of_run
 from trak_dist.config import Spec
+from trak_dist.coordinates import Rows
+from trak_dist.dotted import differences
 from trak_dist.errors import PlanMismatch
-from trak_dist.needs import memory
 from trak_dist.plan import (
     CHUNK_BYTES,
     Checkpoint,
@@ -25,7 +26,6 @@ from trak_dist.plan import (
     Source,
     Split,
     cell_rows,
-    differences,
     digest,
 )
 from trak_dist.store.layout import Layout
@@ -61,7 +61,7 @@ def plans(draw: st.DrawFn) -> Plan:
 
 
 def cells(plan: Plan) -> list[Cell]:
-    return [cell for stage in STAGE_CELLS for cell in plan.cells(stage)]
+    return list(of_run(plan))
 
 
 def with_spec(section: str, **changes: Any) -> Plan:
@@ -73,12 +73,12 @@ def changed(other: Plan) -> set[str]:
     """The stages of the cells of `PLAN` whose keys differ in `other`; all of one stage, or none."""
     differs: dict[str, set[bool]] = {}
     for cell in set(cells(PLAN)) & set(cells(other)):
-        differs.setdefault(cell.stage, set()).add(PLAN.key(cell) != other.key(cell))
+        differs.setdefault(cell.kind, set()).add(cell.key(PLAN) != cell.key(other))
     assert all(len(answers) == 1 for answers in differs.values())
     return {stage for stage, answers in differs.items() if True in answers}
 
 
-EVERYTHING = {c.stage for c in cells(PLAN)}
+EVERYTHING = {c.kind for c in cells(PLAN)}
 FROM_FEATURIZE = EVERYTHING - {"train"}
 FROM_GRAM = {"gram", "kernel", "precondition", "score", "report"}
 FROM_KERNEL = FROM_GRAM - {"gram"}
@@ -87,8 +87,7 @@ ENSEMBLE = {"score", "report"}
 
 @given(plans())
 def test_the_blocks_of_a_split_partition_its_rows_exactly(plan: Plan) -> None:
-    scored = [plan.score_split(targets) for targets in plan.scored()]
-    for split in (plan.train, *plan.targets, *scored):
+    for split in plan.splits:
         blocks = list(split.blocks())
         assert [row for b in blocks for row in range(b.start, b.stop)] == list(range(split.rows))
         assert all(len(b) == split.cell_rows for b in blocks[:-1])
@@ -112,7 +111,7 @@ def test_every_cell_has_its_own_id_key_and_receipt(plan: Plan) -> None:
     for name in ("id", "key", "receipt", "failure"):
         of: Callable[[Cell], object] = {
             "id": lambda cell: cell.id,
-            "key": plan.key,
+            "key": lambda cell: cell.key(plan),
             "receipt": lambda cell: layout.receipt(plan, cell),
             "failure": lambda cell: layout.failure(plan, cell),
         }[name]
@@ -123,15 +122,11 @@ def test_every_cell_has_its_own_id_key_and_receipt(plan: Plan) -> None:
 def test_every_path_stays_inside_the_run_directory(plan: Plan) -> None:
     layout = Layout(Path("/run"))
     paths = [layout.plan(0), layout.plan(7), layout.store, layout.logs]
-    paths += [layout.checkpoint(Layout.trained_checkpoint("full", m)) for m in plan.model_ids]
     for cell in cells(plan):
         paths += [layout.receipt(plan, cell), layout.failure(plan, cell)]
-    for model_id in plan.model_ids:
-        paths += [layout.gram(plan, model_id), layout.kernel(plan, model_id)]
-        paths += [layout.grads(plan, model_id, s.name) for s in (plan.train, *plan.targets)]
-        paths.append(layout.checkpoint_digest(model_id))
-    for targets in plan.targets:
-        paths += [layout.scores(targets.name), layout.report(targets.name)]
+        paths += [layout.array(cell, owned) for owned in cell.arrays(plan).values()]
+        paths += [layout.file(cell, name) for name in cell.files()]
+    paths += [layout.checkpoint_digest(model_id) for model_id in plan.model_ids]
     for path in paths:
         assert path.is_relative_to("/run")
         assert ".." not in path.parts
@@ -172,7 +167,7 @@ def test_a_key_changes_exactly_when_what_sets_its_cells_bytes_does(
 
 def test_a_changed_target_set_changes_the_keys_of_its_own_cells_only() -> None:
     other = replace(PLAN, targets=(replace(PLAN.targets[0], probe="other"), PLAN.targets[1]))
-    differing = {c.id for c in cells(PLAN) if other.key(c) != PLAN.key(c)}
+    differing = {c.id for c in cells(PLAN) if c.key(other) != c.key(PLAN)}
     assert differing == {
         *("featurize/0/val/0-3", "featurize/1/val/0-3", "score/val/0-10", "report/val"),
         *("precondition/0/val", "precondition/1/val"),
@@ -183,7 +178,7 @@ def test_a_changed_target_set_changes_the_keys_of_its_own_cells_only() -> None:
 def test_a_plan_comes_back_from_its_file(plan: Plan) -> None:
     back = plan_file.load(plan_file.dump(plan).encode(), where="plan.json")
     assert back == plan
-    assert [back.key(c) for c in cells(back)] == [plan.key(c) for c in cells(plan)]
+    assert [c.key(back) for c in cells(back)] == [c.key(plan) for c in cells(plan)]
 
 
 def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -240,7 +235,7 @@ def test_plans_are_compared_by_dotted_field() -> None:
 
 def test_a_kernel_of_a_large_dimension_needs_memory_for_its_square() -> None:
     large = replace(PLAN, spec=replace(PLAN.spec, proj_dim=2**14, store_dim=2**14))
-    assert memory(large)["kernel"] >= 4 * 8 * 2**28
+    assert KernelCell.memory(large) >= 4 * 8 * 2**28
     assert Rows(0, 4) < Rows(4, 8)
 
 

@@ -16,12 +16,12 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 
 from trak_dist import commands
-from trak_dist.cells import ReportCell
+from trak_dist.cells import ReportCell, ScoreCell
 from trak_dist.errors import TrakDistError
 from trak_dist.evaluation import quality
-from trak_dist.execution import Outcome
-from trak_dist.planning.summary import description
-from trak_dist.progress import Progress
+from trak_dist.interface.execution import Outcome
+from trak_dist.interface.progress import Progress
+from trak_dist.interface.summary import description
 from trak_dist.status.state import Status, by_error, lines, read_status
 from trak_dist.status.verification import Verification
 from trak_dist.store.run import Run
@@ -127,10 +127,11 @@ def failures(outcome: Outcome) -> None:
 
 def results(run: Run) -> None:
     """Print where scores, report and pictures are, what to type next, and how good scores are."""
-    for cell, receipt in run.receipts.done(run.plan.cells_of(ReportCell)).items():
+    for cell, receipt in run.receipts.done(ReportCell.of(run.plan)).items():
         name = cell.id.partition("/")[2]
-        page = run.layout.report(name)
-        print(f"scores: {run.layout.scores(name)}")
+        page = run.layout.file(cell, "page")
+        first = next(ScoreCell.of_targets(run.plan, name))
+        print(f"scores: {run.layout.array(first, first.arrays(run.plan)['scores'])}")
         pictures = [page.parent / f"{page.stem}{p}.png" for p in receipt.fact("pictures", list)]
         print("\n".join(f"report: {path}" for path in (page, *pictures)))
     print(f"next:   {_status_command(run)}")

@@ -7,7 +7,7 @@ to be read from another.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,10 @@ from torch.utils.data import Subset, default_collate
 
 from trak_dist.config import Spec
 from trak_dist.errors import DatasetError, ProblemError, UnreadableRow
+from trak_dist.hashing import truncated
 from trak_dist.plan import Split
 from trak_dist.problem import MapDataset, Problem, Rendered, told
+from trak_dist.spacing import evenly_spaced
 
 PROBE_ROWS = 16
 
@@ -82,6 +84,20 @@ def collated(problem: Problem, dataset: MapDataset, rows: Sequence[int], *, name
         return (problem.collate or default_collate)(found)
 
 
+def batch(
+    problem: Problem, dataset: MapDataset, rows: Sequence[int], *, name: str
+) -> tuple[Any, ...]:
+    """Some rows of a dataset, as the arguments of a model output; fails as `collated` does."""
+    return as_batch(collated(problem, dataset, rows, name=name))
+
+
+def as_batch(collated: Any) -> tuple[Any, ...]:
+    """What collate gave, as the arguments of a model output."""
+    if isinstance(collated, Mapping):
+        return (dict(collated),)
+    return tuple(collated) if isinstance(collated, list | tuple) else (collated,)
+
+
 def rendered(problem: Problem, name: str, row: int) -> Rendered | None:
     """How a row is shown, if the problem says.
 
@@ -141,8 +157,7 @@ def probe(problem: Problem, name: str, spec: Spec) -> tuple[int, str, str]:
             f"the dataset {name!r} is empty", where="problem", next="see that its files are found"
         )
     dataset = limited(problem.dataset(name), spec.limit)
-    last, count = len(dataset) - 1, min(PROBE_ROWS, len(dataset))
-    rows = sorted({round(i * last / max(1, count - 1)) for i in range(count)})
+    rows = evenly_spaced(len(dataset), PROBE_ROWS)
     alone, together = hashlib.sha256(), hashlib.sha256()
     batch = rows[: spec.featurize.batch_rows]
     for sha, groups in ((alone, [[row] for row in rows]), (together, [batch])):
@@ -150,7 +165,7 @@ def probe(problem: Problem, name: str, spec: Spec) -> tuple[int, str, str]:
             where = f"problem.collate, row {group[0]} of {name!r}"
             for piece in content(collated(problem, dataset, group, name=name), where=where):
                 sha.update(piece)
-    return len(dataset), alone.hexdigest()[:32], together.hexdigest()[:32]
+    return len(dataset), truncated(alone), truncated(together)
 
 
 def check_split(problem: Problem, split: Split, spec: Spec) -> None:

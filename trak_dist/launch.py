@@ -18,12 +18,13 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from trak_dist import console, execution, options, settings, sweep
+from trak_dist import console, settings, sweep
+from trak_dist.cells import of_stage
 from trak_dist.config import Config
 from trak_dist.errors import ConfigError, ProblemError, TrakDistError
-from trak_dist.interface import LOOKS
-from trak_dist.planning import preparation
-from trak_dist.planning.preparation import Prepared
+from trak_dist.interface import execution, options, preparation
+from trak_dist.interface.planned_run import LOOKS
+from trak_dist.interface.preparation import Prepared
 from trak_dist.store.jobs import Jobs
 from trak_dist.store.run import Run
 from trak_dist.sweep import Combination
@@ -122,7 +123,7 @@ def _execute(prepared: Prepared, combination: Combination | None) -> int:
         logging.basicConfig(level=logging.INFO, format="%(message)s")
     if combination and cluster.kind == "slurm":
         combination.state = "submitted"
-    if "train" in stages and cluster.kind != "slurm" and not any(run.plan.cells("train")):
+    if "train" in stages and cluster.kind != "slurm" and not any(of_stage(run.plan, "train")):
         console.note("train: nothing to do, the problem brings its checkpoints")
     display = console.ProgressDisplay(live=cluster.kind != "debug")
     outcome = execution.execute(prepared, on_progress=display)

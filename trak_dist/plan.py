@@ -6,46 +6,26 @@ each, where two plans differ, and how much memory and disk the cells need.
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from trak_dist.cells import (
-    FULL,
-    RANDOM,
-    STAGE_CELLS,
-    TRAIN,
-    Cell,
-    CounterfactualCell,
-    EvaluateCell,
-    FeaturizeCell,
-    GramCell,
-    KernelCell,
-    MarginsCell,
-    PreconditionCell,
-    ReportCell,
-    Rows,
-    ScoreCell,
-    TrainCell,
-    check_name,
-)
 from trak_dist.config import (
     GRADIENTS,
     PROJECTION_VERSION,
     Counterfactuals,
     GroundTruth,
     Spec,
-    distinct,
-    flatten,
 )
+from trak_dist.coordinates import TRAIN, Rows, check_name
+from trak_dist.dotted import distinct
+from trak_dist.hashing import digest_of
 
 SCHEMA = 1
 CHUNK_BYTES = 64 * 2**20
-HALVES_TARGETS = 64  # of each target set, for which scores of halves of the ensemble are kept
-MAX_CELLS = 10**7  # what a command that lists them gets through
 MIN_CELLS = 8  # a small split is still cut into about so many cells, to lose little at a kill
 REDUCE_KEYS = ("proj_dim", "reduce.", "checkpoints.use")
 GRADIENTS_KEY = "featurize.gradients"
@@ -72,11 +52,6 @@ class Split:
     def __post_init__(self) -> None:
         check_name(self.name, what="the split")  # it names directories
 
-    def spread(self, count: int) -> list[int]:
-        """`count` of its rows, evenly spread from the first to the last; all if it has no more."""
-        count = min(count, self.rows)
-        return sorted({round(i * (self.rows - 1) / max(1, count - 1)) for i in range(count)})
-
     @property
     def fed(self) -> bool:
         """Whether its rows come by calls of `TRAKer`: there is no dataset to probe."""
@@ -86,6 +61,11 @@ class Split:
     def content(self) -> tuple[str, int, str]:
         """What the split holds, however it is cut into cells."""
         return self.name, self.rows, self.probe
+
+    @property
+    def cells(self) -> int:
+        """How many cells it is cut into."""
+        return -(-self.rows // self.cell_rows)
 
     def blocks(self) -> Iterator[Rows]:
         """The rows of each cell, in order."""
@@ -124,7 +104,7 @@ class Source:
     file: str
     model: str
     import_root: str
-    accepted: tuple[str, ...] = field(default=(), metadata={"may_be_empty": True})
+    accepted: tuple[str, ...] = ()
     modules: Mapping[str, str] = field(default_factory=dict)
     unsaved: Mapping[str, str | list[float]] = field(default_factory=dict)
     built: Mapping[str, list[float]] = field(default_factory=dict)
@@ -156,9 +136,14 @@ class Plan:
     self_influence: bool = False
     lambda_from: str = ""
     mislabelled: str = ""
-    use: tuple[int, ...] = field(default=(), metadata={"may_be_empty": True})
+    use: tuple[int, ...] = ()
     gradients: str = field(default="vmap", metadata={"choices": GRADIENTS[1:]})
     activations: int = field(default=0, metadata={"min": 0})
+
+    @property
+    def splits(self) -> tuple[Split, ...]:
+        """The train split and the target sets."""
+        return self.train, *self.targets
 
     @property
     def store_dim(self) -> int:
@@ -199,13 +184,13 @@ class Plan:
             return changed
         train, *targets = (
             replace(s, cell_rows=planned_cell_rows(s.rows, spec, changed.store_dim))
-            for s in (self.train, *self.targets)
+            for s in self.splits
         )
         return replace(changed, train=train, targets=tuple(targets))
 
     def split(self, name: str) -> Split:
         """The train split or the target set called `name`."""
-        return next(s for s in (self.train, *self.targets) if s.name == name)
+        return next(s for s in self.splits if s.name == name)
 
     def checkpoint(self, model_id: int) -> Checkpoint:
         """The checkpoint whose key is `model_id`."""
@@ -214,8 +199,9 @@ class Plan:
     # Identity -------------------------------------------------------------------------------
 
     @cached_property
-    def _trained_from(self) -> str:
-        problem = self._settings("problem", "limit")
+    def trained_from(self) -> str:
+        """Digest of what determines how a model is trained, but for the threads."""
+        problem = self.settings_of("problem", "limit")
         return digest([SCHEMA, problem, self.source.file, self.source.model, self.train.content])
 
     @cached_property
@@ -223,8 +209,8 @@ class Plan:
         """Digest of what determines all grads; jobs of another fingerprint refuse to work."""
         return digest(
             [
-                *(self._trained_from, self.projection_id, self.parameters),
-                *(self._settings("featurize"), self.train.cell_rows),
+                *(self.trained_from, self.projection_id, self.parameters),
+                *(self.settings_of("featurize"), self.train.cell_rows),
                 *([] if self.gradients == "vmap" else [self.gradients]),
             ]
         )
@@ -233,7 +219,7 @@ class Plan:
     def projection_id(self) -> str:
         """Names one projection of one choice of parameters, `sjlt-2048-1f0c9a3e` for instance."""
         what = [
-            self._settings("projection", "featurize.params", "featurize.dtype"),
+            self.settings_of("projection", "featurize.params", "featurize.dtype"),
             PROJECTION_VERSION,
         ]
         return f"{self.spec.projection.kind}-{self.store_dim}-{digest([self.store_dim, what])[:8]}"
@@ -241,7 +227,7 @@ class Plan:
     @cached_property
     def kernel_id(self) -> str:
         """Names one choice of `proj_dim` and `reduce`; checkpoints may join without changing it."""
-        return f"{self.proj_dim}-{digest([self.proj_dim, self._settings('reduce')])[:8]}"
+        return f"{self.proj_dim}-{digest([self.proj_dim, self.settings_of('reduce')])[:8]}"
 
     @cached_property
     def reduce_id(self) -> str:
@@ -249,35 +235,8 @@ class Plan:
         content = [self.projection_id, self.kernel_id, self.use]
         return f"{self.spec.projection.kind}-{self.proj_dim}-{digest(content)[:8]}"
 
-    @cached_property
-    def _bases(self) -> dict[str, str]:
-        threads = self._settings("featurize.threads")
-        gram = digest([self.fingerprint, self.proj_dim, self._settings("reduce.threads")])
-        kernel = digest([gram, self.kernel_id])
-        score = digest([kernel, self.model_ids, HALVES_TARGETS])
-        train = digest([self._trained_from, threads])
-        subset = digest([train, self.ground_truth.alpha])
-        truth = [subset, self.truth_files, self.ground_truth.subsets, self.ground_truth.seeds]
-        without = asdict(self.counterfactuals)
-        bases = {"train": train, "subset": subset, "gram": gram, "kernel": kernel}
-        for split in (self.train, *self.targets):
-            name, content = split.name, [split.content, split.cell_rows]
-            bases[f"featurize/{name}"] = digest([self.fingerprint, content])
-            bases[f"precondition/{name}"] = digest([kernel, content])
-            bases[f"score/{name}"] = digest([score, content])
-            bases[f"margins/{name}"] = digest([subset, split.content])
-            retrained = ["counterfactual", train, content]
-            bases[f"counterfactual/{RANDOM}/{name}"] = digest(retrained)
-            bases[f"counterfactual/{name}"] = digest([*retrained, score])
-            evaluated: list[object] = ["evaluate", score, content]
-            evaluated += [truth] if self.has_truth(name) else []
-            evaluated += [without] if self.counterfactuals.targets and name != TRAIN else []
-            evaluated += [self.mislabelled] if name == TRAIN else []
-            bases[f"evaluate/{name}"] = digest(evaluated)
-            bases[f"report/{name}"] = digest(["report", *evaluated])
-        return bases
-
-    def _settings(self, *sections: str) -> dict[str, Any]:
+    def settings_of(self, *sections: str) -> dict[str, Any]:
+        """The settings of some sections that are not at their defaults, as they enter digests."""
         return {
             k: v
             for k, v in distinct(self.spec).items()
@@ -285,63 +244,12 @@ class Plan:
             and k != "featurize.gradients"  # what was asked for; the plan's own field is what is
         }
 
-    def key(self, cell: Cell) -> str:
-        """Hash of all that determines the cell's bytes; a receipt with this key makes it done."""
-        match cell:
-            case FeaturizeCell(split=split):
-                base = self._bases[f"featurize/{split}"]
-            case TrainCell(subset=subset):
-                base = self._bases["train" if subset == FULL else "subset"]
-            case CounterfactualCell(targets=name, whose="random"):
-                base = self._bases[f"counterfactual/{RANDOM}/{name}"]
-            case (
-                MarginsCell(targets=name)
-                | PreconditionCell(targets=name)
-                | ScoreCell(targets=name)
-                | CounterfactualCell(targets=name)
-                | EvaluateCell(targets=name)
-                | ReportCell(targets=name)
-            ):
-                base = self._bases[f"{cell.stage}/{name}"]
-            case _:
-                base = self._bases[cell.stage]
-        return hashlib.sha256(f"{base}|{cell.id}".encode()).hexdigest()[:32]
+    def cut(self, split: str) -> list[object]:
+        """What a split holds, and how it is cut into cells."""
+        found = self.split(split)
+        return [found.content, found.cell_rows]
 
-    # Cells ----------------------------------------------------------------------------------
-
-    def cells(self, stage: str) -> Iterator[Cell]:
-        """The cells that `stage` runs, each after those it needs."""
-        for kind in STAGE_CELLS[stage]:
-            yield from self.cells_of(kind)
-
-    def cells_of(self, kind: type[Cell]) -> Iterator[Cell]:
-        """The cells of one kind, in order."""
-        if kind is TrainCell:
-            used = (self.checkpoint(model_id) for model_id in self.model_ids)
-            yield from (TrainCell(FULL, c.model_id) for c in used if c.trained)
-            yield from (TrainCell(subset, seed) for subset, seed in self.retrained())
-        elif kind is MarginsCell:
-            yield from (MarginsCell(*m, s.name) for m in self.retrained() for s in self.targets)
-        elif kind is FeaturizeCell:
-            names = [s.name for s in (self.train, *self.targets)]
-            yield from (
-                c for m in self.model_ids for n in names for c in self.featurize_cells(m, n)
-            )
-        elif kind is GramCell or kind is KernelCell:
-            yield from (kind(model_id) for model_id in self.model_ids)
-        elif kind is PreconditionCell:
-            yield from (PreconditionCell(m, s.name) for m in self.model_ids for s in self.targets)
-        elif kind is ScoreCell:
-            for name in self.scored():
-                yield from self.score_cells(name)
-        elif kind is CounterfactualCell:
-            for targets in self.targets:
-                yield from self.counterfactual_cells(targets.name)
-        elif kind is EvaluateCell:
-            yield from (EvaluateCell(name) for name in self.scored() if self.evaluated(name))
-        else:
-            assert kind is ReportCell
-            yield from (ReportCell(name) for name in self.scored())
+    # What is asked of it -------------------------------------------------------------------
 
     def scored(self) -> Iterator[str]:
         """The target sets, and the train split if its self-influence is asked for."""
@@ -357,70 +265,40 @@ class Plan:
         """Whether there are retrained models to hold the scores of a target set against."""
         return targets != TRAIN and (bool(self.ground_truth.subsets) or self.truth_of == targets)
 
-    def retrained(self) -> Iterator[tuple[str, int]]:
-        """Subset and seed of each model of the ground truth, subset by subset."""
-        for subset in range(self.ground_truth.subsets):
-            yield from ((str(subset), seed) for seed in range(self.ground_truth.seeds))
-
-    def featurize_cells(self, model_id: int, split: str) -> Iterator[FeaturizeCell]:
-        """The featurize cells of one checkpoint and split, in order of rows."""
-        return (FeaturizeCell(model_id, split, rows) for rows in self.split(split).blocks())
-
-    def score_cells(self, targets: str) -> Iterator[ScoreCell]:
-        """The score cells of one target set, in order of rows."""
-        return (ScoreCell(targets, rows) for rows in self.score_split(targets).blocks())
-
-    def counterfactual_cells(self, targets: str) -> Iterator[CounterfactualCell]:
-        """The models retrained without some rows, random ones last."""
-        asked = self.counterfactuals
-        chosen = [str(row) for row in self.split(targets).spread(asked.targets)]
-        for whose in (*chosen, RANDOM) if chosen else ():
-            for removed in asked.remove:
-                for seed in range(asked.seeds):
-                    yield CounterfactualCell(targets, whose, removed, seed)
-
-    def score_split(self, targets: str) -> Split:
-        """The train split, cut so that a cell's scores, and its grads, stay below `CHUNK_BYTES`."""
-        rows = max(1, CHUNK_BYTES // (4 * max(self.score_columns(targets), self.store_dim)))
-        return replace(self.train, cell_rows=min(rows, self.train.rows))
-
-    def score_columns(self, targets: str) -> int:
-        """Scores of a train row: one for each target, or its self-influence."""
-        return 1 if targets == TRAIN else self.split(targets).rows
-
-    def halves(self, targets: str) -> list[int]:
-        """The targets for which scores of either half of the ensemble are kept."""
-        several = targets != TRAIN and len(self.model_ids) > 1
-        return self.split(targets).spread(HALVES_TARGETS) if several else []
-
     def oddities(self) -> Iterator[str]:
         """What of its parts does not go together, a line for each."""
         ids, names = [c.model_id for c in self.checkpoints], [s.name for s in self.targets]
         if len(set(ids)) < len(ids):
-            yield f"  checkpoints: a model_id is there twice: {ids}"
+            yield f"checkpoints: a model_id is there twice: {ids}"
         if len(set(self.use)) < len(self.use) or not set(self.use) <= set(ids):
-            yield f"  use: {list(self.use)} are not some of the model_ids {ids}"
+            yield f"use: {list(self.use)} are not some of the model_ids {ids}"
         if self.train.name != TRAIN or TRAIN in names or len(set(names)) < len(names):
-            yield f"  targets: {names} are not names of their own beside {TRAIN!r}"
-        elif (cells := self._cells_at_most()) > MAX_CELLS:
-            yield f"  {cells:.2g} cells are more than the {MAX_CELLS:.0e} that one run may have"
+            yield f"targets: {names} are not names of their own beside {TRAIN!r}"
 
-    def _cells_at_most(self) -> int:
-        truth, without = self.ground_truth, self.counterfactuals
-        splits = (self.train, *self.targets)
-        ids, names = len(self.checkpoints), [s.name for s in splits]
-        scored = sum(-(-self.train.rows // self.score_split(n).cell_rows) for n in names)
-        retrained = (1 + len(names)) * truth.subsets * truth.seeds
-        chosen = sum(1 + min(without.targets, s.rows) for s in self.targets)
-        removed = chosen * len(without.remove) * without.seeds
-        rows = sum(-(-s.rows // s.cell_rows) for s in splits)
-        return ids * (rows + len(names) + 3) + scored + retrained + removed
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def of_plan(compute: Callable[Concatenate[Plan, P], T]) -> Callable[Concatenate[Plan, P], T]:
+    """A function of a plan, and of what can be hashed, whose values the plan remembers."""
+
+    @functools.wraps(compute)
+    def remembered(plan: Plan, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        values = vars(plan).setdefault("_remembered", {})
+        asked = compute, args, tuple(kwargs.items())
+        if asked not in values:
+            values[asked] = compute(plan, *args, **kwargs)
+        found: T = values[asked]
+        return found
+
+    return remembered
 
 
 def digest(value: Any) -> str:
     """Digest of a JSON-able value, independent of the order of its keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return digest_of(text.encode())
 
 
 def cell_rows(rows: int, *, row_bytes: int, batch_rows: int) -> int:
@@ -436,9 +314,3 @@ def planned_cell_rows(rows: int, spec: Spec, dim: int) -> int:
     return spec.featurize.cell_rows or cell_rows(
         rows, row_bytes=row_bytes, batch_rows=spec.featurize.batch_rows
     )
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """The dotted keys whose values differ, each with its old and its new value."""
-    a, b = (json.loads(json.dumps(flatten(m))) for m in (old, new))
-    return {k: (a.get(k), b.get(k)) for k in sorted({*a, *b}) if a.get(k) != b.get(k)}

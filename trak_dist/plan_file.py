@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 
 from trak_dist import decoding
-from trak_dist.config import rebuilt, spec_checks
+from trak_dist.cells import count
 from trak_dist.errors import ConfigError, PlanMismatch
 from trak_dist.plan import SCHEMA, Plan, digest
+from trak_dist.structuring import structure, unstructure
+from trak_dist.validation import spec_conflicts
+
+MAX_CELLS = 10**7  # what a command that lists them gets through
 
 
 def dump(plan: Plan) -> str:
     """The text of `plan.json`."""
-    content = {"schema": SCHEMA, "fingerprint": plan.fingerprint, **asdict(plan)}
+    content = {"schema": SCHEMA, "fingerprint": plan.fingerprint, **unstructure(plan)}
     return json.dumps({**content, "digest": digest(content)}, indent=1)
 
 
@@ -48,9 +51,12 @@ def load(text: bytes, *, where: str) -> Plan:
         )
     try:
         fingerprint, _ = raw.pop("fingerprint"), raw.pop("schema")
-        plan = rebuilt(Plan, raw, "the plan is not valid:")
-        if odd := [*spec_checks(plan.spec), *plan.oddities()]:
-            raise ConfigError("\n".join(["the plan is not valid:", *odd]))
+        plan = structure(Plan, raw, "the plan is not valid:")
+        odd = [*spec_conflicts(plan.spec), *plan.oddities()]
+        if not odd and (cells := count(plan)) > MAX_CELLS:
+            odd = [f"{cells:.2g} cells are more than the {MAX_CELLS:.0e} that one run may have"]
+        if odd:
+            raise ConfigError("\n  ".join(["the plan is not valid:", *odd]))
     except (ConfigError, KeyError) as error:
         raise PlanMismatch(
             getattr(error, "what", f"the plan can't be read ({error})"),

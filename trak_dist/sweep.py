@@ -13,8 +13,9 @@ from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 
-from trak_dist import console, options, settings
+from trak_dist import console, settings
 from trak_dist.evaluation import quality
+from trak_dist.interface import options
 from trak_dist.store import atomic
 from trak_dist.store.run import Run
 

@@ -21,13 +21,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from trak_dist import trust, worker
-from trak_dist.cells import TRAIN, Cell, FeaturizeCell, GramCell, KernelCell, PreconditionCell
+from trak_dist.cells import Cell, FeaturizeCell, GramCell, KernelCell, PreconditionCell, ScoreCell
 from trak_dist.checkpoints import digests as checkpoints
 from trak_dist.checkpoints import state_dicts
 from trak_dist.checkpoints.featurizer import Loaded
 from trak_dist.checks.gradient_audit import Audit
 from trak_dist.compat import FunctionalGradientComputer
 from trak_dist.config import Spec
+from trak_dist.coordinates import TRAIN
+from trak_dist.datasets import as_batch
 from trak_dist.errors import CellsFailed, ConfigError, ModelIDException
 from trak_dist.ingest import streamed_plan as feeding
 from trak_dist.ingest import streamed_rows as fed
@@ -37,7 +39,7 @@ from trak_dist.ops.batches import examples_in, rows_of
 from trak_dist.ops.gradients import select_params
 from trak_dist.plan import Plan
 from trak_dist.planning import gradient_method as coverage
-from trak_dist.runtime.session import as_batch, open_device
+from trak_dist.runtime.session import open_device
 from trak_dist.source import model_digest
 from trak_dist.stages.featurize import refuse_all_zero, refuse_unusable
 from trak_dist.store import contents
@@ -307,9 +309,9 @@ class TRAKer:
         for model_id in run.plan.model_ids:
             prepare_checkpoint(run, model_id)
             cells += _kernel_cells(run.plan, model_id)
-            cells += run.plan.featurize_cells(model_id, exp_name)
+            cells += FeaturizeCell.of_split(run.plan, model_id, exp_name)
             cells.append(PreconditionCell(model_id, exp_name))
-        self._complete(run, [*cells, *run.plan.score_cells(exp_name)])
+        self._complete(run, [*cells, *ScoreCell.of_targets(run.plan, exp_name)])
 
     # ----------------------------------------------------------------------------------------
 
@@ -504,4 +506,8 @@ def _larger_lambda(run: Run, model_id: int) -> str:
 
 
 def _kernel_cells(plan: Plan, model_id: int) -> list[Cell]:
-    return [*plan.featurize_cells(model_id, TRAIN), GramCell(model_id), KernelCell(model_id)]
+    return [
+        *FeaturizeCell.of_split(plan, model_id, TRAIN),
+        GramCell(model_id),
+        KernelCell(model_id),
+    ]

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from trak_dist import graph, in_process, machine, plan_file
-from trak_dist.cells import STEPS, Cell, FeaturizeCell, parse_cell
+from trak_dist.cells import Cell, FeaturizeCell, of_run, parse_cell
 from trak_dist.errors import (
     DatasetError,
     DeviceError,
@@ -45,20 +45,6 @@ from trak_dist.store.run import Run
 log = logging.getLogger(__name__)
 
 STOPS_WORKER = (DatasetError, DeviceError, PlanMismatch, ProblemError, StoreError)
-
-# Imported when a cell needs them, so that a score job does not pay for matplotlib.
-_STAGES = {
-    "train": ("train", "train"),
-    "margins": ("train", "margins"),
-    "featurize": ("featurize", "featurize"),
-    "gram": ("reduce", "gram"),
-    "kernel": ("reduce", "factorise"),
-    "precondition": ("reduce", "precondition"),
-    "score": ("score", "score"),
-    "counterfactual": ("counterfactual", "counterfactual"),
-    "evaluate": ("evaluate", "evaluate"),
-    "report": ("report", "report"),
-}
 
 
 def run_cells(
@@ -158,7 +144,7 @@ def _run_once_inputs_are_seen(
 def _lacks_what_failed(run: Run, cell: Cell) -> bool:
     """Whether something that `cell` needs, at whatever remove, is on record as failed."""
     plan = run.plan
-    done = run.receipts.done(c for step in STEPS for c in graph.cells(plan, step))
+    done = run.receipts.done(of_run(plan))
     return bool(run.receipts.failures(graph.upstream(plan, [cell], done).difference(done)))
 
 
@@ -166,21 +152,19 @@ def _run_cell(session: Session, cell: Cell) -> None:
     run = session.run
     _fix_numerics(session, cell)
     if isinstance(cell, FeaturizeCell) and not run.plan.split(cell.split).fed:
-        require(run, list(graph.needs(run.plan, cell, ())), needed_by=cell)
+        require(run, list(cell.dependencies(run.plan, ())), needed_by=cell)
         session.load(cell.model_id)  # not on the clock: data shards are sized by rows per second
         _fix_numerics(session, cell)  # again: a problem's file may set torch's switches
     started, clock = time.time(), time.perf_counter()
-    module, name = _STAGES[cell.stage]
-    stage: Callable[[Session, Any], Outcome] = getattr(
-        importlib.import_module(f"trak_dist.stages.{module}"), name
-    )
+    module, name = cell.run.split(":")  # imported here, so that a score job loads no matplotlib
+    stage: Callable[[Session, Cell], Outcome] = getattr(importlib.import_module(module), name)
     outcome = stage(session, cell)
     seconds = time.perf_counter() - clock  # which no one sets while it runs
     run.receipts.publish(
         cell,
         Receipt(
             cell=cell.id,
-            key=run.plan.key(cell),
+            key=cell.key(run.plan),
             fingerprint=run.plan.fingerprint,
             digests=outcome.digests,
             facts=outcome.facts,
@@ -210,14 +194,12 @@ def own_numerics(device: torch.device) -> Iterator[None]:
 
 def _fix_numerics(session: Session, cell: Cell) -> None:
     """Set all that could change bits from one executor to another."""
-    spec = session.run.plan.spec
-    featurizes = cell.stage in ("train", "margins", "featurize", "counterfactual")
     # For a train_checkpoint or a model output that draws numbers and does not seed them itself.
-    seed = int(session.run.plan.key(cell)[:8], 16)
+    seed = int(cell.key(session.run.plan)[:8], 16)
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     torch.manual_seed(seed)
-    torch.set_num_threads(spec.featurize.threads if featurizes else spec.reduce.threads)
+    torch.set_num_threads(cell.threads(session.run.plan))
     numerics.fix(session.device)
 
 
@@ -243,7 +225,7 @@ def _failure(session: Session, cell: Cell, error: Exception | SystemExit) -> Fai
     expected = isinstance(error, TrakDistError)
     return Failure(
         cell=cell.id,
-        key=session.run.plan.key(cell),
+        key=cell.key(session.run.plan),
         error=str(error) if expected else f"{type(error).__name__}: {error}",
         traceback="".join(traceback.format_exception(error)),
         expected=expected,

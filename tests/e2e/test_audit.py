@@ -13,9 +13,10 @@ from launching import Launch
 from torch import Tensor
 
 from trak_dist import open_run
-from trak_dist.cells import FeaturizeCell, Rows
+from trak_dist.cells import FeaturizeCell
 from trak_dist.checkpoints import featurizer
 from trak_dist.checks.gradient_audit import BATCHES, Audit
+from trak_dist.coordinates import Rows
 from trak_dist.errors import NotCovered
 from trak_dist.ops.hooks import HookGradients
 

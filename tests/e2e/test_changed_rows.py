@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.data import default_collate
 
 from trak_dist import open_run, worker
+from trak_dist.cells import of_stage
 from trak_dist.plan import digest
 from trak_dist.store.run import Run
 
@@ -89,7 +90,7 @@ def begun(run_problem: Callable, tmp_path: Path, **changes: object) -> Run:
     assert run_problem("stage=plan", **changes).code == 0
     run = Run.open(tmp_path / "run")
     featurize(run, FIRST)
-    assert [c.id for c in run.receipts.done(run.plan.cells("featurize"))] == FIRST
+    assert [c.id for c in run.receipts.done(of_stage(run.plan, "featurize"))] == FIRST
     return run
 
 
@@ -144,7 +145,7 @@ def test_mixed_cells_that_nobody_noticed_are_taken_back_with_what_was_made_of_th
         blind.setattr(stage, "refuse_unlike", lambda *_: None)
         assert run_problem("stage=plan").code == 0
         run = Run.open(tmp_path / "run")
-        cells = [c.id for c in run.plan.cells("featurize")]
+        cells = [c.id for c in of_stage(run.plan, "featurize")]
         odd = [c for c in cells if c.startswith("featurize/1/train/16")]
         featurize(run, [c for c in cells if c not in odd])
         assert run_problem("stage=featurize", train=Rows(changed=True)).code == 0
@@ -178,7 +179,7 @@ def test_members_of_a_sweep_are_taken_back_too(
     monkeypatch.setattr(stage, "refuse_unlike", lambda *_: None)
     assert run_problem("stage=plan").code == 0
     run = Run.open(tmp_path / "run")
-    cells = [c.id for c in run.plan.cells("featurize")]
+    cells = [c.id for c in of_stage(run.plan, "featurize")]
     featurize(run, cells[:4])
     assert run_problem(*swept, train=Rows(changed=True)).code == 1  # the whole is mixed
     homes = {n: run.layout.sweeps / n for n in run.layout.members()}
@@ -223,7 +224,7 @@ def test_a_frozen_layer_that_is_another_one_in_each_process_is_refused_by_name(
     assert "tiny.problem built another model than was planned: scale" in ended.err
     run = Run.open(tmp_path / "run")
     featurize(run, ["featurize/0/train/24-32"])
-    (failure,) = run.receipts.failures(run.plan.cells("featurize")).values()
+    (failure,) = run.receipts.failures(of_stage(run.plan, "featurize")).values()
     assert "built another model than was planned: scale, which the checkpoints do not" in (
         failure.error
     )

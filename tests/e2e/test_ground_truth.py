@@ -20,7 +20,7 @@ from launching import Ended
 from torch.utils.data import Subset
 
 from trak_dist import worker
-from trak_dist.cells import parse_cell
+from trak_dist.cells import of_stage, parse_cell
 from trak_dist.launch import main
 from trak_dist.ops import draws, lds
 from trak_dist.stages import report
@@ -185,7 +185,7 @@ def test_killed_amid_retraining_the_same_command_makes_what_is_missing_to_the_sa
         patch.setattr(owner, name, deadly)
         with pytest.raises(Killed):
             command("stage=train")
-    cells = list(run.plan.cells("train"))
+    cells = list(of_stage(run.plan, "train"))
     left = {c.id for c in cells} - {c.id for c in run.receipts.done(cells)}
     assert 5 < len(left) < len(cells)
     attempts.clear()
@@ -356,7 +356,7 @@ def test_non_finite_outputs_of_a_retrained_model_name_its_cell(
         "  next:  see that training on a share of the rows converges, and that labels are classes; "
         "ground_truth.seeds or .subsets of what is finished evaluates without this model\n"
     ) in ended.err
-    cells = list(run.plan.cells("train"))
+    cells = list(of_stage(run.plan, "train"))
     missing = [c.id for c in cells if c not in run.receipts.done(cells)]
     assert missing == ["margins/3/1/val"]
 

@@ -15,6 +15,7 @@ import torch
 
 import trak_dist
 from trak_dist import PlannedRun, Progress
+from trak_dist.cells import ScoreCell
 from trak_dist.errors import (
     CellsFailed,
     ConfigError,
@@ -93,7 +94,7 @@ def test_the_summary_says_what_is_left(plan, problem) -> None:
     assert plan(stage="reduce").summary.missing == 14
     plan(stage="reduce").execute().raise_for_failures()
     receipts = Run.open(planned.run_dir).receipts
-    (cell, *_) = Run.open(planned.run_dir).plan.score_cells("val")
+    (cell, *_) = ScoreCell.of_targets(Run.open(planned.run_dir).plan, "val")
     receipts.revoke(cell, why="for the test")
     minutes = plan(stage="reduce").summary.minutes
     assert minutes is not None

@@ -66,7 +66,7 @@ def test_checkpoints_swapped_after_planning_are_refused_by_launcher_and_worker(
     ended: Ended = launch(*tiny_run)
     assert (ended.code, told(DIGESTS[1], DIGESTS[0], directory / "0.pt") in ended.err) == (2, True)
 
-    cell = next(run.plan.cells_of(FeaturizeCell))
+    cell = next(FeaturizeCell.of(run.plan))
     assert not worker.run_cells(str(tmp_path / "run"), run.plan.fingerprint, "cpu", [cell.id])
     failure = run.receipts.failure(cell)
     assert failure is not None
@@ -83,7 +83,7 @@ def test_a_checkpoint_replaced_before_a_resumed_launch_is_refused(
 ) -> None:
     assert launch(*tiny_run, "stage=plan").code == 0
     run = opened(tmp_path)
-    cells = list(run.plan.featurize_cells(2, "train"))
+    cells = list(FeaturizeCell.of_split(run.plan, 2, "train"))
     assert worker.run_cells(
         str(tmp_path / "run"), run.plan.fingerprint, "cpu", [c.id for c in cells]
     )
@@ -105,8 +105,8 @@ def test_a_plan_without_digests_goes_on_and_gets_those_of_which_nothing_is_known
 
     without = forget_digests(run)
     assert [c.digest for c in without.checkpoints] == ["", "", ""]
-    cells = list(run.plan.cells_of(FeaturizeCell))
-    assert [without.key(c) for c in cells] == [run.plan.key(c) for c in cells]
+    cells = list(FeaturizeCell.of(run.plan))
+    assert [without.key(c) for c in cells] == [c.key(run.plan) for c in cells]
     assert without.fingerprint == run.plan.fingerprint
     of_one = [c.id for c in cells if c.model_id == 1]
     worker.run_cells(str(tmp_path / "run"), without.fingerprint, "cpu", of_one)

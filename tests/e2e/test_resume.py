@@ -14,7 +14,8 @@ import tiny
 
 from trak_dist import launch as launcher
 from trak_dist import open_run, worker
-from trak_dist.cells import ScoreCell, parse_cell
+from trak_dist.cells import ScoreCell, of_stage, parse_cell
+from trak_dist.cells.featurize import of_checkpoint
 from trak_dist.status.verify import damaged_cells
 from trak_dist.store import arrays, contents
 from trak_dist.store.receipts import Receipts
@@ -75,11 +76,11 @@ def fork(template: Path, run_dir: Path) -> Run:
 
 
 def cell_ids(run: Run) -> list[str]:
-    return [c.id for stage in STAGES for c in run.plan.cells(stage)]
+    return [c.id for stage in STAGES for c in of_stage(run.plan, stage)]
 
 
 def missing(run: Run) -> list[str]:
-    done = {c.id for stage in STAGES for c in run.receipts.done(run.plan.cells(stage))}
+    done = {c.id for stage in STAGES for c in run.receipts.done(of_stage(run.plan, stage))}
     return [i for i in cell_ids(run) if i not in done]
 
 
@@ -255,12 +256,17 @@ def test_damage_is_found_named_and_mended_to_the_same_bits(  # noqa: PLR0917
     np.testing.assert_array_equal(scores(tmp_path / "run"), scores(made["report"]))
 
 
+def grads_of(run: Run) -> Path:
+    """The group of the train grads of checkpoint 1."""
+    return run.layout.store / of_checkpoint(run.plan, 1) / "train"
+
+
 @pytest.mark.parametrize("file", ["grads/c/1/0", "row_scale/c/1"])
 def test_a_chunk_lost_since_its_receipt_fails_the_reduce_which_names_its_cell(
     made, tmp_path: Path, command, file: str
 ) -> None:
     run = fork(made["featurize"], tmp_path / "run")
-    (run.layout.grads(run.plan, 1, "train") / file).unlink()
+    (grads_of(run) / file).unlink()
     ended = command("stage=reduce", f"run_dir={tmp_path / 'run'}")
     assert ended.code == 1
     assert "featurize/1/train/8-16" in ended.err
@@ -268,7 +274,7 @@ def test_a_chunk_lost_since_its_receipt_fails_the_reduce_which_names_its_cell(
 
 def test_a_lost_chunk_of_out_to_loss_is_not_scored_as_nan(made, tmp_path: Path, command) -> None:
     run = fork(made["featurize"], tmp_path / "run")
-    (run.layout.grads(run.plan, 1, "train") / "out_to_loss" / "c" / "1").unlink()
+    (grads_of(run) / "out_to_loss" / "c" / "1").unlink()
     ended = command("stage=reduce", f"run_dir={tmp_path / 'run'}")
-    assert run.receipts.done(run.plan.cells_of(ScoreCell)) == {}
+    assert run.receipts.done(ScoreCell.of(run.plan)) == {}
     assert ended.code == 1

@@ -15,7 +15,7 @@ import tiny
 import torch
 
 from trak_dist import open_run, plan_file, worker
-from trak_dist.cells import STAGE_CELLS, GramCell, parse_cell
+from trak_dist.cells import STAGE_STEPS, GramCell, of_stage, parse_cell
 from trak_dist.errors import PlanMismatch
 from trak_dist.plan import Plan
 from trak_dist.status.verify import damaged_cells
@@ -51,7 +51,7 @@ def command(launch: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 def receipts(run_dir: Path) -> dict[str, Receipt]:
     results = open_run(run_dir)
-    return {i: r for stage in STAGE_CELLS for i, r in results.receipts(stage).items()}
+    return {i: r for stage in STAGE_STEPS for i, r in results.receipts(stage).items()}
 
 
 def started(run_dir: Path) -> dict[str, float]:
@@ -129,7 +129,7 @@ def test_a_job_of_a_superseded_plan_writes_nothing(command, tmp_path: Path) -> N
     run = Run.open(tmp_path / "run")
     run.layout.plan(0).write_text(plan_file.dump(reseeded(run.plan)))
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
-    cells = [c.id for c in run.plan.cells("featurize")]
+    cells = [c.id for c in of_stage(run.plan, "featurize")]
     with pytest.raises(PlanMismatch, match="this job was made for fingerprint"):
         worker.run_cells(str(tmp_path / "run"), run.plan.fingerprint, "cpu", cells)
     assert {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
@@ -151,7 +151,7 @@ def test_a_worker_whose_plan_is_superseded_at_work_publishes_nothing_and_stops(
         return stage(session, cell)
 
     monkeypatch.setattr(featurize, "featurize", slow)
-    cells = list(run.plan.cells("featurize"))
+    cells = list(of_stage(run.plan, "featurize"))
     worker.run_cells(str(tmp_path / "run"), run.plan.fingerprint, "cpu", [c.id for c in cells])
     assert called == [c.id for c in cells[:2]]
     assert set(run.receipts.done(cells)) == {cells[0]}
@@ -210,7 +210,7 @@ def test_cells_made_from_different_things_are_not_reduced_together(
     assert f"cells that belong together disagree on {fact}" in ended.err
     assert cell_id in ended.err
     assert repr(value) in ended.err
-    done = {c.id for c in featurized.receipts.done(featurized.plan.cells("reduce"))}
+    done = {c.id for c in featurized.receipts.done(of_stage(featurized.plan, "reduce"))}
     assert not any(i.startswith("score") for i in done)
     if cell_id == BAD and fact != "inputs_digest":
         assert f"where: {BAD}" in ended.err

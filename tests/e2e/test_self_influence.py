@@ -16,6 +16,7 @@ import torch
 import zarr
 
 from trak_dist import open_run, worker
+from trak_dist.cells import score
 from trak_dist.errors import ConfigError, MissingInputs
 from trak_dist.launch import main
 from trak_dist.ops import kernel, lds, ranking
@@ -293,12 +294,12 @@ def test_of_an_even_number_no_checkpoint_is_left_out(fork: Path, command) -> Non
 def test_of_many_targets_halves_are_kept_for_spread_ones(
     made: Path, tmp_path: Path, command, monkeypatch
 ) -> None:
-    monkeypatch.setattr("trak_dist.plan.HALVES_TARGETS", 3)
+    monkeypatch.setattr("trak_dist.cells.score.HALVES_TARGETS", 3)
     small = (*given(made)[:2], *given(made)[4:], f"run_dir={tmp_path / 'run'}", "stage=all")
     ended = command(*small, "checkpoints.use=[0,1]")
     assert ended.code == 0, ended.err
     found = open_run(tmp_path / "run")
-    assert found.plan.halves("val") == [0, 3, 6]
+    assert score.halves_targets(found.plan, "val") == [0, 3, 6]
     halves = found.halves("val")
     assert halves.shape == (ROWS, 2, 3)
     ended = command("-m", "stage=reduce", "checkpoints.use=[0],[1]")

@@ -15,8 +15,8 @@ from launching import Ended, Launch
 
 from trak_dist import open_run, worker
 from trak_dist.cells import ScoreCell
+from trak_dist.interface import members as sweep_members
 from trak_dist.plan import Plan
-from trak_dist.planning import members as sweep_members
 from trak_dist.stages import featurize, reduce
 from trak_dist.store.run import Run
 from trak_dist.sweep import Sweep
@@ -50,7 +50,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
         def count(session, cell) -> object:
             plan = session.run.plan
             ids = {"gram": f"/{plan.proj_dim}", "kernel": f"/{plan.kernel_id}"}
-            found.append((plan.projection_id + ids.get(cell.stage, ""), cell.id))
+            found.append((plan.projection_id + ids.get(cell.kind, ""), cell.id))
             return stage(session, cell)
 
         monkeypatch.setattr(module, name, count)
@@ -456,7 +456,7 @@ def test_a_missing_checkpoint_is_left_out_by_every_member(run, tmp_path: Path, m
     found = [Path(row[2]) for row in summary(ended)]
     assert all(path.parent == tmp_path / "run/sweeps" for path in found)
     assert all(open_run(path).plan.use == (0, 2) for path in found)
-    assert all(Run.open(p).receipts.done(open_run(p).plan.cells_of(ScoreCell)) for p in found)
+    assert all(Run.open(p).receipts.done(ScoreCell.of(open_run(p).plan)) for p in found)
 
 
 @pytest.mark.long

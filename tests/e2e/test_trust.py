@@ -17,6 +17,7 @@ from launching import Ended, Launch
 from trak_dist import TRAKer, trust, worker
 from trak_dist import problem as problems
 from trak_dist import source as sources
+from trak_dist.cells import FeaturizeCell, of_stage
 from trak_dist.errors import UntrustedProblem
 from trak_dist.plan import Plan
 from trak_dist.store.run import Run
@@ -278,7 +279,7 @@ def test_a_plan_that_says_its_rows_were_fed_is_asked_about_all_the_same(
     assert asks(mine(f"run_dir={at}"))
     # TRAKer asks nothing, and its workers are those of the launcher.
     plan = Run.open(at).plan
-    cells = [cell.id for cell in plan.featurize_cells(0, "val")]
+    cells = [cell.id for cell in FeaturizeCell.of_split(plan, 0, "val")]
     assert not worker.run_cells(str(at), plan.fingerprint, "cpu", cells)
     assert not imported()
 
@@ -409,10 +410,10 @@ def test_what_a_run_directory_says_moves_no_cursor(
 ) -> None:
     assert theirs(*named, "stage=featurize").code == 0
     run = Run.open(run_dir)
-    cell = next(iter(run.plan.cells("reduce")))
+    cell = next(iter(of_stage(run.plan, "reduce")))
     path = run.layout.failure(run.plan, cell)
     path.parent.mkdir(parents=True)
-    failure = {"cell": cell.id, "key": run.plan.key(cell), "error": "a\x1b]0;title\x07b\rc"}
+    failure = {"cell": cell.id, "key": cell.key(run.plan), "error": "a\x1b]0;title\x07b\rc"}
     path.write_text(json.dumps({**failure, "traceback": "", "expected": True, "job": {}}))
     ended = mine(f"run_dir={run_dir}", "stage=status")
     assert "  a\\x1b]0;title\\x07b" in ended.out

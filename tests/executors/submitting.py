@@ -90,13 +90,13 @@ def finish(run: Run, cells: Iterable[Cell | str]) -> None:
     """Make cells done, by their receipts alone."""
     for named in cells:
         cell = parse_cell(named) if isinstance(named, str) else named
-        receipt = Receipt(cell=cell.id, key=run.plan.key(cell), fingerprint=run.plan.fingerprint)
+        receipt = Receipt(cell=cell.id, key=cell.key(run.plan), fingerprint=run.plan.fingerprint)
         run.receipts.publish(cell, receipt)
 
 
 def fail(run: Run, cell_id: str) -> None:
     """Let a cell's last attempt have failed."""
     cell = parse_cell(cell_id)
-    key = run.plan.key(cell)
+    key = cell.key(run.plan)
     failure = Failure(cell=cell_id, key=key, error="bad luck", traceback="", expected=True)
     run.receipts.fail(cell, failure)

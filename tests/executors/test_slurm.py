@@ -22,8 +22,8 @@ from submitting import (
     told,
 )
 
-from trak_dist import graph, site_files, slurm, task
-from trak_dist.cells import STEPS
+from trak_dist import site_files, slurm, task
+from trak_dist.cells import STEPS, of_step
 from trak_dist.executors import batch
 from trak_dist.executors import slurm as executor
 from trak_dist.store.jobs import Jobs
@@ -95,7 +95,7 @@ def test_the_whole_graph_is_submitted_at_once(
 def test_what_is_done_is_not_submitted(launch, slurm_run, tmp_path: Path) -> None:
     assert launch(*slurm_run, "stage=plan").code == 0
     run = opened(tmp_path)
-    finish(run, graph.cells(run.plan, "featurize"))
+    finish(run, of_step(run.plan, "featurize"))
     finish(run, ["gram/0", "kernel/0", "precondition/0/val", "precondition/0/test"])
     assert table(launch(*slurm_run)) == [
         ("kernel", "1", 2, 8, ""),
@@ -110,11 +110,7 @@ def test_nothing_is_submitted_where_all_is_done(launch, slurm_run, fake_slurm, t
     run = opened(tmp_path)
     finish(
         run,
-        (
-            c
-            for step in ("featurize", "kernel", "score", "report")
-            for c in graph.cells(run.plan, step)
-        ),
+        (c for step in ("featurize", "kernel", "score", "report") for c in of_step(run.plan, step)),
     )
     assert told(launch(*slurm_run)) == ["nothing to submit: all cells are done"]
     assert fake_slurm.calls("sbatch") == []
@@ -226,6 +222,17 @@ def test_sbatch_refuses(launch, slurm_run, fake_slurm, tmp_path: Path) -> None:
     assert len(fake_slurm.calls("sbatch")) == 1
     assert records(tmp_path) == []
     assert table(launch(*slurm_run))[0] == ("featurize", "2", 9, 27, "")
+
+
+def test_nodes_with_less_memory_than_a_task_asks_for(launch, slurm_run, fake_slurm) -> None:
+    fake_slurm.refuse("Memory specification can not be satisfied", [1])
+    refuses(
+        launch(*slurm_run),
+        "sbatch refused the featurize array: sbatch: error: Memory specification can not be "
+        "satisfied\n"
+        "  where: cluster\n"
+        "  next:  cluster.memory_gb=… with less than the 1 GiB that a task asks for",
+    )
 
 
 def test_what_was_submitted_before_sbatch_refused_is_told_and_left_alone_afterwards(
@@ -425,7 +432,7 @@ def test_exactly_what_is_missing_is_submitted(
 ) -> None:
     assert launch(*slurm_run).code == 0
     run = opened(tmp_path)
-    finish(run, (c for c in graph.cells(run.plan, "featurize") if c.model_id == 0))
+    finish(run, (c for c in of_step(run.plan, "featurize") if c.model_id == 0))
     fake_slurm.end("1_0", "1_1", "1_2", "1_4", "3", "5", "6", "7")
     ended = launch(*slurm_run)
     assert table(ended) == [
@@ -650,7 +657,7 @@ def test_where_there_is_room_for_one_task_beside_it_it_stays_and_submits_one_by_
     assert runs(2).code == 0
     assert jobs == list(range(3, 3 + len(jobs)))
     submitted = [c for number in (1, *jobs, jobs[-1] + 1) for c in cells_of(tmp_path, number)]
-    assert sorted(submitted) == sorted(c.id for s in STEPS for c in graph.cells(run.plan, s))
+    assert sorted(submitted) == sorted(c.id for s in STEPS for c in of_step(run.plan, s))
 
 
 # Settings that can't be right ---------------------------------------------------------------------
@@ -990,4 +997,4 @@ def test_the_tiny_problem_has_the_sizes_that_these_tests_count_on(
     assert launch(*slurm_run, "stage=plan").code == 0
     plan = opened(tmp_path).plan
     assert [s.rows for s in (plan.train, *plan.targets)] == [50, 7, 5]
-    assert len(list(graph.cells(plan, "featurize"))) == 27
+    assert len(list(of_step(plan, "featurize"))) == 27

@@ -14,9 +14,10 @@ from submitting import fail, finish, opened
 from test_slurm import WHOLE_GRAPH
 
 import trak_dist
-from trak_dist import PlannedRun, Progress, execution
-from trak_dist.cells import STAGE_CELLS
+from trak_dist import PlannedRun, Progress
+from trak_dist.cells import of_run
 from trak_dist.errors import CellsFailed
+from trak_dist.interface import execution
 
 pytestmark = pytest.mark.slow
 
@@ -71,7 +72,7 @@ def test_a_dry_run_returns_its_scripts(plan, fake_slurm) -> None:
 def test_waiting_ends_when_the_queue_is_empty(plan, fake_slurm, tmp_path, monkeypatch) -> None:
     planned = plan()
     run = opened(tmp_path)
-    cells = [cell for stage in STAGE_CELLS for cell in run.plan.cells(stage)]
+    cells = list(of_run(run.plan))
 
     def later(_: float) -> None:
         finish(run, [cell for cell in cells if cell.id != "gram/1"])

@@ -10,7 +10,7 @@ from fake_slurm import FakeSlurm
 from launching import Ended, Launch
 from submitting import fail, finish, table
 
-from trak_dist import graph
+from trak_dist.cells import of_step
 from trak_dist.status.queue import read_queue
 from trak_dist.status.state import read_status
 from trak_dist.store.jobs import Jobs
@@ -96,7 +96,7 @@ def test_members_of_different_lambdas_share_the_grams_of_the_first(
     (name,) = base.layout.members()
     member = Run.open(base.layout.sweeps / name)
     # The first kernel fails after its Gram: that is no matter of the member's.
-    finish(base, [*graph.cells(base.plan, "featurize"), "gram/0", "gram/1"])
+    finish(base, [*of_step(base.plan, "featurize"), "gram/0", "gram/1"])
     fail(base, "kernel/0")
     fake_slurm.end("1", "2", "3")
     again = launch(f"run_dir={member.layout.run_dir}", "cluster=slurm")

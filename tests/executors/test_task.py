@@ -19,7 +19,7 @@ from submitting import fail, finish, opened, publish
 from waiting import AT
 
 from trak_dist import graph, task, worker
-from trak_dist.cells import parse_cell
+from trak_dist.cells import of_stage, parse_cell
 from trak_dist.runtime.inputs import require
 from trak_dist.store.jobs import Attempt, Jobs
 from trak_dist.store.run import Run
@@ -173,7 +173,7 @@ def unseen(run: Run, monkeypatch) -> SimpleNamespace:
 
     def run_cell(session, cell) -> None:
         done = session.run.receipts.done(graph.upstream(run.plan, [cell], ()))
-        require(session.run, list(graph.needs(run.plan, cell, done)), needed_by=cell)
+        require(session.run, list(cell.dependencies(run.plan, done)), needed_by=cell)
         finish(run, [cell])
 
     def sleep(seconds: float) -> None:
@@ -194,7 +194,7 @@ def on_slurm(main: Main, unseen, monkeypatch) -> Main:
 
 
 def grads(run: Run, model_id: int) -> list[str]:
-    return [c.id for c in run.plan.cells("featurize") if c.model_id == model_id]
+    return [c.id for c in of_stage(run.plan, "featurize") if c.model_id == model_id]
 
 
 def test_a_task_that_sees_its_inputs_late_runs_as_if_it_had_seen_them(
@@ -237,7 +237,7 @@ def test_a_failure_of_an_older_plan_is_no_reason_not_to_look_again(
 ) -> None:
     fail(run, grads(run, 0)[0])
     path = run.layout.failure(run.plan, parse_cell(grads(run, 0)[0]))
-    path.write_text(path.read_text().replace(run.plan.key(parse_cell(grads(run, 0)[0])), "older"))
+    path.write_text(path.read_text().replace(parse_cell(grads(run, 0)[0]).key(run.plan), "older"))
     unseen.meanwhile[1] = lambda: finish(run, grads(run, 0))
     assert on_slurm(publish(run, KERNEL, step="kernel")) == 0
 

@@ -18,6 +18,7 @@ import zarr.core.sync
 from injecting import Fault, Layer, note, step_clock
 
 from trak_dist import launch, task, worker
+from trak_dist.cells import of_stage
 from trak_dist.executors.local import work
 from trak_dist.executors.protocol import Job, Task
 from trak_dist.status.verify import damaged_cells
@@ -172,9 +173,9 @@ def found(run_dir: Path, to: Path) -> int:
     run = Run.open(run_dir)
     stages = ("train", "featurize", "reduce", "evaluate", "report")
     done = {
-        c.id: r.digests for s in stages for c, r in run.receipts.done(run.plan.cells(s)).items()
+        c.id: r.digests for s in stages for c, r in run.receipts.done(of_stage(run.plan, s)).items()
     }
-    every = [c.id for s in stages for c in run.plan.cells(s)]
+    every = [c.id for s in stages for c in of_stage(run.plan, s)]
     damaged = {c.id: why for c, why in damaged_cells(run)}
     missing = [c for c in every if c not in done]
     to.write_text(json.dumps({"done": done, "damaged": damaged, "missing": missing}))

@@ -31,12 +31,13 @@ from mutating import (
 from omegaconf import OmegaConf
 from safetensors.torch import save
 
-from trak_dist import console, open_run, options
-from trak_dist.cells import KernelCell, ReportCell, ScoreCell
+from trak_dist import console, open_run
+from trak_dist.cells import KernelCell, ReportCell, ScoreCell, of_stage
 from trak_dist.checkpoints import state_dicts
 from trak_dist.checkpoints.digests import content_digest
-from trak_dist.config import Config, SlurmConfig, cluster_from_mapping, refuse_other_shape
+from trak_dist.config import SlurmConfig
 from trak_dist.errors import CorruptChunk
+from trak_dist.interface import options
 from trak_dist.launch import main
 from trak_dist.status.state import lines, read_status
 from trak_dist.status.verify import damaged_cells
@@ -44,6 +45,7 @@ from trak_dist.store import parts
 from trak_dist.store.jobs import Job, Jobs
 from trak_dist.store.prepare import prepare
 from trak_dist.store.run import Run
+from trak_dist.validation import cluster_from_mapping, config_from_mapping, refuse_other_shape
 
 SEED = int(os.environ.get("SEED", "1"))
 FEW = int(os.environ.get("MUTATIONS", "30"))
@@ -72,7 +74,7 @@ class Subject:
             step="featurize",
             fingerprint=self.run.plan.fingerprint,
             device="cpu",
-            tasks=tuple((c.id,) for c in self.run.plan.cells("featurize")),
+            tasks=tuple((c.id,) for c in of_stage(self.run.plan, "featurize")),
             cluster=json.loads(json.dumps(SlurmConfig().__dict__, default=vars)),
             stages=("featurize",),
         )
@@ -204,7 +206,7 @@ def kinds(subject: Subject) -> dict[str, Kind]:
 
     def mended() -> str:
         prepare(subject.run)  # what the planner does: mends it, or says what to do
-        if not subject.run.receipts.done(subject.run.plan.cells_of(ScoreCell)):
+        if not subject.run.receipts.done(ScoreCell.of(subject.run.plan)):
             return "told"  # taken back, to be done again
         return subject.looked()
 
@@ -224,12 +226,12 @@ def kinds(subject: Subject) -> dict[str, Kind]:
             slurm = OmegaConf.to_container(OmegaConf.load(options.CONF / "cluster/slurm.yaml"))
             plain |= {"problem": {"_target_": "a.b"}, "run_dir": "x", "store_dim": 2048}
             subject.mapping = plain | {"projection": {"kind": "sjlt", "seed": 0}, "cluster": slurm}
-            Config.from_mapping(subject.mapping)
+            config_from_mapping(subject.mapping)
         changed = mutated_json(draw, subject.mapping)
 
         def look() -> str:
             refuse_other_shape(changed)
-            Config.from_mapping(changed)
+            config_from_mapping(changed)
             return "correct"
 
         return look

@@ -6,15 +6,16 @@ Where functions move, this module follows them; `expected.json` stays as it is.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from trak_dist import graph, needs, plan_file, worker
-from trak_dist.cells import STAGE_CELLS, STEPS, Cell, parse_cell
+from trak_dist import graph, plan_file, worker
+from trak_dist.cells import KINDS, STAGE_STEPS, STEPS, Cell, of_run, of_stage, of_step, parse_cell
+from trak_dist.cells.score import halves_targets
 from trak_dist.executors import batch
 from trak_dist.store import contents, prepare
 from trak_dist.store.run import Run
@@ -37,21 +38,20 @@ def numbers(run: Run) -> dict[str, Any]:
     plan = run.plan
     names = ("fingerprint", "projection_id", "kernel_id", "reduce_id", "precondition_dtype")
     found = {name: getattr(plan, name) for name in (*names, "store_dim", "proj_dim", "model_ids")}
-    found |= {name: getattr(needs, name)(plan) for name in ("store_bytes", "grads_bytes")}
-    found |= {"memory": {kind: needs.memory(plan)[kind] for kind in MEMORY}}
+    found |= {"memory": {kind.kind: kind.memory(plan) for kind in KINDS if kind.kind in MEMORY}}
     found |= {"cpus": {step: batch._threads(plan, step) for step in STEPS}}
-    found |= {"gpu": {step: step in batch.GPU_STEPS for step in GPU}}
-    return found | {"halves": {name: plan.halves(name) for name in plan.scored()}}
+    found |= {"gpu": {step: batch.on_gpu(step) for step in GPU}}
+    return found | {"halves": {name: halves_targets(plan, name) for name in plan.scored()}}
 
 
 def everything(run: Run) -> list[Cell]:
-    return [cell for stage in STAGE_CELLS for cell in run.plan.cells(stage)]
+    return list(of_run(run.plan))
 
 
 def order(run: Run) -> dict[str, list[str]]:
     """The ids of the cells that each stage, and each step, runs."""
-    stages = {f"stage {s}": [c.id for c in run.plan.cells(s)] for s in STAGE_CELLS}
-    return stages | {f"step {s}": [c.id for c in graph.cells(run.plan, s)] for s in STEPS}
+    stages = {f"stage {s}": [c.id for c in of_stage(run.plan, s)] for s in STAGE_STEPS}
+    return stages | {f"step {s}": [c.id for c in of_step(run.plan, s)] for s in STEPS}
 
 
 def cell(run: Run, one: Cell) -> dict[str, Any]:
@@ -59,22 +59,17 @@ def cell(run: Run, one: Cell) -> dict[str, Any]:
     plan, layout = run.plan, run.layout
     assert parse_cell(one.id) == one
     paths = {"receipt": layout.receipt(plan, one), "failure": layout.failure(plan, one)}
-    if one.stage == "featurize":
+    if one.kind == "featurize":
         paths["consolidated"] = layout.consolidated(plan, one)
         paths["parts"] = layout.parts(plan, one.model_id, one.split)
-    files: dict[str, Callable[[], Path]] = {
-        "train": lambda: layout.checkpoint(layout.trained_checkpoint(one.subset, one.seed)),
-        "evaluate": lambda: layout.evaluation(one.targets),
-        "report": lambda: layout.report(one.targets),
-    }
-    if one.stage in files:
-        paths["file"] = files[one.stage]()
+    for name in one.files():
+        paths["file"] = layout.file(one, name)
     waits = {
-        name: sorted({c.id for c in graph.needs(plan, one, done)})
+        name: sorted({c.id for c in one.dependencies(plan, done)})
         for name, done in (("none", ()), ("all", everything(run)))
     }
     owned = contents.slabs(run, one).items()
-    key = {} if one.stage == "report" else {"key": plan.key(one)}  # a report's may change
+    key = {} if one.kind == "report" else {"key": one.key(plan)}  # a report's may change
     return {
         **key,
         **{name: str(path.relative_to(layout.base)) for name, path in paths.items()},
@@ -103,7 +98,8 @@ def arrays(run: Run) -> dict[str, Any]:
         )
     for slab in (s for c in everything(run) for s in contents.slabs(run, c).values()):
         spec = slab.spec
-        taken_for = [spec.shape, spec.chunks, spec.dtype, spec.compression, spec.grows]
+        taken_for = [spec.shape, spec.chunks, spec.dtype, spec.compression]
+        taken_for.append(spec.if_changed == "grow")
         array = found[str(slab.path.relative_to(run.layout.store))]
         assert array.setdefault("owned as", taken_for) == taken_for
     return found
@@ -113,10 +109,10 @@ def threads(run: Run) -> dict[str, int]:
     """torch's threads in each kind of cell."""
     found, device = {}, torch.device("cpu")
     for one in everything(run):
-        if one.stage not in found:
+        if one.kind not in found:
             with worker.own_numerics(device):
                 worker._fix_numerics(SimpleNamespace(run=run, device=device), one)
-                found[one.stage] = torch.get_num_threads()
+                found[one.kind] = torch.get_num_threads()
     return found
 
 
@@ -125,8 +121,8 @@ def alike(run: Run) -> dict[str, list[list[str]]]:
     found: dict[str, list[list[str]]] = {}
     for step in STEPS:
         groups: dict[object, list[str]] = {}
-        for one in graph.cells(run.plan, step):
-            groups.setdefault(graph.shares_needs(one), []).append(one.id)
+        for one in of_step(run.plan, step):
+            groups.setdefault(one.depends_as, []).append(one.id)
         found[step] = sorted(map(sorted, groups.values()))
     return found
 

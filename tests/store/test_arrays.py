@@ -243,7 +243,7 @@ def test_a_writer_that_finds_no_array_does_not_keep_it_from_being_made(tmp_path:
 
 def test_growing_keeps_what_is_there_and_rows_that_another_plan_has_more(tmp_path: Path) -> None:
     def spec(rows: int) -> ArraySpec:
-        return ArraySpec(shape=(rows, 3), chunks=(1, 3), dtype="float32", grows=True)
+        return ArraySpec(shape=(rows, 3), chunks=(1, 3), dtype="float32", if_changed="grow")
 
     path = tmp_path / "a"
     arrays.grow(path, spec(2))

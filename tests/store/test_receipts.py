@@ -15,8 +15,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from trak_dist.cells import Cell, FeaturizeCell, KernelCell, Rows, ScoreCell
+from trak_dist.cells import Cell, FeaturizeCell, KernelCell, ScoreCell, of_stage
 from trak_dist.config import Spec
+from trak_dist.coordinates import Rows
 from trak_dist.plan import Checkpoint, Plan, Source, Split
 from trak_dist.store.layout import Layout
 from trak_dist.store.receipts import Failure, Receipt, Receipts
@@ -29,15 +30,15 @@ PLAN = Plan(
     checkpoints=(Checkpoint(0, "0.pt", False), Checkpoint(1, "1.pt", False)),
     targets=(Split("val", 3, 4, "q"),),
 )
-FEATURIZE = list(PLAN.cells("featurize"))
-CELLS: list[Cell] = [*FEATURIZE, *PLAN.cells("reduce"), *PLAN.cells("report")]
+FEATURIZE = list(of_stage(PLAN, "featurize"))
+CELLS: list[Cell] = [*FEATURIZE, *of_stage(PLAN, "reduce"), *of_stage(PLAN, "report")]
 CELL = FeaturizeCell(0, "train", Rows(0, 4))
 
 
 def receipt(cell: Cell, attempt: int = 1) -> Receipt:
     return Receipt(
         cell=cell.id,
-        key=PLAN.key(cell),
+        key=cell.key(PLAN),
         fingerprint=PLAN.fingerprint,
         digests={"grads": "d1", "row_scale": "d2"},
         facts={"rows": 4, "projector": "sjlt", "scale": 0.25, "model_ids": [0, 1]},
@@ -48,7 +49,7 @@ def receipt(cell: Cell, attempt: int = 1) -> Receipt:
 def failure(cell: Cell, error: str = "no") -> Failure:
     return Failure(
         cell=cell.id,
-        key=PLAN.key(cell),
+        key=cell.key(PLAN),
         error=error,
         traceback="",
         expected=True,

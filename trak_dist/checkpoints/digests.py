@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from trak_dist import decoding
 from trak_dist.checkpoints import state_dicts
 from trak_dist.errors import CheckpointError
+from trak_dist.hashing import truncated
 from trak_dist.plan import Checkpoint
 from trak_dist.store import atomic
 from trak_dist.store.run import Run
@@ -24,7 +25,7 @@ def content_digest(state: Mapping[str, Tensor]) -> str:
         tensor = state[name].detach().cpu().contiguous()
         sha.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()[:32]
+    return truncated(sha)
 
 
 def load_into(run: Run, model: nn.Module, checkpoint: Checkpoint) -> str:

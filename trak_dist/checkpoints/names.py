@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trak_dist.listing import first_few
+
 WRAPPERS = ("module", "_orig_mod")  # of DistributedDataParallel, of torch.compile
 _PLACES = 5  # of what is left out, that are told
 
@@ -59,7 +61,7 @@ class Part:
             names[0] if len(names) == 1 else f"{place}.* ({len(names)} tensors)"
             for place, names in below.items()
         ]
-        return ", ".join(told[:_PLACES]) + (", …" if len(told) > _PLACES else "")
+        return first_few(told, _PLACES)
 
 
 class Names:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from trak_dist.checkpoints.fit import Fit, in_short, same
 from trak_dist.checkpoints.names import Names, State, adapters
 from trak_dist.errors import CheckpointError
+from trak_dist.listing import first_few
 
 # What a directory of Hugging Face holds, the first that is there; an index names its shards.
 FILES = (
@@ -205,7 +206,6 @@ def fitted(state: Mapping[str, Tensor], model: nn.Module, *, where: str) -> Fitt
 
 def _unfit(tried: Fit, model: nn.Module, where: str) -> CheckpointError:
     part, faults = tried.part, sorted(tried.faults)
-    more = f" and {len(faults) - 10} more" if len(faults) > 10 else ""
     below = f" below {part.prefix!r}" if part.prefix else ""
     alone = f"save the model alone: {_saving(part.prefix)}"
     hint = "give the problem the architecture that the checkpoint was saved from"
@@ -217,7 +217,7 @@ def _unfit(tried: Fit, model: nn.Module, where: str) -> CheckpointError:
         hint = f"{hint}; or {_SAVE}"
     return CheckpointError(
         f"the checkpoint does not fit the model{below}: "
-        f"{'; '.join(faults[:10]) or 'it is empty'}{more}",
+        f"{first_few(faults, separator='; ') or 'it is empty'}",
         where=where,
         next=hint,
     )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from trak_dist import graph, plan_file
-from trak_dist.cells import STAGE_CELLS, Cell
+from trak_dist import plan_file
+from trak_dist.cells import Cell, of_run
 from trak_dist.store.layout import Layout
 from trak_dist.store.run import Run
 
@@ -13,9 +13,9 @@ from trak_dist.store.run import Run
 def made_of(run: Run, sources: Collection[Cell]) -> dict[Cell, str]:
     """The done cells that were made of `sources`, or of what was; and of which."""
     found: dict[Cell, str] = {}
-    cells = dict.fromkeys(c for stage in STAGE_CELLS for c in run.plan.cells(stage))
+    cells = dict.fromkeys(of_run(run.plan))
     for cell in cells if sources else ():  # each after those it needs, done or taken back before
-        needed = graph.needs(run.plan, cell, cells)
+        needed = cell.dependencies(run.plan, cells)
         of = next((other for other in needed if other in sources or other in found), None)
         if of and cell not in sources:
             found[cell] = f"made of {of.id}"

@@ -209,7 +209,9 @@ def take_back(run: Run, model_id: int) -> None:
     """
     plan, why = run.plan, run.receipts.distrusted(model_id)
     splits = (plan.train, *plan.targets)
-    done = run.receipts.done(c for s in splits for c in plan.featurize_cells(model_id, s.name))
+    done = run.receipts.done(
+        c for s in splits for c in FeaturizeCell.of_split(plan, model_id, s.name)
+    )
     stale = [c for c, receipt in done.items() if receipt.fact("gradients", str) != "loop"]
     for other in sharing(run) if stale else ():
         for cell in reversed(made_of(other, stale)):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from trak_dist.errors import ProblemError
+from trak_dist.listing import first_few
 from trak_dist.ops.gradients import LoopGradients
 from trak_dist.ops.model_outputs import ModelOutput, out_to_loss
 from trak_dist.plan import Source
@@ -101,9 +102,8 @@ def refuse_other_unsaved(planned: Source, model: nn.Module, *, what: str) -> Non
         if name not in then or name not in now or not _same_tensor(then[name], now[name])
     )
     if differ:
-        more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
         raise ProblemError(
-            f"{what} built another model than was planned: {', '.join(differ[:5])}{more}, which "
+            f"{what} built another model than was planned: {first_few(differ, 5)}, which "
             "the checkpoints do not hold",
             where="problem._target_",
             next="restore what it was built from; or, in a new run_dir, save it in the checkpoints "

@@ -17,7 +17,16 @@ from jaxtyping import Float, Float64
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trak_dist.cells import TRAIN, EvaluateCell, GramCell, KernelCell, MarginsCell
+from trak_dist.cells import (
+    EvaluateCell,
+    FeaturizeCell,
+    GramCell,
+    KernelCell,
+    MarginsCell,
+    ScoreCell,
+)
+from trak_dist.cells.train import retrained
+from trak_dist.coordinates import TRAIN
 from trak_dist.errors import EvaluationError
 from trak_dist.evaluation.ground_truth import Truth, read_truth
 from trak_dist.ops import lds, projection
@@ -25,6 +34,7 @@ from trak_dist.ops.kernel import Spectrum
 from trak_dist.ops.lds import Interval
 from trak_dist.runtime.inputs import read_grads, require
 from trak_dist.runtime.session import Session
+from trak_dist.spacing import evenly_spaced
 from trak_dist.store import contents
 
 LAMBDAS = tuple(float(x) for x in np.logspace(-3, 2, 20))  # of the mean diagonal
@@ -59,7 +69,7 @@ def against_retrained(session: Session, cell: EvaluateCell) -> dict[str, Any]:
         If the ground truth can't be used.
     """
     run, plan = session.run, session.run.plan
-    models = [MarginsCell(*model, cell.targets) for model in plan.retrained()]
+    models = [MarginsCell(*model, cell.targets) for model in retrained(plan)]
     kernels = [KernelCell(model_id) for model_id in plan.model_ids]
     require(run, [*models, *kernels], needed_by=cell)
     truth = read_truth(run, cell.targets)
@@ -77,7 +87,7 @@ def against_retrained(session: Session, cell: EvaluateCell) -> dict[str, Any]:
     curves = list(_curves(session, cell, truth, told))
     whole = next(c for c in curves if c.checkpoints == len(plan.model_ids))
     reliable = lds.reliability(truth.margins)
-    shown = np.unique(np.linspace(0, len(told) - 1, SHOWN_TARGETS).round().astype(int))
+    shown = evenly_spaced(len(told), SHOWN_TARGETS)
     return {
         "subsets": len(truth.masks),
         "seeds": truth.margins.shape[1],
@@ -108,7 +118,7 @@ def _predictions(
 ) -> NDArray[np.float64]:
     """Sums of the stored scores over each subset (subsets, targets)."""
     total = np.zeros((len(masks), session.run.plan.split(cell.targets).rows))
-    for block in session.run.plan.score_cells(cell.targets):
+    for block in ScoreCell.of_targets(session.run.plan, cell.targets):
         rows = masks[:, block.rows.start : block.rows.stop].astype(np.float64)
         total += rows @ contents.read(session.run, block, "scores").astype(np.float64)
     return total
@@ -142,7 +152,7 @@ def _curves(
         means = {size: torch.stack(out_to_loss[:size]).mean(0) for size in sizes}
         sums = _masked_sums(session, model_id, truth.masks, means)
         targets = torch.cat(
-            [read_grads(session, c) for c in plan.featurize_cells(model_id, cell.targets)]
+            [read_grads(session, c) for c in FeaturizeCell.of_split(plan, model_id, cell.targets)]
         ).double()[told]
         gram = torch.from_numpy(contents.read(session.run, GramCell(model_id), "gram"))
         for dim in sorted({dim for size, dim in cases if size > position}):
@@ -185,7 +195,7 @@ def _folded(gram: Float64[Tensor, "k k"], dim: int) -> Float64[Tensor, "dim dim"
 
 
 def _out_to_loss(session: Session, model_id: int) -> Float[Tensor, " rows"]:
-    cells = session.run.plan.featurize_cells(model_id, TRAIN)
+    cells = FeaturizeCell.of_split(session.run.plan, model_id, TRAIN)
     blocks = [contents.read(session.run, c, "out_to_loss") for c in cells]
     return torch.from_numpy(np.concatenate(blocks))
 
@@ -197,7 +207,7 @@ def _masked_sums(
     plan = session.run.plan
     shape = (len(masks), plan.proj_dim)
     sums = {key: torch.zeros(shape, dtype=torch.float64, device=session.device) for key in weights}
-    for source in plan.featurize_cells(model_id, TRAIN):
+    for source in FeaturizeCell.of_split(plan, model_id, TRAIN):
         block = slice(source.rows.start, source.rows.stop)
         grads = read_grads(session, source).double()
         chosen = torch.from_numpy(masks[:, block]).to(session.device)

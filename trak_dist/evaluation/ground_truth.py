@@ -1,23 +1,22 @@
-"""The ground truth of an evaluation: planned, or brought by the user, and read."""
+"""The ground truth of an evaluation, read: masks and margins of retrained models."""
 
 from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trak_dist.cells import MarginsCell
+from trak_dist.cells import MarginsCell, of_stage
 from trak_dist.config import MIN_SUBSETS, GroundTruth
-from trak_dist.errors import ConfigError, EvaluationError, PlanMismatch
+from trak_dist.errors import ConfigError, EvaluationError
 from trak_dist.ops import draws
 from trak_dist.plan import Plan
-from trak_dist.problem import Problem
 from trak_dist.store import arrays, atomic, contents
 from trak_dist.store.run import Run
 
@@ -30,69 +29,9 @@ class Truth:
     margins: NDArray[np.float64]
 
 
-def with_ground_truth(
-    plan: Plan,
-    problem: Problem,
-    asked: GroundTruth,
-    given: Collection[str],
-    *,
-    others: Collection[GroundTruth] = (),
-    tell: Callable[[str], None],
-) -> Plan:
-    """`plan` with the ground truth asked for; of one that is there more or fewer models count.
-
-    Parameters
-    ----------
-    given : collection of str
-        The fields of `asked` that count; the others stay as they are.
-    others : collection of GroundTruth
-        Those of the other members of its sweep, which share the models.
-
-    Raises
-    ------
-    PlanMismatch
-        If it has another one.
-    ConfigError
-        If models can't be retrained, or a subset would be empty or all.
-    EvaluationError
-        If the files that were brought do not fit.
-    """
-    there = plan.ground_truth
-    wanted = replace(there, **{name: getattr(asked, name) for name in given})
-    if wanted.masks:
-        masks, margins = (str(Path(p).absolute()) for p in (wanted.masks, wanted.margins))
-        wanted = replace(wanted, masks=masks, margins=margins)
-    for known in (there, *others):  # of one run and its members: their models are the same files
-        alike = (wanted.alpha, wanted.masks) == (known.alpha, known.masks)
-        if wanted.subsets and (wanted.masks or (known.subsets and not alike)):
-            raise PlanMismatch(
-                f"the run has another ground truth: {known.subsets} subsets, {known.seeds} seeds, "
-                f"alpha {known.alpha}, masks {known.masks!r}",
-                where="ground_truth",
-                next=f"ground_truth.alpha={known.alpha} and no masks, or use another run_dir",
-            )
-    if wanted.subsets and problem.train_checkpoint is None:
-        raise ConfigError(
-            "the problem has no train_checkpoint to retrain models with",
-            where="ground_truth.subsets",
-            next="give it one, or bring ground_truth.masks and ground_truth.margins",
-        )
-    if wanted.subsets and not 0 < round(wanted.alpha * plan.train.rows) < plan.train.rows:
-        raise ConfigError(
-            f"a share of {wanted.alpha} of {plan.train.rows} train rows is none or all of them",
-            where="ground_truth.alpha",
-            next="ground_truth.alpha=0.5",
-        )
-    if not wanted.masks:
-        return replace(plan, ground_truth=wanted, truth_files="", truth_of="")
-    rows = {split.name: split.rows for split in plan.targets}
-    found = read_files(wanted, plan.train.rows, rows, tell=tell)
-    return replace(plan, ground_truth=wanted, truth_files=found.digest, truth_of=found.targets)
-
-
 def refuse_without_truth(plan: Plan) -> None:
     """Raise `ConfigError` if there is nothing to hold scores against."""
-    if not any(plan.cells("evaluate")):
+    if not any(of_stage(plan, "evaluate")):
         raise ConfigError(
             "there is no ground truth to hold the scores against",
             where="ground_truth",

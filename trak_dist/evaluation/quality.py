@@ -13,7 +13,7 @@ from trak_dist.store.run import Run
 
 def lines(run: Run) -> Iterator[str]:
     """All that was found, the LDS last."""
-    done = run.receipts.done([*run.plan.cells_of(ReportCell), *run.plan.cells_of(EvaluateCell)])
+    done = run.receipts.done([*ReportCell.of(run.plan), *EvaluateCell.of(run.plan)])
     facts = [(cell.id.partition("/")[2], receipt.facts) for cell, receipt in done.items()]
     for part in (_halves, _removed, _labels):
         for name, found in facts:
@@ -25,7 +25,7 @@ def lines(run: Run) -> Iterator[str]:
 def lds(run: Run) -> Iterator[str]:
     """The LDS of each target set that was held against retrained models."""
     chosen_here = ", λ chosen on these targets" if run.plan.lambda_from else ""
-    for cell, receipt in run.receipts.done(run.plan.cells_of(EvaluateCell)).items():
+    for cell, receipt in run.receipts.done(EvaluateCell.of(run.plan)).items():
         name = cell.id.partition("/")[2]
         with _odd_facts_told(name):
             yield from _lds(name, receipt.facts, chosen_here)

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trak_dist.cells import TRAIN, Cell
+from trak_dist.cells import Cell, FeaturizeCell
+from trak_dist.coordinates import TRAIN
 from trak_dist.ops import ranking
 from trak_dist.runtime.session import Session
 from trak_dist.store import contents
@@ -47,6 +48,6 @@ def _out_to_loss(session: Session) -> NDArray[np.float64]:
     run = session.run
     total = np.zeros(run.plan.train.rows)
     for model_id in run.plan.model_ids:
-        cells: list[Cell] = [*run.plan.featurize_cells(model_id, TRAIN)]
+        cells: list[Cell] = [*FeaturizeCell.of_split(run.plan, model_id, TRAIN)]
         total += np.concatenate([contents.read(run, c, "out_to_loss") for c in cells])
     return np.asarray(total / len(run.plan.model_ids))

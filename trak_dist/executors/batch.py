@@ -18,18 +18,16 @@ from typing import Any
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from trak_dist import needs, slurm
+from trak_dist import slurm
 from trak_dist.cells import STEPS
 from trak_dist.config import SlurmConfig
 from trak_dist.errors import QueueFull, SlurmError, SlurmRefused
 from trak_dist.machine import LOG_VARIABLE
 from trak_dist.plan import Plan
 from trak_dist.store import atomic
-from trak_dist.store.jobs import GO_ON
 from trak_dist.store.run import Run
 
 BASE_GB = 8  # interpreter, libraries, CUDA's own, the user's data
-GPU_STEPS = ("train", "featurize", "counterfactual")
 TRIES, PAUSE_SECONDS = 4, 5.0
 # What sbatch says where a limit on submitted jobs is reached, and where trying again may help.
 FULL = ("MaxSubmitJob", "GrpSubmitJob", "job queue full", "temporarily unable to accept")
@@ -96,7 +94,7 @@ def submit(run: Run, cluster: SlurmConfig, batch: Batch) -> str:
             raise SlurmRefused(
                 f"sbatch refused the {batch.step} array: {said}",
                 where="cluster",
-                next="correct the setting it names; cluster.dry_run=true shows the script",
+                next=_correction(run.plan, cluster, batch, said),
             )
         time.sleep(PAUSE_SECONDS)
         for task in slurm.queue(batch.name):  # an answer that was lost may have been a yes
@@ -105,6 +103,13 @@ def submit(run: Run, cluster: SlurmConfig, batch: Batch) -> str:
         f"sbatch gave no answer for the {batch.step} array: {said}",
         next="see whether Slurm is up (scontrol ping), then run the same command again",
     )
+
+
+def _correction(plan: Plan, cluster: SlurmConfig, batch: Batch, said: str) -> str:
+    if "Memory" in said:
+        asked = math.ceil(memory_gb(plan, cluster, batch.step))
+        return f"cluster.memory_gb=… with less than the {asked} GiB that a task asks for"
+    return "correct the setting it names; cluster.dry_run=true shows the script"
 
 
 def script(run: Run, cluster: SlurmConfig, batch: Batch) -> str:
@@ -116,16 +121,20 @@ def memory_gb(plan: Plan, cluster: SlurmConfig, step: str) -> float:
     """Memory that a task of this step asks for."""
     if cluster.memory_gb:
         return cluster.memory_gb
-    known = needs.memory(plan)
-    cells = max((known.get(kind.stage, 0) for kind in STEPS.get(step, ())), default=0)
-    return BASE_GB + -(-cells // 2**30)
+    largest = max((kind.memory(plan) for kind in STEPS.get(step, ())), default=0)
+    return BASE_GB + -(-largest // 2**30)
+
+
+def on_gpu(step: str) -> bool:
+    """Whether a task of this step has cells that compute on the device that is asked for."""
+    return any(kind.gpu for kind in STEPS.get(step, ()))
 
 
 def destination(cluster: SlurmConfig, step: str) -> dict[str, str]:
     """Partition, account, QOS, nodes that tasks of this step ask for, where not the site's own."""
     names = ("partition", "account", "qos", "constraint", "exclude")
     chosen = {n: getattr(cluster, n) for n in names}
-    if step not in GPU_STEPS:
+    if not on_gpu(step):
         chosen |= {n: v for n in names if (v := getattr(cluster.cpu_jobs, n))}
     return {n: v for n, v in chosen.items() if v}
 
@@ -158,7 +167,7 @@ def _executor(run: Run, cluster: SlurmConfig, batch: Batch) -> _Sbatch:
 
 
 def _parameters(run: Run, cluster: SlurmConfig, batch: Batch) -> dict[str, Any]:
-    gpu = batch.step in GPU_STEPS and cluster.device != "cpu"
+    gpu = on_gpu(batch.step) and cluster.device != "cpu"
     cpus = cluster.cpus_per_task or 1 + _threads(run.plan, batch.step)
     logs = shlex.quote(str(run.layout.job_logs(batch.number)))
     log = '"${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}_0_log.out"'
@@ -191,6 +200,4 @@ def _parameters(run: Run, cluster: SlurmConfig, batch: Batch) -> dict[str, Any]:
 
 
 def _threads(plan: Plan, step: str) -> int:
-    if step == GO_ON:
-        return 1
-    return plan.spec.featurize.threads if step in GPU_STEPS else plan.spec.reduce.threads
+    return max((kind.threads(plan) for kind in STEPS.get(step, ())), default=1)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 from trak_dist import graph, slurm
-from trak_dist.cells import STAGE_STEPS, STEPS, Cell
+from trak_dist.cells import STAGE_STEPS, STEPS, Cell, FeaturizeCell, of_run, of_step
 from trak_dist.config import SlurmConfig
 from trak_dist.errors import QueueFull, SlurmError, SlurmRefused
 from trak_dist.executors import batch
@@ -74,10 +74,10 @@ class Arrays:
         self.jobs = jobs
         self.owners = dict(owners)
         self._plan, self._steps, self._skip = plan, order.steps, skip
-        self._done = jobs.run.receipts.done([c for s in STEPS for c in graph.cells(plan, s)])
+        self._done = jobs.run.receipts.done(of_run(plan))
         self.rows = order.cluster.rows_per_task
         if not self.rows and "featurize" in self._steps:
-            receipts = (r for c, r in self._done.items() if c.stage == "featurize")
+            receipts = (r for c, r in self._done.items() if isinstance(c, FeaturizeCell))
             measured = rows_per_second(receipts) or rate()
             self.rows = int(60 * order.cluster.minutes_per_task * measured)
 
@@ -100,7 +100,7 @@ class Arrays:
 
     def queued(self) -> int:
         """How many cells of these steps are in the queue."""
-        return sum(1 for s in self._steps for c in graph.cells(self._plan, s) if c in self.owners)
+        return sum(1 for s in self._steps for c in of_step(self._plan, s) if c in self.owners)
 
     def _arrays(self, owners: dict[Cell, str]) -> Iterator[graph.Array]:
         return graph.arrays(
@@ -127,7 +127,7 @@ def sender(jobs: Jobs, order: Order, rows: int) -> Send:
             launch=order.launch,
             step=step,
             fingerprint=jobs.run.plan.fingerprint,
-            device=order.cluster.device if step in batch.GPU_STEPS else "cpu",
+            device=order.cluster.device if batch.on_gpu(step) else "cpu",
             tasks=tuple(tuple(cell.id for cell in task) for task in tasks),
             cluster=asdict(replace(order.cluster, rows_per_task=rows)),
             stages=order.stages,

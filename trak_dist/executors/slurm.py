@@ -12,8 +12,8 @@ import uuid
 from collections.abc import Sequence
 
 from trak_dist import graph, machine, slurm
-from trak_dist.cells import STEPS, Cell
-from trak_dist.config import SlurmConfig, cluster_from_mapping
+from trak_dist.cells import STEPS, Cell, of_run
+from trak_dist.config import SlurmConfig
 from trak_dist.errors import ConfigError, MissingInputs, QueueFull, SlurmError, SlurmRefused
 from trak_dist.executors import batch
 from trak_dist.executors.sending import (
@@ -29,6 +29,7 @@ from trak_dist.executors.sending import (
 from trak_dist.status.queue import Queue, cells_of, read_queue
 from trak_dist.store.jobs import GO_ON, Job, Jobs
 from trak_dist.store.run import Run
+from trak_dist.validation import cluster_from_mapping
 
 ROOM_SECONDS = 30.0  # between two looks whether the queue has room
 
@@ -81,15 +82,15 @@ def _can_succeed(run: Run, queue: Queue) -> tuple[dict[Cell, str], list[str]]:
     """
     plan, owners = run.plan, dict[Cell, str]()
     doomed = [task.job_id for task, job in queue.tasks if task.doomed and job.step == GO_ON]
-    done = run.receipts.done([c for step in STEPS for c in graph.cells(plan, step)])
+    done = run.receipts.done(of_run(plan))
     for step, kinds in STEPS.items():
         lacking: dict[object, bool] = {}
         made = [(t, j, cells_of(t, j)) for t, j in queue.tasks if j.step == step and not t.ended]
         # A task that begins with a kernel waits for the one that makes the Gram.
         for task, job, cells in sorted(made, key=lambda one: kinds.index(type(one[2][0]))):
-            alike = type(cells[0]), graph.shares_needs(cells[0])
+            alike = type(cells[0]), cells[0].depends_as
             if alike not in lacking:
-                needed = graph.needs(plan, cells[0], done)
+                needed = cells[0].dependencies(plan, done)
                 lacking[alike] = any(c not in done and c not in owners for c in needed)
             if task.doomed or (lacking[alike] and not task.runs):
                 # Another member's are not ours to cancel, and not to be waited for.

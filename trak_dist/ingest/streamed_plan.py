@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from trak_dist.cells import TRAIN, check_name
 from trak_dist.compat import (
     BasicProjector,
     FunctionalGradientComputer,
@@ -21,6 +20,8 @@ from trak_dist.compat import (
     NoOpProjector,
 )
 from trak_dist.config import FeaturizeConfig, ReduceConfig, Spec
+from trak_dist.coordinates import TRAIN, check_name
+from trak_dist.dotted import differences
 from trak_dist.errors import ConfigError, PlanMismatch
 from trak_dist.ops.model_outputs import (
     ImageClassification,
@@ -28,7 +29,7 @@ from trak_dist.ops.model_outputs import (
     OfBatches,
     TextClassification,
 )
-from trak_dist.plan import Checkpoint, Plan, Source, Split, differences, planned_cell_rows
+from trak_dist.plan import Checkpoint, Plan, Source, Split, planned_cell_rows
 from trak_dist.store.run import Run
 
 PROBLEM = {"_target_": "trak_dist.TRAKer"}

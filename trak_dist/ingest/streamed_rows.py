@@ -19,8 +19,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from trak_dist.cells import TRAIN, FeaturizeCell
+from trak_dist.cells import FeaturizeCell
+from trak_dist.cells.featurize import INPUT_DIGEST_BYTES
+from trak_dist.coordinates import TRAIN
 from trak_dist.errors import DatasetError, MissingInputs, MixedRun, ModelIDException
+from trak_dist.hashing import digest_of
+from trak_dist.listing import first_few
 from trak_dist.ops import rows as row_format
 from trak_dist.ops.model_outputs import attention_mask
 from trak_dist.runtime.outcome import Outcome, grads_facts
@@ -40,7 +44,7 @@ class Feed:
         self._seen: set[str] = set()
         rows = run.plan.split(split).rows
         self._done = np.zeros(rows, bool)
-        self._inputs = np.zeros((rows, parts.DIGEST_BYTES), np.uint8)
+        self._inputs = np.zeros((rows, INPUT_DIGEST_BYTES), np.uint8)
         self._known = np.zeros(rows, bool)  # whether their inputs are in `_inputs`
 
     def done(self) -> NDArray[np.bool_]:
@@ -48,7 +52,7 @@ class Feed:
         if self._done.all():
             return self._done
         listed = parts.listed(self._directory)  # first: what is gathered meanwhile is in cells
-        cells = list(self._run.plan.featurize_cells(self._model_id, self.split))
+        cells = list(FeaturizeCell.of_split(self._run.plan, self._model_id, self.split))
         for cell in self._run.receipts.done(cells):
             assert isinstance(cell, FeaturizeCell)
             self._done[cell.rows.start : cell.rows.stop] = True
@@ -81,7 +85,9 @@ class Feed:
         if not plan.split(self.split).fed:
             return  # read from a dataset, whose digests are of cells, not of rows
         unknown = rows[~self._known[rows]]
-        for cell in plan.featurize_cells(self._model_id, self.split) if len(unknown) else ():
+        for cell in (
+            FeaturizeCell.of_split(plan, self._model_id, self.split) if len(unknown) else ()
+        ):
             if ((unknown >= cell.rows.start) & (unknown < cell.rows.stop)).any():
                 inputs_of_cell = contents.read(self._run, cell, "inputs")
                 self._note(np.arange(cell.rows.start, cell.rows.stop), inputs_of_cell)
@@ -124,7 +130,7 @@ def row_digests(batch: Sequence[Any], size: int) -> NDArray[np.uint8]:
     leaves = [t.detach().cpu() for t in pytree.tree_leaves(tuple(batch)) if isinstance(t, Tensor)]
     mask = attention_mask(batch)
     mask = None if mask is None else mask.detach().cpu().bool()
-    found = np.empty((size, parts.DIGEST_BYTES), np.uint8)
+    found = np.empty((size, INPUT_DIGEST_BYTES), np.uint8)
     for row in range(size):
         sha = hashlib.sha256()
         for leaf in leaves:
@@ -136,7 +142,7 @@ def row_digests(batch: Sequence[Any], size: int) -> NDArray[np.uint8]:
                 value = value[..., : int(filled[-1]) + 1 if len(filled) else 0].contiguous()
             sha.update(str((value.dtype, tuple(value.shape))).encode())
             sha.update(value.reshape(-1).view(torch.uint8).numpy().data)
-        found[row] = np.frombuffer(sha.digest()[: parts.DIGEST_BYTES], np.uint8)
+        found[row] = np.frombuffer(sha.digest()[:INPUT_DIGEST_BYTES], np.uint8)
     return found
 
 
@@ -154,14 +160,12 @@ def refuse_missing(run: Run, model_id: int, split: str) -> None:
 
 
 def spans(rows: NDArray[np.int64]) -> str:
-    """Rows in ascending order as `3, 5-7, …`, at most ten of their ranges."""
+    """Rows in ascending order, as their ranges: `3, 5-7`."""
     breaks = np.flatnonzero(np.diff(rows) != 1) + 1
     ranges = [
-        str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}"
-        for r in np.split(rows, breaks)[:11]
-        if len(r)
+        str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in np.split(rows, breaks) if len(r)
     ]
-    return ", ".join(ranges[:10]) + (", …" if len(ranges) > 10 else "")
+    return first_few(ranges)
 
 
 def gather(run: Run, cell: FeaturizeCell) -> Outcome:
@@ -202,7 +206,7 @@ def gather(run: Run, cell: FeaturizeCell) -> Outcome:
             raise MissingInputs(what, where=cell.id) from None
         raise
     del arrays["rows"]
-    inputs = hashlib.sha256(arrays["inputs"].data).hexdigest()[:32]
+    inputs = digest_of(arrays["inputs"].data)
     digests = contents.write(run, cell, arrays)
     counts = {"rows": size, "parts": len(used), "non_finite_rows": 0}
     return Outcome(digests, {**facts, "inputs_digest": inputs, **counts})

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import checkpoint as checkpointing
 
 from trak_dist.errors import ProblemError
+from trak_dist.listing import first_few
 
 
 def copied(model: nn.Module) -> nn.Module:
@@ -80,7 +81,7 @@ class Intact:
         lost = [name for name, tensor in changed if id(tensor) not in self._copies]
         if lost:
             raise ProblemError(
-                f"the forward pass changes weights in place: {', '.join(lost[:5])}",
+                f"the forward pass changes weights in place: {first_few(lost, 5)}",
                 where=type(self._model).__qualname__,
                 next="let it work on a copy, in eval() at least: gradients are of a checkpoint",
             )

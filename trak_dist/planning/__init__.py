@@ -1,0 +1,28 @@
+"""From a problem and a spec to a plan, and from a plan to one with more in it.
+
+`plans` makes and extends plans, of what `checkpoints`, `splits`, `dry_run` and `gradient_method`
+find out. `ensemble` and `reduction` say whether what is made of the grads can be, `ground_truth`
+and `counterfactuals` what it is evaluated by, `lambda_selection` which λ is best.
+"""
+
+from trak_dist.planning.checkpoints import check_checkpoints
+from trak_dist.planning.counterfactuals import with_counterfactuals
+from trak_dist.planning.dry_run import trial_rate
+from trak_dist.planning.ensemble import refuse_unknown_ids, without_missing
+from trak_dist.planning.ground_truth import with_ground_truth
+from trak_dist.planning.plans import extend_plan, make_plan, with_gradients
+from trak_dist.planning.reduction import refuse_rank_deficient, refuse_scored
+
+__all__ = [
+    "check_checkpoints",
+    "extend_plan",
+    "make_plan",
+    "refuse_rank_deficient",
+    "refuse_scored",
+    "refuse_unknown_ids",
+    "trial_rate",
+    "with_counterfactuals",
+    "with_gradients",
+    "with_ground_truth",
+    "without_missing",
+]

@@ -23,6 +23,7 @@ from trak_dist.ops.hooks import HookGradients
 from trak_dist.ops.intact import Intact, copied
 from trak_dist.ops.model_outputs import ModelOutput, out_to_loss
 from trak_dist.ops.projection import CACHED_PIECE
+from trak_dist.spacing import evenly_spaced
 
 ROWS = 4  # of each batch that are computed alone
 ROUNDING = 1e-2  # of the tolerance, of all gradients: where a parameter's are zero but for rounding
@@ -91,7 +92,7 @@ def refuse_unfit(
     where : str
         What it is of, for the message.
     """
-    rows = _some(examples_in(batch))
+    rows = evenly_spaced(examples_in(batch), ROWS)
     kind = type(model_output).__qualname__
     try:
         audit.refuse_random(model, model_output, params, batch, where=kind)
@@ -145,7 +146,7 @@ def _difference(
     model: nn.Module, output: ModelOutput, batch: Batch, params: Sequence[str], way: str
 ) -> str:
     shapes, size = select_params(model, params), examples_in(batch)
-    rows, weights = _some(size), audit.random_weights(size, seed=0)
+    rows, weights = evenly_spaced(size, ROWS), audit.random_weights(size, seed=0)
     if way == "hooks":
         compute: GradientComputer = HookGradients(
             model, output, params, piece_elements=CACHED_PIECE
@@ -207,12 +208,6 @@ def _differing(
                 f"{name} has other gradients than {than} (difference {error:.1e}, norm {norm:.1e})"
             )
     return ""
-
-
-def _some(size: int) -> list[int]:
-    """Rows of a batch, spread from the first to the last."""
-    count = min(ROWS, size)
-    return sorted({round(i * (size - 1) / max(1, count - 1)) for i in range(count)})
 
 
 def _text(error: Exception) -> str:

@@ -9,8 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trak_dist import commands
-from trak_dist.cells import Cell, FeaturizeCell, Rows
+from trak_dist.cells import Cell, FeaturizeCell
+from trak_dist.coordinates import Rows
 from trak_dist.errors import MissingInputs, MixedRun
+from trak_dist.listing import first_few
 from trak_dist.ops import projection
 from trak_dist.ops import rows as row_format
 from trak_dist.runtime.session import Session
@@ -51,7 +53,7 @@ def require(run: Run, cells: Sequence[Cell], *, needed_by: Cell) -> dict[Cell, R
     if missing:
         raise MissingInputs(
             f"{len(missing)} of the cells that {needed_by.id} needs are not done: "
-            f"{', '.join(missing[:5])}{', …' if len(missing) > 5 else ''}",
+            f"{first_few(missing, 5)}",
             where=needed_by.id,
             next=commands.launch(run.layout.run_dir),
         )
@@ -85,8 +87,7 @@ def _refuse_unequal(fact: str, values: Sequence[tuple[Cell, object]], *, next: s
         by_value.setdefault(value, []).append(cell.id)
     if len(by_value) > 1:
         groups: Iterator[str] = (
-            f"{value!r} in {', '.join(cells[:3])}{', …' if len(cells) > 3 else ''}"
-            for value, cells in by_value.items()
+            f"{value!r} in {first_few(cells, 3)}" for value, cells in by_value.items()
         )
         hint = (
             " (random augmentation? data that changed? a loader that shuffles?)"

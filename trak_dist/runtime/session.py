@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -13,11 +13,11 @@ from torch.utils import _pytree as pytree
 
 from trak_dist import datasets
 from trak_dist import problem as problems
-from trak_dist.cells import TRAIN, Rows
 from trak_dist.checkpoints import digests
 from trak_dist.checkpoints.featurizer import Loaded, batch_in, model_in
 from trak_dist.checks import gradient_audit, pinned_model
 from trak_dist.config import Spec
+from trak_dist.coordinates import TRAIN, Rows
 from trak_dist.errors import DeviceError, ProblemError
 from trak_dist.problem import MapDataset, Problem
 from trak_dist.store.run import Run
@@ -31,9 +31,7 @@ class Session:
         self.device = device
         self._loaded: Loaded | None = None
         self._checked: set[str] = set()
-        self.shown: dict[
-            tuple[str, Rows], str
-        ] = {}  # digests of rows of splits, see runtime.shown_rows
+        self.shown: dict[tuple[str, Rows], str] = {}  # digests of rows of splits: runtime.reread
         self.took_back = False  # cells of this job, perhaps, which are to be run again
 
     @cached_property
@@ -100,7 +98,7 @@ class Session:
         size, dataset = self.run.plan.spec.featurize.batch_rows, self.problem.dataset(split)
         for start in range(rows.start, rows.stop, size):
             within = range(start, min(start + size, rows.stop))
-            batch = as_batch(datasets.collated(self.problem, dataset, within, name=split))
+            batch = datasets.batch(self.problem, dataset, within, name=split)
             cuda = self.device.type == "cuda"
             yield _converted(batch, lambda t: t.pin_memory()) if cuda else batch
 
@@ -115,13 +113,6 @@ def _converted(batch: tuple[Any, ...], convert: Callable[[Tensor], Tensor]) -> t
     return converted
 
 
-def as_batch(collated: Any) -> tuple[Any, ...]:
-    """What collate gave, as the arguments of a model output."""
-    if isinstance(collated, Mapping):
-        return (dict(collated),)
-    return tuple(collated) if isinstance(collated, list | tuple) else (collated,)
-
-
 def as_built(
     problem: Problem, spec: Spec, unsaved: Collection[str], device: torch.device
 ) -> dict[str, pinned_model.Numbers]:
@@ -134,7 +125,7 @@ def as_built(
     """
     compute, dataset = spec.featurize.compute, datasets.limited(problem.train, spec.limit)
     rows = sorted({0, len(dataset) - 1})[-spec.featurize.batch_rows :]
-    batch = as_batch(datasets.collated(problem, dataset, rows, name=TRAIN))
+    batch = datasets.batch(problem, dataset, rows, name=TRAIN)
     return pinned_model.built(
         model_in(compute, problem.model.to(device).eval()),
         problem.model_output,

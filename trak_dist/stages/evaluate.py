@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from typing import Any
 
-from trak_dist.cells import TRAIN, EvaluateCell
+from trak_dist.cells import CounterfactualCell, EvaluateCell, FeaturizeCell, ScoreCell
+from trak_dist.coordinates import TRAIN
 from trak_dist.evaluation import self_influence
 from trak_dist.evaluation.datamodeling import against_retrained
+from trak_dist.hashing import digest_of
 from trak_dist.runtime.inputs import require
 from trak_dist.runtime.outcome import Outcome
 from trak_dist.runtime.session import Session
@@ -29,19 +30,19 @@ def evaluate(session: Session, cell: EvaluateCell) -> Outcome:
         If the ground truth can't be used.
     """
     run, plan = session.run, session.run.plan
-    require(run, list(plan.score_cells(cell.targets)), needed_by=cell)
+    require(run, list(ScoreCell.of_targets(plan, cell.targets)), needed_by=cell)
     found: dict[str, Any] = {"targets": cell.targets, "model_ids": list(plan.model_ids)}
     if cell.targets == TRAIN:
-        grads = [c for m in plan.model_ids for c in plan.featurize_cells(m, TRAIN)]
+        grads = [c for m in plan.model_ids for c in FeaturizeCell.of_split(plan, m, TRAIN)]
         require(run, grads, needed_by=cell)
         found |= self_influence.summary(session)
     if plan.has_truth(cell.targets):
         found |= against_retrained(session, cell)
     if cell.targets != TRAIN and plan.counterfactuals.targets:
-        require(run, list(plan.counterfactual_cells(cell.targets)), needed_by=cell)
+        require(run, list(CounterfactualCell.of_targets(plan, cell.targets)), needed_by=cell)
         found["counterfactuals"] = counterfactual.summary(run, cell.targets)
     text = json.dumps(found, indent=1, allow_nan=False).encode()
     run.refuse_if_superseded(cell)
-    atomic.write(run.layout.evaluation(cell.targets), text)
+    atomic.write(run.layout.file(cell, "figures"), text)
     facts = {name: found[name] for name in TOLD if name in found}
-    return Outcome({"figures": hashlib.sha256(text).hexdigest()[:32]}, facts)
+    return Outcome({"figures": digest_of(text)}, facts)

@@ -11,13 +11,15 @@ from torch import Tensor
 
 from trak_dist.cells import FeaturizeCell
 from trak_dist.checks import gradient_audit
+from trak_dist.checks.shown_rows import Shown
 from trak_dist.errors import NonFiniteGradient, ProblemError, WrongGradient
 from trak_dist.ingest import streamed_rows
+from trak_dist.listing import first_few
 from trak_dist.ops import rows as row_format
 from trak_dist.ops.batches import examples_in
 from trak_dist.runtime.outcome import Outcome, grads_facts
+from trak_dist.runtime.reread import refuse_changed_rows, refuse_unlike
 from trak_dist.runtime.session import Session
-from trak_dist.runtime.shown_rows import Shown, refuse_changed_rows, refuse_unlike
 from trak_dist.store import contents
 
 
@@ -55,7 +57,7 @@ def _computed(session: Session, cell: FeaturizeCell) -> Outcome:
     session.once(f"done cells of {cell.split}", lambda: refuse_changed_rows(session, cell))
     grads = torch.zeros(len(cell.rows), plan.store_dim, device=session.device)
     out_to_loss = torch.zeros(len(cell.rows), device=session.device)
-    checks = gradient_audit.Audit.drawn(plan.key(cell), len(cell.rows), spec.featurize.batch_rows)
+    checks = gradient_audit.Audit.drawn(cell.key(plan), len(cell.rows), spec.featurize.batch_rows)
     shown = Shown()
     slower, done = loaded.slower_batches, 0
     for host_batch in session.batches(cell.split, cell.rows):
@@ -123,10 +125,9 @@ def refuse_unusable(
     bad = ~(grads.isfinite().all(1) & out_to_loss.isfinite())
     if bad.any():
         found = [rows[at] for at in bad.nonzero().flatten().tolist()]
-        shown = ", ".join(map(str, found[:10])) + (", …" if len(found) > 10 else "")
         raise NonFiniteGradient(
             f"non-finite gradient or out-to-loss in {len(found)} of {len(rows)} rows of "
-            f"{split!r}: {shown}; {what}",
+            f"{split!r}: {first_few(found)}; {what}",
             where=where,
             next="look there for NaN, and for labels that are no class, then run it again",
         )

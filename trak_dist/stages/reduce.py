@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import torch
 
-from trak_dist.cells import TRAIN, GramCell, KernelCell, PreconditionCell
+from trak_dist.cells import FeaturizeCell, GramCell, KernelCell, PreconditionCell
 from trak_dist.checks import gradient_audit
+from trak_dist.coordinates import TRAIN
 from trak_dist.errors import SingularGram
 from trak_dist.ops import kernel
 from trak_dist.runtime.inputs import read_grads, refuse_mixed, require
@@ -26,7 +27,7 @@ def gram(session: Session, cell: GramCell) -> Outcome:
         If its featurize cells are not all done, or were not made from the same things.
     """
     plan = session.run.plan
-    cells = list(plan.featurize_cells(cell.model_id, TRAIN))
+    cells = list(FeaturizeCell.of_split(plan, cell.model_id, TRAIN))
     if session.run.receipts.distrusted(cell.model_id):  # what was published meanwhile too
         gradient_audit.take_back(session.run, cell.model_id)
     receipts = require(session.run, cells, needed_by=cell)
@@ -83,9 +84,9 @@ def precondition(session: Session, cell: PreconditionCell) -> Outcome:
     run, plan = session.run, session.run.plan
     source = KernelCell(cell.model_id)
     (receipt,) = require(run, [source], needed_by=cell).values()
-    targets = list(plan.featurize_cells(cell.model_id, cell.targets))
+    targets = list(FeaturizeCell.of_split(plan, cell.model_id, cell.targets))
     # One train cell stands for all: the gram cell saw to it that they agree.
-    train = next(plan.featurize_cells(cell.model_id, TRAIN))
+    train = next(FeaturizeCell.of_split(plan, cell.model_id, TRAIN))
     refuse_mixed(require(run, [train, *targets], needed_by=cell))
     factor = torch.from_numpy(contents.read(run, source, "kernel")).to(session.device)
     if plan.split(cell.targets).fed:

@@ -14,13 +14,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from trak_dist import datasets
-from trak_dist.cells import TRAIN, EvaluateCell, FeaturizeCell, ReportCell
+from trak_dist.cells import EvaluateCell, FeaturizeCell, ReportCell
+from trak_dist.cells.score import halves_targets
+from trak_dist.coordinates import TRAIN
 from trak_dist.evaluation.plots import counterfactual_picture, lds_picture
 from trak_dist.ops import lds, ranking
 from trak_dist.problem import Rendered
 from trak_dist.runtime.inputs import require
 from trak_dist.runtime.outcome import Outcome
 from trak_dist.runtime.session import Session
+from trak_dist.spacing import evenly_spaced
 from trak_dist.store import atomic
 from trak_dist.store.receipts import audited
 from trak_dist.store.results import Results, Top
@@ -70,7 +73,7 @@ def report(session: Session, cell: ReportCell) -> Outcome:
         pictures[".lds"] = lds_picture(evaluation, title=title)
     if "counterfactuals" in evaluation:
         pictures[".counterfactuals"] = counterfactual_picture(evaluation, title=title)
-    path = run.layout.report(cell.targets)
+    path = run.layout.file(cell, "page")
     for name, picture in pictures.items():
         if picture:
             atomic.write(path.with_suffix(f"{name}.png"), picture)
@@ -83,7 +86,7 @@ def report(session: Session, cell: ReportCell) -> Outcome:
         evaluation=evaluation,
         stability=stability,
         lambda_from=run.plan.lambda_from,
-        audited=audited(run.receipts.done(run.plan.cells_of(FeaturizeCell)).values()),
+        audited=audited(run.receipts.done(FeaturizeCell.of(run.plan)).values()),
     )
     atomic.write(path, page.encode())
     return Outcome({}, {"pictures": [n for n, p in pictures.items() if p], "stability": stability})
@@ -95,7 +98,7 @@ def _stability(session: Session, targets: str) -> dict[str, Any]:
     Also what it would be by chance, and how many checkpoints are in a half.
     """
     run = session.run
-    if not run.plan.halves(targets):
+    if not halves_targets(run.plan, targets):
         return {}
     halves = Results(run).halves(targets)
     counts = [count for count in TOP_COUNTS if 2 * count <= len(halves)]
@@ -112,7 +115,7 @@ def _stability(session: Session, targets: str) -> dict[str, Any]:
 
 
 def _lines(session: Session, cell: ReportCell) -> list[_Line]:
-    columns = session.run.plan.split(cell.targets).spread(SHOWN_TARGETS)
+    columns = evenly_spaced(session.run.plan.split(cell.targets).rows, SHOWN_TARGETS)
     tops = Results(session.run).top(cell.targets, columns, SHOWN_EXAMPLES)
     return [_line(session, cell, top) for top in tops]
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trak_dist.cells import TRAIN, FeaturizeCell, KernelCell, PreconditionCell, Rows, ScoreCell
+from trak_dist.cells import FeaturizeCell, KernelCell, PreconditionCell, ScoreCell
+from trak_dist.cells.score import halves_targets
+from trak_dist.coordinates import TRAIN, Rows
 from trak_dist.ops import kernel
 from trak_dist.ops.scores import Ensemble
 from trak_dist.runtime.inputs import read_grads, refuse_other_rows, require
@@ -29,7 +31,7 @@ def score(session: Session, cell: ScoreCell) -> Outcome:
     ]
     receipts = require(run, solved, needed_by=cell)
     session.once(f"rows of {cell.targets}", lambda: _check_rows(session, cell))
-    whole, halves, kept = Ensemble(), (Ensemble(), Ensemble()), plan.halves(cell.targets)
+    whole, halves, kept = Ensemble(), (Ensemble(), Ensemble()), halves_targets(plan, cell.targets)
     for position, (model_id, source) in enumerate(zip(plan.model_ids, solved, strict=True)):
         grads, out_to_loss = _read(session, model_id, cell.rows)
         if itself:
@@ -52,7 +54,12 @@ def score(session: Session, cell: ScoreCell) -> Outcome:
 
 def _check_rows(session: Session, cell: ScoreCell) -> None:
     run, splits = session.run, dict.fromkeys((TRAIN, cell.targets))
-    cells = [c for m in run.plan.model_ids for s in splits for c in run.plan.featurize_cells(m, s)]
+    cells = [
+        c
+        for m in run.plan.model_ids
+        for s in splits
+        for c in FeaturizeCell.of_split(run.plan, m, s)
+    ]
     refuse_other_rows(run, require(run, cells, needed_by=cell))
 
 
@@ -68,7 +75,7 @@ def _read(session: Session, model_id: int, rows: Rows) -> tuple[Tensor, Tensor]:
 
 
 def _overlapping(session: Session, model_id: int, rows: Rows) -> list[FeaturizeCell]:
-    cells = session.run.plan.featurize_cells(model_id, TRAIN)
+    cells = FeaturizeCell.of_split(session.run.plan, model_id, TRAIN)
     return [c for c in cells if c.rows.start < rows.stop and rows.start < c.rows.stop]
 
 

@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Subset
 
-from trak_dist.cells import FULL, TRAIN, MarginsCell, Rows, TrainCell
+from trak_dist.cells import MarginsCell, TrainCell
 from trak_dist.checkpoints import digests, state_dicts
+from trak_dist.coordinates import FULL, TRAIN, Rows
 from trak_dist.errors import NonFiniteGradient, ProblemError
 from trak_dist.ops import draws
 from trak_dist.ops.gradients import outputs
@@ -42,7 +43,7 @@ def train(session: Session, cell: TrainCell) -> Outcome:
         # Unlike any other model's: what subsets share must be their rows alone.
         seed = draws.stream_key("retrain", cell.subset, cell.seed) & SEEDS
     state = fit(session, rows, seed, where=cell.id)
-    path = run.layout.checkpoint(run.layout.trained_checkpoint(cell.subset, cell.seed))
+    path = run.layout.file(cell, "checkpoint")
     run.refuse_if_superseded(cell)
     atomic.write(path, safetensors.torch.save(state))
     return Outcome({"checkpoint": digests.content_digest(state)})
@@ -59,8 +60,9 @@ def margins(session: Session, cell: MarginsCell) -> Outcome:
         If an output is NaN or infinite.
     """
     run = session.run
-    require(run, [TrainCell(cell.subset, cell.seed)], needed_by=cell)
-    path = run.layout.checkpoint(run.layout.trained_checkpoint(cell.subset, cell.seed))
+    trained = TrainCell(cell.subset, cell.seed)
+    require(run, [trained], needed_by=cell)
+    path = run.layout.file(trained, "checkpoint")
     model = session.problem.model
     state = state_dicts.fitted(state_dicts.read(path), model, where=str(path)).state
     hint = "ground_truth.seeds or .subsets of what is finished evaluates without this model"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trak_dist import slurm
-from trak_dist.cells import STAGE_CELLS, Cell, FeaturizeCell
+from trak_dist.cells import STAGE_STEPS, Cell, FeaturizeCell, of_stage
 from trak_dist.errors import SlurmError
 from trak_dist.plan import Split
 from trak_dist.status.queue import Queue, read_queue
@@ -139,8 +139,8 @@ def read_status(run: Run) -> Status:
         except SlurmError as error:
             note = f"what is running or queued is not known: {' '.join(error.what.split())}"
     stages = {}
-    for name in STAGE_CELLS:
-        cells = tuple(run.plan.cells(name))
+    for name in STAGE_STEPS:
+        cells = tuple(of_stage(run.plan, name))
         done = run.receipts.done(cells)
         left = {c for c in cells if c not in done}
         running = left & queue.running
@@ -220,7 +220,7 @@ def _grid(status: Status) -> Iterator[str]:
 
 
 def _marks(stage: StageStatus, model_id: int, split: Split, run: Run) -> str:
-    states = [stage.state(c) for c in run.plan.featurize_cells(model_id, split.name)]
+    states = [stage.state(c) for c in FeaturizeCell.of_split(run.plan, model_id, split.name)]
     columns = min(GRID_COLUMNS, len(states))
     parts = (
         states[i * len(states) // columns : (i + 1) * len(states) // columns]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from trak_dist.cells import STAGE_CELLS, Cell, FeaturizeCell
+from trak_dist.cells import Cell, FeaturizeCell, of_run
 from trak_dist.errors import StoreError
 from trak_dist.store.run import Run
 
@@ -43,7 +43,7 @@ def verify_run(run: Run, *, repair: bool) -> Verification:
 
     if repair:
         prepare(run)  # lost metadata is made anew, which damages nothing
-    cells = [cell for stage in STAGE_CELLS for cell in run.plan.cells(stage)]
+    cells = list(of_run(run.plan))
     done = len(run.receipts.done(cells))
     damaged = dict(damaged_cells(run))
     if repair:

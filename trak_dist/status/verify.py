@@ -6,15 +6,15 @@ made of them, count as damaged. None of a problem's code is run.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 
-from trak_dist.cells import STAGE_CELLS, Cell, EvaluateCell, ReportCell, TrainCell
+from trak_dist.cells import Cell, ReportCell, of_run
 from trak_dist.checkpoints.digests import content_digest
 from trak_dist.checkpoints.state_dicts import read
 from trak_dist.checks.dependents import made_of, sharing
+from trak_dist.checks.shown_rows import of_other_rows
 from trak_dist.errors import CheckpointError, StoreError
-from trak_dist.runtime.shown_rows import of_other_rows
+from trak_dist.hashing import digest_of
 from trak_dist.store import atomic, contents
 from trak_dist.store.receipts import Receipt
 from trak_dist.store.run import Run
@@ -27,15 +27,14 @@ def damaged_cells(run: Run) -> Iterator[tuple[Cell, list[str]]]:
     """
     odd = of_other_rows(run)
     odd |= made_of(run, odd)
-    for stage in STAGE_CELLS:
-        for cell, receipt in run.receipts.done(run.plan.cells(stage)).items():
-            reasons = [odd[cell]] if cell in odd else []
-            try:
-                reasons += _damages(run, cell, receipt)
-            except (StoreError, CheckpointError) as error:
-                reasons.append(error.what)
-            if reasons:
-                yield cell, reasons
+    for cell, receipt in run.receipts.done(of_run(run.plan)).items():
+        reasons = [odd[cell]] if cell in odd else []
+        try:
+            reasons += _damages(run, cell, receipt)
+        except (StoreError, CheckpointError) as error:
+            reasons.append(error.what)
+        if reasons:
+            yield cell, reasons
 
 
 def take_back(run: Run, damaged: Sequence[tuple[Cell, list[str]]]) -> None:
@@ -52,25 +51,23 @@ def take_back(run: Run, damaged: Sequence[tuple[Cell, list[str]]]) -> None:
 
 
 def _damages(run: Run, cell: Cell, receipt: Receipt) -> Iterator[str]:
-    if isinstance(cell, TrainCell):
-        path = run.layout.checkpoint(run.layout.trained_checkpoint(cell.subset, cell.seed))
-        found = content_digest(read(path))
-        if found != receipt.digests.get("checkpoint"):
-            written = receipt.digests.get("checkpoint")
-            yield f"checkpoint: digest {found}, the receipt says {written}"
-    elif isinstance(cell, EvaluateCell):
-        path = run.layout.evaluation(cell.targets)
-        there = atomic.exists(path)
-        found = hashlib.sha256(atomic.read(path)).hexdigest()[:32] if there else "none"
-        if found != receipt.digests.get("figures"):
-            yield f"figures: digest {found}, the receipt says {receipt.digests.get('figures')}"
-    elif isinstance(cell, ReportCell):
-        page = run.layout.report(cell.targets)
+    yield from contents.damages(run, cell, receipt)
+    for name, owned in cell.files().items():
+        path, written = run.layout.file(cell, name), receipt.digests.get(name)
+        if owned.tensors:
+            found = content_digest(read(path))
+        elif atomic.exists(path):
+            found = digest_of(atomic.read(path))
+        else:
+            found = "none"
+        of_before = written is None and isinstance(cell, ReportCell) and found != "none"
+        if found != written and not of_before:
+            yield f"{name}: digest {found}, the receipt says {written}"
+    if isinstance(cell, ReportCell):
+        page = run.layout.file(cell, "page")
         pictures = [
             page.parent / f"{page.stem}{name}.png" for name in receipt.fact("pictures", list)
         ]
-        for path in (page, *pictures):
+        for path in pictures:
             if not atomic.exists(path):
                 yield f"report: {path.name} is missing"
-    else:
-        yield from contents.damages(run, cell, receipt)

@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 import logging
 import shlex
 import shutil
 import tempfile
 import uuid
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,28 +25,15 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import LocalStore, MemoryStore
 
+from trak_dist.cells.ownership import ArraySpec
 from trak_dist.errors import CorruptChunk, StoreError
+from trak_dist.hashing import digest_of
 from trak_dist.store import atomic
 
 # Passed to open_array it is silently ignored (zarr 3.1.6), so it is set for the whole process.
 zarr.config.set({"array.write_empty_chunks": True})
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ArraySpec:
-    """What an array is: shape, chunks, dtype, compression and attributes.
-
-    One that `grows` may have more rows, for another plan.
-    """
-
-    shape: tuple[int, ...]
-    chunks: tuple[int, ...]
-    dtype: str
-    compression: str = "none"
-    attributes: Mapping[str, Any] = field(default_factory=dict)
-    grows: bool = False
 
 
 def ensure_group(path: Path) -> None:
@@ -116,6 +100,17 @@ def replace(path: Path, spec: ArraySpec) -> None:
     ensure(path, spec)
 
 
+def prepare(path: Path, spec: ArraySpec) -> None:
+    """Make the array at `path`, or do with the one that is there as `spec` says.
+
+    Raises
+    ------
+    StoreError
+        As `ensure` does.
+    """
+    {"refuse": ensure, "grow": grow, "replace": replace}[spec.if_changed](path, spec)
+
+
 def write_rows(path: Path, spec: ArraySpec, start: int, values: NDArray[Any]) -> str:
     """Write whole chunks from row `start` on, to disk; return the digest of their content.
 
@@ -160,7 +155,7 @@ def read_rows(path: Path, spec: ArraySpec, start: int, stop: int) -> NDArray[Any
 
 def content_digest(values: NDArray[Any]) -> str:
     """Digest of the values as C-ordered bytes, whatever the codec."""
-    return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()[:32]
+    return digest_of(np.ascontiguousarray(values).data)
 
 
 def _there(path: Path) -> bool:
@@ -229,7 +224,7 @@ def _differences(array: Any, spec: ArraySpec) -> str:
     """What of an array's metadata is not as `spec` says, in words; nothing if all is."""
     there, planned = _metadata(array), _metadata(_create(MemoryStore(), spec))
     rows = array.shape[:1]
-    if spec.grows and rows > spec.shape[:1]:
+    if spec.if_changed == "grow" and rows > spec.shape[:1]:
         planned["shape"] = [*rows, *planned["shape"][1:]]
     return "; ".join(
         f"{name} {there.get(name)}, planned {planned.get(name)}"

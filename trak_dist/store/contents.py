@@ -11,18 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trak_dist import commands
-from trak_dist.cells import (
-    Cell,
-    FeaturizeCell,
-    GramCell,
-    KernelCell,
-    MarginsCell,
-    PreconditionCell,
-    ScoreCell,
-)
+from trak_dist.cells import Cell
+from trak_dist.cells.ownership import ArraySpec
 from trak_dist.errors import CorruptChunk
-from trak_dist.store import arrays, specs
-from trak_dist.store.arrays import ArraySpec
+from trak_dist.store import arrays
 from trak_dist.store.receipts import Receipt
 from trak_dist.store.run import Run
 
@@ -39,37 +31,10 @@ class Slab:
 
 def slabs(run: Run, cell: Cell) -> dict[str, Slab]:
     """The arrays' rows that `cell` owns, by the name of the array; some own none."""
-    plan, layout = run.plan, run.layout
-    match cell:
-        case MarginsCell(subset, seed, targets):
-            path, row = layout.margins(targets, seed), int(subset)
-            spec = specs.margins(plan, plan.split(targets))
-            owned = {"margins": Slab(path, spec, row, row + 1)}
-        case FeaturizeCell(model_id, split, rows):
-            group = layout.grads(plan, model_id, split)
-            owned = {
-                name: Slab(group / name, spec, rows.start, rows.stop)
-                for name, spec in specs.of_split(plan, plan.split(split)).items()
-            }
-        case GramCell(model_id):
-            path = layout.gram(plan, model_id)
-            owned = {"gram": Slab(path, specs.square(plan), 0, plan.proj_dim)}
-        case KernelCell(model_id):
-            path = layout.kernel(plan, model_id) / "kernel"
-            owned = {"kernel": Slab(path, specs.square(plan), 0, plan.proj_dim)}
-        case PreconditionCell(model_id, targets):
-            path = layout.kernel(plan, model_id) / "precond" / targets
-            spec = specs.preconditioned(plan, plan.split(targets))
-            owned = {"precond": Slab(path, spec, 0, plan.proj_dim)}
-        case ScoreCell(targets, rows):
-            path, spec = layout.scores(targets), specs.scores(plan, targets)
-            owned = {"scores": Slab(path, spec, rows.start, rows.stop)}
-            if plan.halves(targets):
-                path, spec = layout.halves(targets), specs.halves(plan, targets)
-                owned["halves"] = Slab(path, spec, rows.start, rows.stop)
-        case _:
-            owned = {}
-    return owned
+    return {
+        name: Slab(run.layout.array(cell, owned), owned.spec, owned.start, owned.stop)
+        for name, owned in cell.arrays(run.plan).items()
+    }
 
 
 def write(run: Run, cell: Cell, values: Mapping[str, NDArray[Any]]) -> dict[str, str]:

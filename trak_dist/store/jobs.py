@@ -9,18 +9,20 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 from trak_dist import decoding
-from trak_dist.cells import STAGE_CELLS, STEPS, Cell, check_name, parse_cell
-from trak_dist.config import DEVICES, rebuilt
+from trak_dist.cells import STAGE_STEPS, STEPS, Cell, of_run, parse_cell
+from trak_dist.config import DEVICES
+from trak_dist.coordinates import check_name
 from trak_dist.errors import PlanMismatch, StoreError
 from trak_dist.plan import digest
 from trak_dist.store import atomic
 from trak_dist.store.layout import Layout
 from trak_dist.store.run import Run
+from trak_dist.structuring import structure, unstructure
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +44,7 @@ class Job:
     device: str = field(metadata={"choices": DEVICES})
     tasks: tuple[tuple[str, ...], ...]
     cluster: Mapping[str, Any]
-    stages: tuple[str, ...] = field(metadata={"may_be_empty": True})
+    stages: tuple[str, ...]
     member: str = ""
     generation: int = 0
 
@@ -53,12 +55,12 @@ class Job:
     @classmethod
     def from_json(cls, text: bytes) -> Job:
         """Read back a job; raise `ValueError` if it is none."""
-        job = rebuilt(cls, decoding.mapping(text), "it is no job:")
+        job = structure(cls, decoding.mapping(text), "it is no job:")
         for cell_id in (c for task in job.tasks for c in task):
             parse_cell(cell_id)
         if job.member:
             check_name(job.member, what="the member")  # it names a directory
-        if not set(job.stages) <= set(STAGE_CELLS):
+        if not set(job.stages) <= set(STAGE_STEPS):
             raise ValueError(f"stages {list(job.stages)} are none")
         return job
 
@@ -116,7 +118,7 @@ class Jobs:
 
     def publish(self, job: Job) -> int:
         """Write `job` under the next number, which no other process takes; return it."""
-        content = json.dumps(asdict(job)).encode()
+        content = json.dumps(unstructure(job)).encode()
         number = max(self._layout.jobs(), default=0)
         while True:
             number += 1
@@ -176,13 +178,13 @@ class Jobs:
         ours = self.run
         return (
             cell in self._cells
-            and ours.plan.key(cell) == other.plan.key(cell)
+            and cell.key(ours.plan) == cell.key(other.plan)
             and ours.layout.receipt(ours.plan, cell) == other.layout.receipt(other.plan, cell)
         )
 
     @cached_property
     def _cells(self) -> frozenset[Cell]:
-        return frozenset(c for stage in STAGE_CELLS for c in self.run.plan.cells(stage))
+        return frozenset(of_run(self.run.plan))
 
     @cached_property
     def _others(self) -> dict[str, Run]:
@@ -192,7 +194,7 @@ class Jobs:
         """How the last attempt at a task began, if there was one."""
         try:
             raw = decoding.mapping(self._layout.attempt(job, index).read_bytes())
-            return rebuilt(Attempt, raw, "it is no attempt:")
+            return structure(Attempt, raw, "it is no attempt:")
         except (OSError, ValueError):  # none, or damaged: counting begins anew
             return None
 
@@ -202,5 +204,5 @@ class Jobs:
         fruitless = last.fruitless + 1 if last and last.done >= done else 1
         number = last.number + 1 if last else 1
         attempt = Attempt(number=number, fruitless=fruitless, done=done, job=by)
-        atomic.write(self._layout.attempt(job, index), json.dumps(asdict(attempt)).encode())
+        atomic.write(self._layout.attempt(job, index), json.dumps(unstructure(attempt)).encode())
         return attempt

@@ -7,25 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from trak_dist.cells import (
-    RANDOM,
-    TRAIN,
-    Cell,
-    CounterfactualCell,
-    EvaluateCell,
-    FeaturizeCell,
-    GramCell,
-    KernelCell,
-    PreconditionCell,
-    ReportCell,
-    ScoreCell,
-)
+from trak_dist.cells import Cell, FeaturizeCell
+from trak_dist.cells.ownership import OwnedRows
 from trak_dist.plan import Plan
 from trak_dist.store import atomic
 
 SWEEPS = "sweeps"
-# What no other member of a sweep can use, but for models without random rows.
-OF_MEMBER = (ScoreCell, CounterfactualCell, EvaluateCell, ReportCell)
 
 
 @dataclass(frozen=True)
@@ -109,11 +96,6 @@ class Layout:
         """A checkpoint as the plan names it."""
         return self.base / path  # an absolute path stays what it is
 
-    @staticmethod
-    def trained_checkpoint(subset: str, seed: int) -> str:
-        """The checkpoint that a train cell makes, relative to the run directory."""
-        return f"checkpoints/{subset}/{seed}.safetensors"
-
     def checkpoint_digest(self, model_id: int) -> Path:
         """The content digest that the first worker to load a checkpoint publishes."""
         return self.base / "receipts" / "checkpoints" / f"{model_id}.json"
@@ -124,18 +106,8 @@ class Layout:
 
     def receipts(self, plan: Plan, cell: Cell) -> Path:
         """The directory of the cell's receipt, shared with others that are read along with it."""
-        shared = isinstance(cell, CounterfactualCell) and cell.whose == RANDOM
-        owner = self.run_dir if isinstance(cell, OF_MEMBER) and not shared else self.base
-        root = owner / "receipts" / cell.stage
-        match cell:
-            case FeaturizeCell():
-                return root / plan.projection_id / str(cell.model_id)
-            case GramCell():
-                return root / plan.projection_id / str(plan.proj_dim)
-            case KernelCell() | PreconditionCell():
-                return root / plan.projection_id / plan.kernel_id
-            case _:
-                return root
+        owner = self.run_dir if cell.per_member else self.base
+        return owner.joinpath("receipts", cell.kind, *cell.receipt_group(plan))
 
     def receipt(self, plan: Plan, cell: Cell) -> Path:
         """The cell's own receipt."""
@@ -150,54 +122,23 @@ class Layout:
         """What went wrong in the cell's last attempt."""
         return self.receipts(plan, cell) / "failed" / self.receipt(plan, cell).name
 
-    def grads(self, plan: Plan, model_id: int, split: str) -> Path:
-        """The group of `grads`, `row_scale`, `out_to_loss`, and `inputs` where rows are fed."""
-        assert split == TRAIN or any(s.name == split for s in plan.targets)
-        return self._model(plan, model_id) / split
+    def array(self, cell: Cell, owned: OwnedRows) -> Path:
+        """The array of which `cell` owns some rows."""
+        store = self.store / SWEEPS / self.member if self.member and cell.per_member else self.store
+        return store / owned.path
+
+    def file(self, cell: Cell, name: str) -> Path:
+        """A file that `cell` owns, by its name there."""
+        return (self.run_dir if cell.per_member else self.base) / cell.files()[name].path
 
     def parts(self, plan: Plan, model_id: int, split: str) -> Path:
         """The parts of a checkpoint's split that is fed."""
         return self.base / "parts" / str(model_id) / plan.projection_id / split
 
-    def gram(self, plan: Plan, model_id: int) -> Path:
-        """The array XᵀX."""
-        return self._model(plan, model_id) / "gram" / str(plan.proj_dim)
-
-    def kernel(self, plan: Plan, model_id: int) -> Path:
-        """The group of `kernel` and `precond/<targets>`."""
-        return self._model(plan, model_id) / "reduce" / plan.kernel_id
-
-    def scores(self, targets: str) -> Path:
-        """The array of the ensemble's scores; of `train` their self-influence."""
-        return self._own / "scores" / targets
-
-    def halves(self, targets: str) -> Path:
-        """The array of the scores of either half of the ensemble, for some targets."""
-        return self._own / "halves" / targets
-
     @property
     def masks(self) -> Path:
         """Which train rows each subset of the ground truth has."""
         return self.base / "ground_truth" / "masks.npy"
-
-    def margins(self, targets: str, seed: int) -> Path:
-        """The array of one seed's model outputs, a row per subset."""
-        return self.store / "ground_truth" / "margins" / targets / str(seed)
-
-    def evaluation(self, targets: str) -> Path:
-        """What `stage=evaluate` found, in figures."""
-        return self.run_dir / "report" / f"{targets}.json"
-
-    def report(self, targets: str) -> Path:
-        """The page; its picture lies beside it as `.png`."""
-        return self.run_dir / "report" / f"{targets}.html"
-
-    @property
-    def _own(self) -> Path:
-        return self.store / SWEEPS / self.member if self.member else self.store
-
-    def _model(self, plan: Plan, model_id: int) -> Path:
-        return self.store / "models" / str(model_id) / plan.projection_id
 
 
 def _numbers(directory: Path, pattern: str) -> list[int]:

@@ -22,13 +22,13 @@ import safetensors.numpy
 from numpy.typing import NDArray
 
 from trak_dist import decoding
+from trak_dist.cells.featurize import INPUT_DIGEST_BYTES
 from trak_dist.errors import CorruptChunk, StoreError
+from trak_dist.hashing import truncated
 from trak_dist.plan import digest
 from trak_dist.store import atomic
 
 Arrays = Mapping[str, NDArray[Any]]
-
-DIGEST_BYTES = 16  # of what a row was computed from
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def rows_of(path: Path) -> tuple[NDArray[np.int64], NDArray[np.uint8]]:
             rows, inputs = file.get_tensor("rows"), file.get_tensor("inputs")
         if rows.dtype != np.int64 or inputs.dtype != np.uint8 or (rows < 0).any():
             raise ValueError("its rows are no numbers of rows")
-        if rows.ndim != 1 or inputs.shape != (len(rows), DIGEST_BYTES):
+        if rows.ndim != 1 or inputs.shape != (len(rows), INPUT_DIGEST_BYTES):
             raise ValueError(f"{inputs.shape} digests of {rows.shape} rows")
     except FileNotFoundError:
         raise
@@ -140,4 +140,4 @@ def _digest(arrays: Arrays) -> str:
     for name in sorted(arrays):
         sha.update(name.encode())
         sha.update(np.ascontiguousarray(arrays[name]).data)
-    return sha.hexdigest()[:32]
+    return truncated(sha)

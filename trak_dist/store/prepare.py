@@ -2,66 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from trak_dist.cells import Cell, GramCell, KernelCell, MarginsCell, PreconditionCell
-from trak_dist.plan import Plan
+from trak_dist.cells import KINDS, Cell, ScoreCell
 from trak_dist.store import arrays
 from trak_dist.store.contents import slabs
 from trak_dist.store.run import Run
 
 
-def prepare(run: Run) -> None:
+def prepare(run: Run, wanted: Callable[[Cell], bool] | None = None) -> None:
     """Make whatever array of `run` is not there yet; those that are there are verified.
+
+    Scores of another ensemble, or damaged, are replaced. Where this plan's cells made some before,
+    they are taken back: the next command does them.
+
+    Parameters
+    ----------
+    wanted : callable
+        Asked of a cell for each array; others are left as they are.
 
     Raises
     ------
     StoreError
         If an array of another kind is in the way, or the file system refuses.
     """
-    plan = run.plan
-    for model_id in plan.model_ids:
-        prepare_checkpoint(run, model_id)
-    prepare_scores(run, plan.scored())
-    for split in plan.targets:
-        for seed in range(plan.ground_truth.seeds if plan.ground_truth.subsets else 0):
-            for slab in slabs(run, MarginsCell("0", seed, split.name)).values():
-                arrays.grow(slab.path, slab.spec)
-                _ensure_groups(run, slab.path)
+    for kind in KINDS:
+        for cell in filter(wanted, kind.one_per_array(run.plan)):  # of None: all
+            _prepare(run, cell)
 
 
 def prepare_checkpoint(run: Run, model_id: int) -> None:
     """The same for the arrays of one checkpoint."""
-    for cell in _one_of_each(run.plan, model_id):
-        for slab in slabs(run, cell).values():
-            arrays.ensure(slab.path, slab.spec)
-            _ensure_groups(run, slab.path)
+    prepare(run, lambda cell: getattr(cell, "model_id", None) == model_id)
 
 
 def prepare_scores(run: Run, names: Iterable[str]) -> None:
-    """The same for scores of target sets; those of another ensemble, or damaged, are replaced.
-
-    Where this plan's cells made some before, they are taken back: the next command does them.
-    """
-    for name in names:
-        cells = list(run.plan.score_cells(name))
-        owned = slabs(run, cells[0]).values()
-        if any(arrays.is_other(slab.path, slab.spec) for slab in owned):
-            for cell in run.receipts.done(cells):
-                run.receipts.revoke(cell, why="its array was replaced")
-        for slab in owned:
-            arrays.replace(slab.path, slab.spec)
-            _ensure_groups(run, slab.path)
+    """The same for the scores of some target sets."""
+    names = set(names)
+    prepare(run, lambda cell: isinstance(cell, ScoreCell) and cell.targets in names)
 
 
-def _one_of_each(plan: Plan, model_id: int) -> Iterator[Cell]:
-    """A cell for each array of a checkpoint."""
-    for split in (plan.train, *plan.targets):
-        yield next(plan.featurize_cells(model_id, split.name))
-    yield GramCell(model_id)
-    yield KernelCell(model_id)
-    yield from (PreconditionCell(model_id, split.name) for split in plan.targets)
+def _prepare(run: Run, cell: Cell) -> None:
+    owned = slabs(run, cell).values()
+    replaced = [slab for slab in owned if slab.spec.if_changed == "replace"]
+    if any(arrays.is_other(slab.path, slab.spec) for slab in replaced):
+        assert isinstance(cell, ScoreCell)
+        of_it = ScoreCell.of_targets(run.plan, cell.targets)
+        for done in run.receipts.done(of_it):
+            run.receipts.revoke(done, why="its array was replaced")
+    for slab in owned:
+        arrays.prepare(slab.path, slab.spec)
+        _ensure_groups(run, slab.path)
 
 
 def _ensure_groups(run: Run, path: Path) -> None:

@@ -11,7 +11,7 @@ import io
 import json
 import logging
 from collections.abc import Container, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any, TypeVar
@@ -19,12 +19,12 @@ from typing import Any, TypeVar
 import numpy as np
 
 from trak_dist import decoding
-from trak_dist.cells import Cell
-from trak_dist.config import rebuilt
+from trak_dist.cells import Cell, FeaturizeCell
 from trak_dist.errors import CorruptChunk, StoreError
 from trak_dist.plan import Plan, digest
 from trak_dist.store import atomic
 from trak_dist.store.layout import Layout
+from trak_dist.structuring import structure, unstructure
 
 Fact = TypeVar("Fact")
 log = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class Receipts:
 
     def doubt(self, cell: Cell, why: str) -> None:
         """Note that a done cell was not made of what is there now."""
-        key = self._plan.key(cell)
+        key = cell.key(self._plan)
         note = Failure(cell=cell.id, key=key, error=why, traceback="", expected=True, doubted=True)
         self.fail(cell, note)
 
@@ -150,12 +150,12 @@ class Receipts:
         for directory, names in asked.items():
             found.update(_read_directory(directory, names))
         receipts = ((cell, found.get(cell.id)) for cell in cells)
-        return {c: r for c, r in receipts if r is not None and r.key == self._plan.key(c)}
+        return {c: r for c, r in receipts if r is not None and r.key == c.key(self._plan)}
 
     def failure(self, cell: Cell) -> Failure | None:
         """Why the last attempt at `cell` failed, if it did."""
         found = _read(self._layout.failure(self._plan, cell), Failure)
-        return found if found is not None and found.key == self._plan.key(cell) else None
+        return found if found is not None and found.key == cell.key(self._plan) else None
 
     def failures(self, cells: Iterable[Cell]) -> dict[Cell, Failure]:
         """The failures of those of `cells` whose last attempt failed."""
@@ -171,7 +171,7 @@ class Receipts:
         singles first and reads the columns after them misses none.
         """
         splits = (self._plan.train, *self._plan.targets)
-        cells = [c for s in splits for c in self._plan.featurize_cells(model_id, s.name)]
+        cells = [c for s in splits for c in FeaturizeCell.of_split(self._plan, model_id, s.name)]
         receipts = self.done(cells)
         path = self._layout.consolidated(self._plan, cells[0])
         by_cell = {r.cell: r for r in (*_read_columns(path), *receipts.values())}
@@ -222,7 +222,7 @@ def audited(receipts: Iterable[Receipt]) -> str:
 
 
 def _dump(value: Receipt | Failure) -> bytes:
-    content = json.loads(json.dumps(asdict(value)))
+    content = json.loads(json.dumps(unstructure(value)))
     return json.dumps({**content, "digest": digest(content)}).encode()
 
 
@@ -249,7 +249,7 @@ def _parsed(text: bytes, kind: type[Kind]) -> Kind:
     said = raw.pop("digest", None)
     if said not in (None, digest(raw)):
         raise ValueError("its content is not what was written")
-    return rebuilt(kind, raw, "it is no record of a cell:")
+    return structure(kind, raw, "it is no record of a cell:")
 
 
 def _read_directory(directory: Path, names: Container[str]) -> dict[str, Receipt]:

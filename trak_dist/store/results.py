@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,8 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trak_dist import commands
-from trak_dist.cells import STAGE_CELLS, TRAIN, EvaluateCell
+from trak_dist.cells import STAGE_STEPS, EvaluateCell, ScoreCell, of_stage
+from trak_dist.cells.score import halves_targets
+from trak_dist.coordinates import TRAIN
 from trak_dist.errors import ConfigError, CorruptChunk, MissingInputs
+from trak_dist.hashing import digest_of
 from trak_dist.plan import Plan
 from trak_dist.store import atomic, contents
 from trak_dist.store.receipts import Receipt
@@ -73,7 +75,7 @@ class Results:
         """The scores of either half of the ensemble (n_train, 2, some targets) float32.
 
         The halves are its checkpoints 0, 2, … and 1, 3, …, of an odd number without the last; the
-        targets are `plan.halves(targets)`.
+        targets are `halves(plan, targets)`.
 
         Raises
         ------
@@ -81,7 +83,7 @@ class Results:
             As `scores` does, or if there is one checkpoint.
         """
         self._refuse_train(targets)
-        if targets in self._names() and not self.plan.halves(targets):
+        if targets in self._names() and not halves_targets(self.plan, targets):
             raise ConfigError(
                 f"an ensemble of {len(self.plan.model_ids)} has no halves",
                 next="more checkpoints: checkpoints.train=… or the problem's own",
@@ -118,9 +120,9 @@ class Results:
 
     def receipts(self, stage: str) -> dict[str, Receipt]:
         """The receipts of the done cells of `train`, `featurize`, `reduce` or `report`, by cell."""
-        if stage not in STAGE_CELLS:
-            raise ConfigError(f"no stage {stage!r}", next=f"one of {', '.join(STAGE_CELLS)}")
-        done = self._run.receipts.done(self._run.plan.cells(stage))
+        if stage not in STAGE_STEPS:
+            raise ConfigError(f"no stage {stage!r}", next=f"one of {', '.join(STAGE_STEPS)}")
+        done = self._run.receipts.done(of_stage(self._run.plan, stage))
         return {cell.id: receipt for cell, receipt in done.items()}
 
     def evaluation(self, targets: str) -> dict[str, Any]:
@@ -133,8 +135,9 @@ class Results:
         MissingInputs
             If it is not evaluated yet, or not at all.
         """
-        path = self._run.layout.evaluation(targets)
-        receipt = self._run.receipts.done([EvaluateCell(targets)]).get(EvaluateCell(targets))
+        cell = EvaluateCell(targets)
+        path = self._run.layout.file(cell, "figures")
+        receipt = self._run.receipts.done([cell]).get(cell)
         if receipt is None:
             raise MissingInputs(
                 f"{targets!r} is not evaluated",
@@ -142,7 +145,7 @@ class Results:
                 next="stage=evaluate, with ground_truth.subsets=… or counterfactuals.targets=…",
             )
         text = atomic.read(path) if atomic.exists(path) else b""
-        if hashlib.sha256(text).hexdigest()[:32] != receipt.digests.get("figures"):
+        if digest_of(text) != receipt.digests.get("figures"):
             raise CorruptChunk(
                 "the figures are gone, or not those that were written",
                 where=str(path),
@@ -174,7 +177,7 @@ class Results:
             raise ConfigError(
                 f"the run has no target set {targets!r}", next=f"one of {', '.join(names)}"
             )
-        cells = list(self._run.plan.score_cells(targets))
+        cells = list(ScoreCell.of_targets(self._run.plan, targets))
         done = self._run.receipts.done(cells)
         if len(done) < len(cells):
             raise MissingInputs(

@@ -103,10 +103,10 @@ class Run:
             If `cell` has another key in the plan on disk than in ours.
         """
         there = Run.open(self.layout.run_dir)
-        if there.plan.key(cell) != self.plan.key(cell):
+        if cell.key(there.plan) != cell.key(self.plan):
             raise PlanMismatch(
-                f"the plan was superseded: {cell.id} has key {self.plan.key(cell)} in this "
-                f"worker, {there.plan.key(cell)} in the run directory",
+                f"the plan was superseded: {cell.id} has key {cell.key(self.plan)} in this "
+                f"worker, {cell.key(there.plan)} in the run directory",
                 where=str(there.layout.plan(there.generation)),
                 next="nothing: the jobs of the new plan do the work",
             )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from trak_dist.ops.following import entries, indexing, moves, products
+from trak_dist.ops.following import entries, indexing, moves, products, writing
 from trak_dist.ops.following.call import Rule
 
 _HOMES = (torch, Tensor, F, torch.special, torch.linalg, torch.fft, torch._C._nn)  # noqa: SLF001
@@ -119,17 +119,17 @@ RULES: dict[Any, Rule] = {
     **_of("repeat_interleave", moves.repeated_each),
     **_of("roll", moves.rolled),
     Tensor.__getitem__: indexing.looked_up,
-    Tensor.__setitem__: indexing.written,
+    Tensor.__setitem__: writing.written,
     **_of("index_select", indexing.selected),
     **_of("gather", indexing.gathered),
     **_of("take_along_dim", indexing.taken_along),
     **_of("masked_select", indexing.masked),
     **_of("nonzero argwhere", indexing.positions),
     **_of("where", indexing.where),
-    **_of("index_put", indexing.put_at),
+    **_of("index_put", writing.put_at),
     **_of(
         "index_add index_copy index_fill scatter scatter_add scatter_reduce index_reduce",
-        indexing.added_at,
+        writing.added_at,
     ),
     **_of("matmul mm bmm mv __matmul__ __imatmul__", products.matmul),
     **_of("addmm baddbmm addmv", products.added_product),

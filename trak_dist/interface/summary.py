@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from trak_dist import graph, needs
-from trak_dist.cells import STAGE_CELLS, STAGE_STEPS, Cell, FeaturizeCell
+from trak_dist import graph, resources
+from trak_dist.cells import KINDS, STAGE_STEPS, Cell, FeaturizeCell, count, of_stage
 from trak_dist.config import ClusterConfig, SlurmConfig
 from trak_dist.store.receipts import Receipt, rows_per_second
 from trak_dist.store.run import Run
@@ -98,8 +98,8 @@ def summarize(
         run_dir=run.layout.run_dir,
         description=description(run),
         stages={name: _stage(run, name, cluster) for name in stages},
-        store_bytes=needs.store_bytes(plan),
-        memory_bytes=needs.memory(plan),
+        store_bytes=resources.disk_bytes(plan),
+        memory_bytes={kind.kind: kind.memory(plan) for kind in KINDS if kind.count(plan)},
         workers=None if isinstance(cluster, SlurmConfig) else workers,
     )
 
@@ -107,22 +107,21 @@ def summarize(
 def description(run: Run) -> str:
     """What a run computes, in one line."""
     plan = run.plan
-    cells = sum(1 for stage in STAGE_CELLS for _ in plan.cells(stage))
     return (
         f"{plan.train.rows} train rows, {len(plan.model_ids)} checkpoints, "
         f"{', '.join(f'{s.name} {s.rows}' for s in plan.targets)} targets, p {plan.parameters:,}, "
         f"gradients by {plan.gradients}, {plan.spec.projection.kind} to {plan.proj_dim}, "
-        f"{cells} cells, {mebibytes(needs.store_bytes(plan))}"
+        f"{count(plan)} cells, {mebibytes(resources.disk_bytes(plan))}"
     )
 
 
-def mebibytes(count: int) -> str:
+def mebibytes(size: int) -> str:
     """Bytes as text."""
-    return f"{count / 2**20:,.0f} MiB"
+    return f"{size / 2**20:,.0f} MiB"
 
 
 def _stage(run: Run, name: str, cluster: ClusterConfig | SlurmConfig) -> StageSummary:
-    cells = list(run.plan.cells(name))
+    cells = list(of_stage(run.plan, name))
     done = run.receipts.done(cells)
     missing = [cell for cell in cells if cell not in done]
     tasks = _tasks(run, name, cluster, done) if missing else 0

@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from trak_dist import machine, needs, trust
+from trak_dist import machine, resources, trust
+from trak_dist.cells import FeaturizeCell, MarginsCell, TrainCell
 from trak_dist.config import ClusterConfig, Config, Counterfactuals, GroundTruth, SlurmConfig
-from trak_dist.errors import ConfigError, MemoryRefused, PlanMismatch, StoreError
-from trak_dist.invocation import Invocation
-from trak_dist.plan import GRADIENTS_KEY, REDUCE_KEYS, SWEEP_KEYS, Plan, differences
-from trak_dist.planning import members
+from trak_dist.dotted import differences
+from trak_dist.errors import ConfigError, PlanMismatch, StoreError
+from trak_dist.interface import members
+from trak_dist.interface.invocation import Invocation
+from trak_dist.plan import GRADIENTS_KEY, REDUCE_KEYS, SWEEP_KEYS, Plan
 from trak_dist.store import atomic
 from trak_dist.store.run import Run
 
@@ -99,8 +101,8 @@ def prepare_run(resolved: Resolved, note: Note) -> Prepared:
 
     A combination of a sweep makes or extends a member, if it is not the run itself.
     """
+    from trak_dist import planning
     from trak_dist.evaluation import ground_truth as truth
-    from trak_dist.planning import plans as planning
     from trak_dist.store.prepare import prepare
 
     config, base = resolved.config, resolved.base
@@ -123,11 +125,12 @@ def prepare_run(resolved: Resolved, note: Note) -> Prepared:
     if config.stage == "evaluate":
         truth.refuse_without_truth(plan)
     workers = _fit_workers(plan, config.cluster)
-    there = needs.store_bytes(run.plan) if run else 0
+    there = resources.disk_bytes(run.plan) if run else 0
     if base and not run:
-        same_grads = base.plan.projection_id == plan.projection_id
-        there = needs.truth_bytes(base.plan) + (needs.grads_bytes(plan) if same_grads else 0)
-    _check_disk(run_dir, needs.store_bytes(plan) - there)
+        there = resources.disk_bytes(base.plan, (TrainCell, MarginsCell))
+        if base.plan.projection_id == plan.projection_id:
+            there += FeaturizeCell.disk_bytes(plan)
+    _check_disk(run_dir, resources.disk_bytes(plan) - there)
     if run is None:
         run = Run.create(run_dir, plan)
     elif plan != run.plan:
@@ -180,7 +183,7 @@ def _with_settings(config: Config, run: Run, may: tuple[str, ...], note: Note) -
         )
     plan = run.plan.with_settings(config.spec, config.checkpoints.ensemble)
     if config.checkpoints.allow_missing:
-        from trak_dist.planning import plans as planning
+        from trak_dist import planning
 
         plan, whole = planning.without_missing(run, plan), plan
         if plan.model_ids != whole.model_ids:
@@ -205,10 +208,8 @@ def _extended(resolved: Resolved, run: Run | None, plan: Plan | None, note: Note
 
 
 def _with_problem(resolved: Resolved, run: Run | None, plan: Plan | None, note: Note) -> Plan:
+    from trak_dist import planning
     from trak_dist import problem as problems
-    from trak_dist.evaluation import ground_truth as truth
-    from trak_dist.planning import plans as planning
-    from trak_dist.stages.counterfactual import with_counterfactuals
 
     invocation, config = resolved.invocation, resolved.config
     spec = plan.spec.problem if plan else config.spec.problem
@@ -241,12 +242,12 @@ def _with_problem(resolved: Resolved, run: Run | None, plan: Plan | None, note: 
     if config.stage != "report":
         plan = planning.check_checkpoints(plan, problem, run, note)
     if asked := invocation.names_in("ground_truth"):
-        plan = truth.with_ground_truth(
+        plan = planning.with_ground_truth(
             plan, problem, config.ground_truth, asked, others=_ground_truths(run), tell=note
         )
     plan = replace(plan, mislabelled=problems.flags_digest(problem))
     if asked := invocation.names_in("counterfactuals"):
-        plan = with_counterfactuals(plan, problem, config.counterfactuals, asked)
+        plan = planning.with_counterfactuals(plan, problem, config.counterfactuals, asked)
     return plan
 
 
@@ -291,10 +292,4 @@ def _fit_workers(plan: Plan, cluster: ClusterConfig | SlurmConfig) -> int:
         threads = max(plan.spec.featurize.threads, plan.spec.reduce.threads)
         wanted = cluster.workers or gpus(cluster) or max(1, machine.cores() // threads)
         memory = memory or machine.memory_bytes()
-    try:
-        return machine.fit_workers(wanted=wanted, needed=needs.memory(plan), memory=memory)
-    except MemoryRefused as error:
-        if error.where == "featurize" and (rows := needs.batch_rows_within(plan, memory)):
-            fits = f"featurize.batch_rows={rows} would fit; or cluster.memory_gb=…"
-            raise MemoryRefused(error.what, where=error.where, next=fits) from None
-        raise
+    return resources.fit_workers(plan, wanted=wanted, memory=memory)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from trak_dist.config import nearest
 from trak_dist.errors import ConfigError
+from trak_dist.structuring import nearest
 
-_PACKAGE = Path(__file__).parent
+_PACKAGE = Path(__file__).parents[1]
 CONF = next(p for p in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if p.is_dir())
 # What choosing an option says about the run; the rest of the file are defaults.
 IDENTITY = {"problem": "problem._target_", "projection": "projection.kind", "cluster": "cluster"}

@@ -11,17 +11,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trak_dist import execution, in_process, keywords
-from trak_dist.cells import STAGE_CELLS
+from trak_dist import in_process
+from trak_dist.cells import STAGE_STEPS
 from trak_dist.config import STAGES
 from trak_dist.errors import ConfigError
-from trak_dist.execution import Outcome
-from trak_dist.keywords import ProblemLike
-from trak_dist.planning import preparation, summary
-from trak_dist.planning.preparation import Prepared
-from trak_dist.planning.summary import Summary
+from trak_dist.interface import execution, keywords, preparation, summary
+from trak_dist.interface.execution import Outcome
+from trak_dist.interface.keywords import ProblemLike
+from trak_dist.interface.preparation import Prepared
+from trak_dist.interface.progress import OnProgress
+from trak_dist.interface.summary import Summary
 from trak_dist.problem import Problem
-from trak_dist.progress import OnProgress
 from trak_dist.status.state import Status, read_status
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class PlannedRun:
     def summary(self) -> Summary:
         """Cells, tasks, bytes and minutes, as they were when first asked for."""
         config = self.prepared.config
-        stages = execution.stages_of(config) or list(STAGE_CELLS)
+        stages = execution.stages_of(config) or list(STAGE_STEPS)
         return summary.summarize(self.prepared.run, stages, config.cluster, self.prepared.workers)
 
     def execute(self, *, on_progress: OnProgress | None = None, wait: bool = False) -> Outcome:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trak_dist import commands, graph, machine
-from trak_dist.cells import STAGE_CELLS, STAGE_STEPS, STEPS, Cell
+from trak_dist.cells import STAGE_STEPS, Cell, of_run, of_stage
 from trak_dist.config import ClusterConfig, Config, SlurmConfig
 from trak_dist.errors import CellsFailed, MissingInputs
-from trak_dist.planning.preparation import Prepared, gpus
-from trak_dist.progress import Counter, OnProgress, Progress
+from trak_dist.interface.preparation import Prepared, gpus
+from trak_dist.interface.progress import Counter, OnProgress, Progress
 from trak_dist.status.state import Status, read_status
 from trak_dist.store.receipts import Failure, rows_per_second
 from trak_dist.store.run import Run
@@ -97,7 +97,7 @@ class Outcome:
 
 def stages_of(config: Config) -> list[str]:
     """The stages that an execution runs."""
-    return [stage for stage in STAGE_CELLS if config.stage in ("all", stage)]
+    return [stage for stage in STAGE_STEPS if config.stage in ("all", stage)]
 
 
 def execute(
@@ -206,12 +206,11 @@ def outcome_of(run: Run, stage: str, cells: Sequence[Cell]) -> Outcome:
 def _check_upstream(run: Run, stage: str) -> None:
     if stage == "all":
         return
-    every = [c for step in STEPS for c in graph.cells(run.plan, step)]
-    done = run.receipts.done(every)
-    own = set(run.plan.cells(stage))
+    done = run.receipts.done(of_run(run.plan))
+    own = set(of_stage(run.plan, stage))
     needed = graph.upstream(run.plan, own, done) - own
-    for upstream, kinds in STAGE_CELLS.items():
-        wanted = [c for c in needed if isinstance(c, kinds)]
+    for upstream, steps in STAGE_STEPS.items():
+        wanted = [c for c in needed if c.step in steps]
         missing = sum(c not in done for c in wanted)
         if missing:
             raise MissingInputs(
@@ -226,8 +225,8 @@ def _check_upstream(run: Run, stage: str) -> None:
 
 
 def _submitted(run: Run, config: Config, cluster: SlurmConfig) -> Outcome:
+    from trak_dist import planning
     from trak_dist.executors import slurm
-    from trak_dist.planning import plans as planning
 
     stages = stages_of(config)
     rate = functools.partial(planning.trial_rate, run.plan)
@@ -254,7 +253,7 @@ def _waited(prepared: Prepared, outcome: Outcome, on_progress: OnProgress | None
         for progress in _progress(status, time.monotonic() - started):
             report(progress)
         time.sleep(QUEUE_SECONDS)
-    cells = [cell for stage in stages_of(prepared.config) for cell in run.plan.cells(stage)]
+    cells = [cell for stage in stages_of(prepared.config) for cell in of_stage(run.plan, stage)]
     return replace(outcome_of(run, outcome.stage, cells), submission=outcome.submission)
 
 

@@ -10,10 +10,11 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from trak_dist import in_process, options
+from trak_dist import in_process
 from trak_dist.config import Config, Spec
 from trak_dist.errors import ConfigError, ProblemError
-from trak_dist.invocation import MISSING, Invocation
+from trak_dist.interface import options
+from trak_dist.interface.invocation import MISSING, Invocation
 from trak_dist.problem import Problem
 
 ProblemLike = str | Mapping[str, Any] | Problem | Callable[..., Problem]

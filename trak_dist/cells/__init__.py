@@ -1,0 +1,45 @@
+"""The kinds of cells, each in a module of its own."""
+
+from trak_dist.cells.catalogue import (
+    KINDS,
+    STAGE_STEPS,
+    STEPS,
+    count,
+    of_run,
+    of_stage,
+    of_step,
+    parse_cell,
+)
+from trak_dist.cells.cell import Cell
+from trak_dist.cells.counterfactual import CounterfactualCell
+from trak_dist.cells.evaluate import EvaluateCell
+from trak_dist.cells.featurize import FeaturizeCell
+from trak_dist.cells.gram import GramCell
+from trak_dist.cells.kernel import KernelCell
+from trak_dist.cells.margins import MarginsCell
+from trak_dist.cells.precondition import PreconditionCell
+from trak_dist.cells.report import ReportCell
+from trak_dist.cells.score import ScoreCell
+from trak_dist.cells.train import TrainCell
+
+__all__ = [
+    "KINDS",
+    "STAGE_STEPS",
+    "STEPS",
+    "Cell",
+    "CounterfactualCell",
+    "EvaluateCell",
+    "FeaturizeCell",
+    "GramCell",
+    "KernelCell",
+    "MarginsCell",
+    "PreconditionCell",
+    "ReportCell",
+    "ScoreCell",
+    "TrainCell",
+    "count",
+    "of_run",
+    "of_stage",
+    "of_step",
+    "parse_cell",
+]

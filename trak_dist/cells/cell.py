@@ -1,0 +1,148 @@
+"""What every kind of cell says of itself. Pure: no torch, no I/O.
+
+A kind is a frozen dataclass whose fields are its coordinates, in a module of its own in this
+package, where `catalogue` finds it. The graph, the store, the worker, Slurm jobs and `verify` ask
+it, and keep no table of kinds.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Hashable, Iterator, Mapping
+from dataclasses import fields
+from typing import ClassVar, Self
+
+from trak_dist.cells.ownership import OwnedFile, OwnedRows
+from trak_dist.coordinates import Rows
+from trak_dist.hashing import digest_of
+from trak_dist.plan import Plan
+
+
+class Cell(ABC):
+    """The unit of work, ownership and recovery.
+
+    Attributes
+    ----------
+    kind : str
+        Its kind's name: the first part of its id, and a directory of receipts.
+    step : str
+        The step of the job graph (`catalogue.STEPS`) whose tasks run it.
+    after : tuple of kinds
+        The kinds of cells that `dependencies` names.
+    run : str
+        `module:function`, called with the worker's session and the cell, returning its outcome.
+        Imported when a cell of the kind runs.
+    gpu : bool
+        Whether it computes on the device that is asked for; others get no GPU from Slurm.
+    if_too_large : str
+        What to set so that its memory is less.
+    """
+
+    kind: ClassVar[str]
+    step: ClassVar[str]
+    after: ClassVar[tuple[type[Cell], ...]]
+    run: ClassVar[str]
+    gpu: ClassVar[bool]
+    if_too_large: ClassVar[str]
+
+    @property
+    def id(self) -> str:
+        """The cell's name, for instance `featurize/3/train/0-512`.
+
+        It names the cell in logs, receipts, job arguments and errors.
+        """
+        coordinates = (str(getattr(self, f.name)) for f in fields(self))  # type: ignore[arg-type]
+        return "/".join([self.kind, *coordinates])
+
+    # Which there are ------------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def of(cls, plan: Plan) -> Iterator[Self]:
+        """The cells of this kind, in order."""
+
+    @classmethod
+    @abstractmethod
+    def count(cls, plan: Plan) -> int:
+        """How many there are, without listing them."""
+
+    # What makes one done --------------------------------------------------------------------
+
+    @abstractmethod
+    def identity(self, plan: Plan) -> str:
+        """Digest of all that determines its bytes, apart from its coordinates; see `of_plan`."""
+
+    def key(self, plan: Plan) -> str:
+        """Hash of all that determines its bytes; a receipt with this key makes it done."""
+        return digest_of(f"{self.identity(plan)}|{self.id}".encode())
+
+    def receipt_group(self, plan: Plan) -> tuple[str, ...]:
+        """The directories below `receipts/<kind>` that its receipt lies in."""
+        return ()
+
+    @property
+    def per_member(self) -> bool:
+        """Whether each member of a sweep has its own, which no other can use."""
+        return False
+
+    # The job graph --------------------------------------------------------------------------
+
+    @abstractmethod
+    def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
+        """The cells that it needs, done or not.
+
+        Those that a cell named here needs itself may be left out as long as that one is not done.
+        """
+
+    @property
+    def depends_as(self) -> Hashable:
+        """Cells of one step for which this is the same depend on the same of earlier steps."""
+        return self
+
+    @property
+    def chain(self) -> Hashable:
+        """Cells of one step for which this is the same are one task's, unless they have a shard."""
+        return self
+
+    @property
+    def chain_order(self) -> int:
+        """Its place among the cells of its chain; those of one place stay in the plan's order."""
+        return 0
+
+    @property
+    def shard(self) -> tuple[Hashable, Rows] | None:
+        """Of what it has which rows, if a task is as many neighbouring ones as are asked for."""
+        return None
+
+    # What it writes -------------------------------------------------------------------------
+
+    def arrays(self, plan: Plan) -> Mapping[str, OwnedRows]:
+        """The rows of arrays that it owns, by name; whole chunks."""
+        return {}
+
+    @classmethod
+    def one_per_array(cls, plan: Plan) -> Iterator[Self]:
+        """Of the kind's arrays each is owned by one of these, in part."""
+        yield from ()
+
+    def files(self) -> Mapping[str, OwnedFile]:
+        """The files that it owns, by the name that their digest has in the receipt."""
+        return {}
+
+    @classmethod
+    def disk_bytes(cls, plan: Plan) -> int:
+        """Bytes of what all cells of this kind write, uncompressed."""
+        owned = (rows for cell in cls.one_per_array(plan) for rows in cell.arrays(plan).values())
+        return sum(rows.spec.nbytes for rows in owned)
+
+    # What it needs to run -------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def memory(cls, plan: Plan) -> int:
+        """Bytes that the largest cell of this kind holds at once, apart from the interpreter."""
+
+    @classmethod
+    @abstractmethod
+    def threads(cls, plan: Plan) -> int:
+        """Threads that torch may use: they set how its sums round."""

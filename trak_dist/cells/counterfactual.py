@@ -1,0 +1,98 @@
+"""Counterfactual cells: models retrained without the rows that scores point at."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from trak_dist.cells.cell import Cell
+from trak_dist.cells.score import ScoreCell, scores_identity
+from trak_dist.cells.train import training, training_bytes
+from trak_dist.coordinates import RANDOM
+from trak_dist.plan import Plan, digest, of_plan
+from trak_dist.spacing import evenly_spaced
+
+
+@dataclass(frozen=True)
+class CounterfactualCell(Cell):
+    """The model outputs on some targets after training without `removed` rows of the train set.
+
+    `whose` most helpful rows they are: a target's row number, or `random` ones. Its outputs are in
+    its receipt.
+    """
+
+    kind: ClassVar[str] = "counterfactual"
+    step: ClassVar[str] = "counterfactual"
+    after: ClassVar[tuple[type[Cell], ...]] = (ScoreCell,)
+    run: ClassVar[str] = "trak_dist.stages.counterfactual:counterfactual"
+    gpu: ClassVar[bool] = True
+    if_too_large: ClassVar[str] = "a smaller model or batch in train_checkpoint"
+
+    targets: str
+    whose: str
+    removed: int
+    seed: int
+
+    @classmethod
+    def of(cls, plan: Plan) -> Iterator[Self]:
+        for split in plan.targets:
+            yield from cls.of_targets(plan, split.name)
+
+    @classmethod
+    def of_targets(cls, plan: Plan, targets: str) -> Iterator[Self]:
+        """Those of one target set, the ones without random rows last."""
+        asked = plan.counterfactuals
+        chosen = [str(row) for row in evenly_spaced(plan.split(targets).rows, asked.targets)]
+        for whose in (*chosen, RANDOM) if chosen else ():
+            for removed in asked.remove:
+                for seed in range(asked.seeds):
+                    yield cls(targets, whose, removed, seed)
+
+    @classmethod
+    def count(cls, plan: Plan) -> int:
+        asked = plan.counterfactuals
+        chosen = [min(asked.targets, split.rows) for split in plan.targets]
+        return sum(c + 1 for c in chosen if c) * len(asked.remove) * asked.seeds
+
+    def identity(self, plan: Plan) -> str:
+        identity = _without_random if self.whose == RANDOM else _without_helpful
+        return identity(plan, self.targets)
+
+    @property
+    def per_member(self) -> bool:
+        return self.whose != RANDOM
+
+    def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
+        if self.whose != RANDOM:
+            yield from ScoreCell.of_targets(plan, self.targets)
+
+    @property
+    def depends_as(self) -> Hashable:
+        return self.targets if self.whose != RANDOM else None
+
+    @property
+    def chain(self) -> Hashable:
+        return self.targets, self.whose
+
+    @classmethod
+    def memory(cls, plan: Plan) -> int:
+        return training_bytes(plan)
+
+    @classmethod
+    def threads(cls, plan: Plan) -> int:
+        return plan.spec.featurize.threads
+
+
+def _retraining(plan: Plan, targets: str) -> list[object]:
+    return ["counterfactual", training(plan), plan.cut(targets)]
+
+
+@of_plan
+def _without_random(plan: Plan, targets: str) -> str:
+    return digest(_retraining(plan, targets))
+
+
+@of_plan
+def _without_helpful(plan: Plan, targets: str) -> str:
+    return digest([*_retraining(plan, targets), scores_identity(plan)])

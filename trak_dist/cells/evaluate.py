@@ -1,0 +1,109 @@
+"""Evaluate cells: how good the scores are."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import ClassVar, Self
+
+from trak_dist.cells.cell import Cell
+from trak_dist.cells.counterfactual import CounterfactualCell
+from trak_dist.cells.featurize import FeaturizeCell
+from trak_dist.cells.gram import GramCell
+from trak_dist.cells.kernel import KernelCell
+from trak_dist.cells.margins import MarginsCell
+from trak_dist.cells.ownership import OwnedFile
+from trak_dist.cells.score import ScoreCell, scores_identity
+from trak_dist.cells.train import retrained, training_on_subsets
+from trak_dist.coordinates import TRAIN
+from trak_dist.plan import Plan, digest, of_plan
+
+PREDICTIONS = 20 * 16  # values of λ, and ensembles and dimensions, of an evaluation
+
+
+@dataclass(frozen=True)
+class EvaluateCell(Cell):
+    """Compares the scores of one target set, or self-influence, with retrained models or labels."""
+
+    kind: ClassVar[str] = "evaluate"
+    step: ClassVar[str] = "evaluate"
+    after: ClassVar[tuple[type[Cell], ...]] = (
+        *(ScoreCell, CounterfactualCell, MarginsCell, KernelCell, GramCell, FeaturizeCell),
+    )
+    run: ClassVar[str] = "trak_dist.stages.evaluate:evaluate"
+    gpu: ClassVar[bool] = False
+    if_too_large: ClassVar[str] = "fewer ground_truth.subsets or a smaller proj_dim"
+
+    targets: str
+
+    @classmethod
+    def of(cls, plan: Plan) -> Iterator[Self]:
+        yield from (cls(name) for name in plan.scored() if plan.evaluated(name))
+
+    @classmethod
+    def count(cls, plan: Plan) -> int:
+        return sum(1 for _ in cls.of(plan))
+
+    def identity(self, plan: Plan) -> str:
+        return _identity(plan, self.targets)
+
+    @property
+    def per_member(self) -> bool:
+        return True
+
+    def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
+        scores = list(ScoreCell.of_targets(plan, self.targets))
+        yield from scores
+        if self.targets == TRAIN:
+            for model_id in plan.model_ids if scores[0] in done else ():
+                yield from FeaturizeCell.of_split(plan, model_id, TRAIN)
+            return
+        yield from CounterfactualCell.of_targets(plan, self.targets)
+        yield from (MarginsCell(*model, self.targets) for model in retrained(plan))
+        for_truth = plan.has_truth(self.targets) and scores[0] in done
+        for model_id in plan.model_ids if for_truth else ():
+            kernel = KernelCell(model_id)
+            yield kernel
+            if kernel in done:
+                yield GramCell(model_id)
+                yield from FeaturizeCell.of_split(plan, model_id, TRAIN)
+                yield from FeaturizeCell.of_split(plan, model_id, self.targets)
+
+    @property
+    def depends_as(self) -> Hashable:
+        return self.targets
+
+    def files(self) -> Mapping[str, OwnedFile]:
+        return {"figures": OwnedFile(f"report/{self.targets}.json")}
+
+    @classmethod
+    def memory(cls, plan: Plan) -> int:
+        """XᵀX, its vectors, temporaries; masks; predictions by λ and ensemble."""
+        subsets, k = plan.ground_truth.subsets, plan.proj_dim
+        t = max((split.rows for split in plan.targets), default=0)
+        per_subset = plan.train.rows + PREDICTIONS * 8 * t
+        return 6 * 8 * k * k + subsets * per_subset if subsets else 0
+
+    @classmethod
+    def threads(cls, plan: Plan) -> int:
+        return plan.spec.reduce.threads
+
+
+def evaluated_on(plan: Plan, targets: str) -> list[object]:
+    """What determines the figures of one target set."""
+    ground_truth = plan.ground_truth
+    truth = [
+        *(training_on_subsets(plan), plan.truth_files),
+        *(ground_truth.subsets, ground_truth.seeds),
+    ]
+    content: list[object] = ["evaluate", scores_identity(plan), plan.cut(targets)]
+    content += [truth] if plan.has_truth(targets) else []
+    if plan.counterfactuals.targets and targets != TRAIN:
+        content += [asdict(plan.counterfactuals)]
+    content += [plan.mislabelled] if targets == TRAIN else []
+    return content
+
+
+@of_plan
+def _identity(plan: Plan, targets: str) -> str:
+    return digest(evaluated_on(plan, targets))

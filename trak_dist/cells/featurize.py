@@ -1,0 +1,135 @@
+"""Featurize cells: projected per-sample gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from trak_dist.cells.cell import Cell
+from trak_dist.cells.ownership import ArraySpec, OwnedRows
+from trak_dist.cells.train import TrainCell
+from trak_dist.config import CACHE_BYTES
+from trak_dist.coordinates import FULL, Rows
+from trak_dist.plan import Plan, digest, of_plan
+
+INPUT_DIGEST_BYTES = 16  # of what a streamed row was computed from
+
+
+@dataclass(frozen=True)
+class FeaturizeCell(Cell):
+    """Writes one chunk of grads: some rows of one split, for one checkpoint."""
+
+    kind: ClassVar[str] = "featurize"
+    step: ClassVar[str] = "featurize"
+    after: ClassVar[tuple[type[Cell], ...]] = (TrainCell,)
+    run: ClassVar[str] = "trak_dist.stages.featurize:featurize"
+    gpu: ClassVar[bool] = True
+    if_too_large: ClassVar[str] = "a smaller featurize.batch_rows or proj_dim"
+
+    model_id: int
+    split: str
+    rows: Rows
+
+    @classmethod
+    def of(cls, plan: Plan) -> Iterator[Self]:
+        for model_id in plan.model_ids:
+            for split in plan.splits:
+                yield from cls.of_split(plan, model_id, split.name)
+
+    @classmethod
+    def of_split(cls, plan: Plan, model_id: int, split: str) -> Iterator[Self]:
+        """Those of one checkpoint and split, in order of rows."""
+        return (cls(model_id, split, rows) for rows in plan.split(split).blocks())
+
+    @classmethod
+    def count(cls, plan: Plan) -> int:
+        return len(plan.model_ids) * sum(split.cells for split in plan.splits)
+
+    def identity(self, plan: Plan) -> str:
+        return _identity(plan, self.split)
+
+    def receipt_group(self, plan: Plan) -> tuple[str, ...]:
+        return plan.projection_id, str(self.model_id)
+
+    def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
+        if plan.checkpoint(self.model_id).trained:
+            yield TrainCell(FULL, self.model_id)
+
+    @property
+    def depends_as(self) -> Hashable:
+        return self.model_id
+
+    @property
+    def shard(self) -> tuple[Hashable, Rows]:
+        return (self.model_id, self.split), self.rows
+
+    def arrays(self, plan: Plan) -> Mapping[str, OwnedRows]:
+        """`grads` (n, k), `row_scale` (n,) and `out_to_loss` (n,), chunked alike.
+
+        Of streamed rows also `inputs` (n, 16), digests of what each was computed from.
+        """
+        split, compression = plan.split(self.split), plan.spec.store.compression
+        chunk = min(split.cell_rows, split.rows)
+
+        def owned(name: str, dtype: str, *columns: int) -> OwnedRows:
+            spec = ArraySpec(
+                shape=(split.rows, *columns),
+                chunks=(chunk, *columns),
+                dtype=dtype,
+                compression=compression,
+            )
+            path = f"{of_checkpoint(plan, self.model_id)}/{self.split}/{name}"
+            return OwnedRows(path, spec, self.rows.start, self.rows.stop)
+
+        arrays = {
+            "grads": owned("grads", plan.spec.featurize.dtype, plan.store_dim),
+            "row_scale": owned("row_scale", "float32"),
+            "out_to_loss": owned("out_to_loss", "float32"),
+        }
+        if split.fed:
+            arrays["inputs"] = owned("inputs", "uint8", INPUT_DIGEST_BYTES)
+        return arrays
+
+    @classmethod
+    def one_per_array(cls, plan: Plan) -> Iterator[Self]:
+        for model_id in plan.model_ids:
+            yield from (next(cls.of_split(plan, model_id, s.name)) for s in plan.splits)
+
+    @classmethod
+    def memory(cls, plan: Plan) -> int:
+        """Weights, activations, gradients, rows, and what the projection draws.
+
+        Activations count half as much again for what comes and goes, per-sample gradients twice,
+        the cell's rows in two types; what is drawn is cached.
+
+        By vmap a whole batch's gradients are held at once; by hooks one parameter's, of a few
+        examples or, for a dense projection, of all; by loop one example's.
+        """
+        spec, p = plan.spec, plan.parameters
+        drawn = {"sjlt": 8 * p, "identity": 0}.get(spec.projection.kind, 4 * p * plan.store_dim)
+        sparse = spec.projection.kind in ("sjlt", "identity")
+        few = plan.gradients == "loop" or (plan.gradients == "hooks" and sparse)
+        examples = 1 if few else spec.featurize.batch_rows
+        activations = plan.activations * spec.featurize.batch_rows * 3 // 2
+        rows = 8 * largest_cell(plan)
+        return 4 * p + activations + 8 * examples * p + rows + min(drawn, CACHE_BYTES)
+
+    @classmethod
+    def threads(cls, plan: Plan) -> int:
+        return plan.spec.featurize.threads
+
+
+def of_checkpoint(plan: Plan, model_id: int) -> str:
+    """The group of what is made of one checkpoint with one projection, relative to the store."""
+    return f"models/{model_id}/{plan.projection_id}"
+
+
+def largest_cell(plan: Plan) -> int:
+    """Entries of grads in the largest cell."""
+    return max(min(s.cell_rows, s.rows) for s in plan.splits) * plan.store_dim
+
+
+@of_plan
+def _identity(plan: Plan, split: str) -> str:
+    return digest([plan.fingerprint, plan.cut(split)])

@@ -1,0 +1,82 @@
+"""Kernel cells: the Cholesky factor of XᵀX + λI."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from trak_dist.cells.cell import Cell
+from trak_dist.cells.featurize import FeaturizeCell, of_checkpoint
+from trak_dist.cells.gram import GramCell, all_grads, gram_identity, square
+from trak_dist.cells.ownership import OwnedRows
+from trak_dist.plan import Plan, digest, of_plan
+
+
+@dataclass(frozen=True)
+class KernelCell(Cell):
+    """Factorises one checkpoint's XᵀX + λI."""
+
+    kind: ClassVar[str] = "kernel"
+    step: ClassVar[str] = "kernel"
+    after: ClassVar[tuple[type[Cell], ...]] = (GramCell, FeaturizeCell)
+    run: ClassVar[str] = "trak_dist.stages.reduce:factorise"
+    gpu: ClassVar[bool] = False
+    if_too_large: ClassVar[str] = "a smaller proj_dim (memory goes with its square)"
+
+    model_id: int
+
+    @classmethod
+    def of(cls, plan: Plan) -> Iterator[Self]:
+        yield from map(cls, plan.model_ids)
+
+    @classmethod
+    def count(cls, plan: Plan) -> int:
+        return len(plan.model_ids)
+
+    def identity(self, plan: Plan) -> str:
+        return kernel_identity(plan)
+
+    def receipt_group(self, plan: Plan) -> tuple[str, ...]:
+        return plan.projection_id, plan.kernel_id
+
+    def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
+        yield GramCell(self.model_id)
+        yield from all_grads(plan, self.model_id)
+
+    @property
+    def depends_as(self) -> Hashable:
+        return self.model_id
+
+    @property
+    def chain(self) -> Hashable:
+        return self.model_id
+
+    def arrays(self, plan: Plan) -> Mapping[str, OwnedRows]:
+        """`kernel` (k, k) float64, a lower triangle."""
+        path = f"{of_kernel(plan, self.model_id)}/kernel"
+        return {"kernel": OwnedRows(path, square(plan), 0, plan.proj_dim)}
+
+    @classmethod
+    def one_per_array(cls, plan: Plan) -> Iterator[Self]:
+        return cls.of(plan)
+
+    @classmethod
+    def memory(cls, plan: Plan) -> int:
+        """XᵀX, its factor, its inverse and a temporary."""
+        return 4 * 8 * plan.proj_dim**2
+
+    @classmethod
+    def threads(cls, plan: Plan) -> int:
+        return plan.spec.reduce.threads
+
+
+def of_kernel(plan: Plan, model_id: int) -> str:
+    """The group of what is made with one choice of `reduce`, relative to the store."""
+    return f"{of_checkpoint(plan, model_id)}/reduce/{plan.kernel_id}"
+
+
+@of_plan
+def kernel_identity(plan: Plan) -> str:
+    """Digest of what determines every kernel of the run."""
+    return digest([gram_identity(plan), plan.kernel_id])

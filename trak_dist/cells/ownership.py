@@ -1,0 +1,55 @@
+"""What a cell owns on disk: rows of arrays, and files. Nobody else writes them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from string import ascii_lowercase
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArraySpec:
+    """What an array is: shape, chunks, dtype, compression and attributes.
+
+    `if_changed` says what becomes of an array whose plan changed: one of another spec is refused,
+    gets more rows (`grow`), or gives way to an empty one (`replace`).
+    """
+
+    shape: tuple[int, ...]
+    chunks: tuple[int, ...]
+    dtype: str
+    compression: str = "none"
+    attributes: Mapping[str, Any] = field(default_factory=dict)
+    if_changed: Literal["refuse", "grow", "replace"] = "refuse"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its entries, uncompressed."""
+        return math.prod(self.shape) * int(self.dtype.lstrip(ascii_lowercase)) // 8
+
+
+@dataclass(frozen=True)
+class OwnedRows:
+    """Rows `start` to `stop` of an array.
+
+    `path` is relative to the store, or to the part of it that a member of a sweep has to itself
+    if the cell is `per_member`.
+    """
+
+    path: str
+    spec: ArraySpec
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class OwnedFile:
+    """A file of the run directory, or of the member's if the cell is `per_member`.
+
+    The receipt has a digest of its bytes or, of `tensors`, of what they hold.
+    """
+
+    path: str
+    tensors: bool = False

@@ -1,0 +1,82 @@
+"""Precondition cells: B = (XᵀX + λI)⁻¹Gᵀ."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from trak_dist.cells.cell import Cell
+from trak_dist.cells.featurize import FeaturizeCell
+from trak_dist.cells.gram import all_grads
+from trak_dist.cells.kernel import KernelCell, kernel_identity, of_kernel
+from trak_dist.cells.ownership import ArraySpec, OwnedRows
+from trak_dist.plan import CHUNK_BYTES, Plan, digest, of_plan
+
+
+@dataclass(frozen=True)
+class PreconditionCell(Cell):
+    """Solves one checkpoint's kernel for the grads of one target set."""
+
+    kind: ClassVar[str] = "precondition"
+    step: ClassVar[str] = "kernel"
+    after: ClassVar[tuple[type[Cell], ...]] = (KernelCell, FeaturizeCell)
+    run: ClassVar[str] = "trak_dist.stages.reduce:precondition"
+    gpu: ClassVar[bool] = False
+    if_too_large: ClassVar[str] = "a smaller proj_dim, or fewer targets in a set"
+
+    model_id: int
+    targets: str
+
+    @classmethod
+    def of(cls, plan: Plan) -> Iterator[Self]:
+        yield from (cls(m, split.name) for m in plan.model_ids for split in plan.targets)
+
+    @classmethod
+    def count(cls, plan: Plan) -> int:
+        return len(plan.model_ids) * len(plan.targets)
+
+    def identity(self, plan: Plan) -> str:
+        return _identity(plan, self.targets)
+
+    def receipt_group(self, plan: Plan) -> tuple[str, ...]:
+        return plan.projection_id, plan.kernel_id
+
+    def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
+        yield KernelCell(self.model_id)
+        yield from all_grads(plan, self.model_id)
+
+    @property
+    def depends_as(self) -> Hashable:
+        return self.model_id
+
+    @property
+    def chain(self) -> Hashable:
+        return self.model_id
+
+    def arrays(self, plan: Plan) -> Mapping[str, OwnedRows]:
+        """`precond`, B (k, t), one type above that of the stored grads."""
+        k, t = plan.proj_dim, plan.split(self.targets).rows
+        chunk = max(1, min(k, CHUNK_BYTES // (8 * t)))
+        spec = ArraySpec(shape=(k, t), chunks=(chunk, t), dtype=plan.precondition_dtype)
+        path = f"{of_kernel(plan, self.model_id)}/precond/{self.targets}"
+        return {"precond": OwnedRows(path, spec, 0, k)}
+
+    @classmethod
+    def one_per_array(cls, plan: Plan) -> Iterator[Self]:
+        return cls.of(plan)
+
+    @classmethod
+    def memory(cls, plan: Plan) -> int:
+        """The factor; the targets' grads and their solutions."""
+        k, t = plan.proj_dim, max((split.rows for split in plan.targets), default=0)
+        return 8 * k * k + 24 * k * t
+
+    @classmethod
+    def threads(cls, plan: Plan) -> int:
+        return plan.spec.reduce.threads
+
+
+@of_plan
+def _identity(plan: Plan, targets: str) -> str:
+    return digest([kernel_identity(plan), plan.cut(targets)])

@@ -1,0 +1,68 @@
+"""Report cells: a page of each target set."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from trak_dist.cells.cell import Cell
+from trak_dist.cells.evaluate import EvaluateCell, evaluated_on
+from trak_dist.cells.ownership import OwnedFile
+from trak_dist.cells.score import ScoreCell
+from trak_dist.plan import Plan, digest, of_plan
+
+
+@dataclass(frozen=True)
+class ReportCell(Cell):
+    """Draws the report of one target set."""
+
+    kind: ClassVar[str] = "report"
+    step: ClassVar[str] = "report"
+    after: ClassVar[tuple[type[Cell], ...]] = (EvaluateCell, ScoreCell)
+    run: ClassVar[str] = "trak_dist.stages.report:report"
+    gpu: ClassVar[bool] = False
+    if_too_large: ClassVar[str] = "fewer targets in a set"
+
+    targets: str
+
+    @classmethod
+    def of(cls, plan: Plan) -> Iterator[Self]:
+        yield from map(cls, plan.scored())
+
+    @classmethod
+    def count(cls, plan: Plan) -> int:
+        return sum(1 for _ in plan.scored())
+
+    def identity(self, plan: Plan) -> str:
+        return _identity(plan, self.targets)
+
+    @property
+    def per_member(self) -> bool:
+        return True
+
+    def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
+        evaluated = [EvaluateCell(self.targets)] if plan.evaluated(self.targets) else []
+        yield from evaluated
+        if all(cell in done for cell in evaluated):
+            yield from ScoreCell.of_targets(plan, self.targets)
+
+    @property
+    def depends_as(self) -> Hashable:
+        return self.targets
+
+    def files(self) -> Mapping[str, OwnedFile]:
+        return {"page": OwnedFile(f"report/{self.targets}.html")}
+
+    @classmethod
+    def memory(cls, plan: Plan) -> int:
+        return 0
+
+    @classmethod
+    def threads(cls, plan: Plan) -> int:
+        return plan.spec.reduce.threads
+
+
+@of_plan
+def _identity(plan: Plan, targets: str) -> str:
+    return digest(["report", *evaluated_on(plan, targets)])

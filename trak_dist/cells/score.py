@@ -1,0 +1,138 @@
+"""Score cells: the ensemble's scores."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
+
+from trak_dist.cells.cell import Cell
+from trak_dist.cells.featurize import FeaturizeCell
+from trak_dist.cells.kernel import KernelCell, kernel_identity
+from trak_dist.cells.ownership import ArraySpec, OwnedRows
+from trak_dist.cells.precondition import PreconditionCell
+from trak_dist.coordinates import TRAIN, Rows
+from trak_dist.plan import CHUNK_BYTES, Plan, Split, digest, of_plan
+from trak_dist.spacing import evenly_spaced
+
+HALVES_TARGETS = 64  # of each target set, for which scores of halves of the ensemble are kept
+
+
+@dataclass(frozen=True)
+class ScoreCell(Cell):
+    """Writes one chunk of scores: some train rows against one target set, over the ensemble.
+
+    Of `train` it is their self-influence, the score of each against itself.
+    """
+
+    kind: ClassVar[str] = "score"
+    step: ClassVar[str] = "score"
+    after: ClassVar[tuple[type[Cell], ...]] = (PreconditionCell, KernelCell, FeaturizeCell)
+    run: ClassVar[str] = "trak_dist.stages.score:score"
+    gpu: ClassVar[bool] = False
+    if_too_large: ClassVar[str] = "a smaller proj_dim, or fewer targets in a set"
+
+    targets: str
+    rows: Rows
+
+    @classmethod
+    def of(cls, plan: Plan) -> Iterator[Self]:
+        for name in plan.scored():
+            yield from cls.of_targets(plan, name)
+
+    @classmethod
+    def of_targets(cls, plan: Plan, targets: str) -> Iterator[Self]:
+        """Those of one target set, in order of rows."""
+        return (cls(targets, rows) for rows in _cut(plan, targets).blocks())
+
+    @classmethod
+    def count(cls, plan: Plan) -> int:
+        return sum(_cut(plan, name).cells for name in plan.scored())
+
+    def identity(self, plan: Plan) -> str:
+        return _identity(plan, self.targets)
+
+    @property
+    def per_member(self) -> bool:
+        return True
+
+    def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
+        itself = self.targets == TRAIN
+        for model_id in plan.model_ids:
+            solved = KernelCell(model_id) if itself else PreconditionCell(model_id, self.targets)
+            yield solved
+            for split in dict.fromkeys((TRAIN, self.targets)) if solved in done else ():
+                yield from FeaturizeCell.of_split(plan, model_id, split)
+
+    @property
+    def depends_as(self) -> Hashable:
+        return self.targets
+
+    def arrays(self, plan: Plan) -> Mapping[str, OwnedRows]:
+        """`scores` (n_train, t) float32, of `train` (n_train, 1).
+
+        Of an ensemble also `halves` (n_train, 2, ≤ 64 of the targets): of either half of it.
+        """
+        owned = {"scores": self._owned(plan, "scores", columns(plan, self.targets))}
+        if kept := halves_targets(plan, self.targets):
+            owned["halves"] = self._owned(plan, "halves", 2, len(kept))
+        return owned
+
+    def _owned(self, plan: Plan, name: str, *columns: int) -> OwnedRows:
+        train = _cut(plan, self.targets)
+        spec = ArraySpec(
+            shape=(train.rows, *columns),
+            chunks=(train.cell_rows, *columns),
+            dtype="float32",
+            attributes={
+                "model_ids": list(plan.model_ids),
+                "proj_dim": plan.proj_dim,
+                "lambda_reg": plan.spec.reduce.lambda_reg,
+                "lambda_unit": plan.spec.reduce.lambda_unit,
+                "kernel_scale": plan.spec.reduce.kernel_scale,
+            },
+            if_changed="replace",
+        )
+        return OwnedRows(f"{name}/{self.targets}", spec, self.rows.start, self.rows.stop)
+
+    @classmethod
+    def one_per_array(cls, plan: Plan) -> Iterator[Self]:
+        yield from (next(cls.of_targets(plan, name)) for name in plan.scored())
+
+    @classmethod
+    def memory(cls, plan: Plan) -> int:
+        """B, or the factor, and a chunk's rows solved."""
+        k, t = plan.proj_dim, max((split.rows for split in plan.targets), default=0)
+        return max(8 * k * t, 8 * k * k * plan.self_influence) + 6 * CHUNK_BYTES
+
+    @classmethod
+    def threads(cls, plan: Plan) -> int:
+        return plan.spec.reduce.threads
+
+
+def columns(plan: Plan, targets: str) -> int:
+    """Scores of a train row: one for each target, or its self-influence."""
+    return 1 if targets == TRAIN else plan.split(targets).rows
+
+
+def halves_targets(plan: Plan, targets: str) -> list[int]:
+    """The targets for which scores of either half of the ensemble are kept."""
+    several = targets != TRAIN and len(plan.model_ids) > 1
+    return evenly_spaced(plan.split(targets).rows, HALVES_TARGETS) if several else []
+
+
+def _cut(plan: Plan, targets: str) -> Split:
+    """The train split, cut so that a cell's scores, and its grads, stay below `CHUNK_BYTES`."""
+    rows = max(1, CHUNK_BYTES // (4 * max(columns(plan, targets), plan.store_dim)))
+    return replace(plan.train, cell_rows=min(rows, plan.train.rows))
+
+
+@of_plan
+def scores_identity(plan: Plan) -> str:
+    """Digest of what determines scores of this ensemble, whatever the targets."""
+    return digest([kernel_identity(plan), plan.model_ids, HALVES_TARGETS])
+
+
+@of_plan
+def _identity(plan: Plan, targets: str) -> str:
+    return digest([scores_identity(plan), plan.cut(targets)])

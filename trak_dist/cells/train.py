@@ -1,0 +1,104 @@
+"""Train cells: checkpoints that the run makes itself."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from trak_dist.cells.cell import Cell
+from trak_dist.cells.ownership import OwnedFile
+from trak_dist.coordinates import FULL
+from trak_dist.plan import Plan, digest, of_plan
+
+
+@dataclass(frozen=True)
+class TrainCell(Cell):
+    """Trains the checkpoint of one seed on one subset of the train set (`full`: all of it)."""
+
+    kind: ClassVar[str] = "train"
+    step: ClassVar[str] = "train"
+    after: ClassVar[tuple[type[Cell], ...]] = ()
+    run: ClassVar[str] = "trak_dist.stages.train:train"
+    gpu: ClassVar[bool] = True
+    if_too_large: ClassVar[str] = "a smaller model or batch in train_checkpoint"
+
+    subset: str
+    seed: int
+
+    @classmethod
+    def of(cls, plan: Plan) -> Iterator[Self]:
+        used = (plan.checkpoint(model_id) for model_id in plan.model_ids)
+        yield from (cls(FULL, c.model_id) for c in used if c.trained)
+        yield from (cls(subset, seed) for subset, seed in retrained(plan))
+
+    @classmethod
+    def count(cls, plan: Plan) -> int:
+        trained = sum(plan.checkpoint(model_id).trained for model_id in plan.model_ids)
+        return trained + plan.ground_truth.subsets * plan.ground_truth.seeds
+
+    def identity(self, plan: Plan) -> str:
+        return training(plan) if self.subset == FULL else training_on_subsets(plan)
+
+    def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
+        yield from ()
+
+    @property
+    def depends_as(self) -> Hashable:
+        return None
+
+    @property
+    def chain(self) -> Hashable:
+        return self if self.subset == FULL else self.subset
+
+    @property
+    def chain_order(self) -> int:
+        return self.seed
+
+    def files(self) -> Mapping[str, OwnedFile]:
+        return {"checkpoint": OwnedFile(checkpoint_path(self.subset, self.seed), tensors=True)}
+
+    @classmethod
+    def disk_bytes(cls, plan: Plan) -> int:
+        return 4 * plan.parameters * cls.count(plan)
+
+    @classmethod
+    def memory(cls, plan: Plan) -> int:
+        return training_bytes(plan)
+
+    @classmethod
+    def threads(cls, plan: Plan) -> int:
+        return plan.spec.featurize.threads
+
+
+def checkpoint_path(subset: str, seed: int) -> str:
+    """The checkpoint that a train cell makes, relative to the run directory."""
+    return f"checkpoints/{subset}/{seed}.safetensors"
+
+
+def retrained(plan: Plan) -> Iterator[tuple[str, int]]:
+    """Subset and seed of each model of the ground truth, subset by subset."""
+    for subset in range(plan.ground_truth.subsets):
+        yield from ((str(subset), seed) for seed in range(plan.ground_truth.seeds))
+
+
+@of_plan
+def training(plan: Plan) -> str:
+    """Digest of what determines a checkpoint that is trained on all rows."""
+    return digest([plan.trained_from, plan.settings_of("featurize.threads")])
+
+
+@of_plan
+def training_on_subsets(plan: Plan) -> str:
+    """Digest of what determines the models of the ground truth."""
+    return digest([training(plan), plan.ground_truth.alpha])
+
+
+def training_bytes(plan: Plan) -> int:
+    """Bytes that training is taken to hold, for `train_checkpoint` is the user's.
+
+    Weights, what they were, their gradients and an optimizer's two moments; activations of a batch
+    as large as featurize's, and half as much for what comes and goes.
+    """
+    activations = plan.activations * plan.spec.featurize.batch_rows * 3 // 2
+    return 5 * 4 * plan.parameters + activations

@@ -1,0 +1,97 @@
+"""The checkpoints of a plan: which there are, and that they fit the model and those before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from trak_dist.cells.train import checkpoint_path
+from trak_dist.checkpoints import fit, state_dicts
+from trak_dist.checkpoints.digests import (
+    content_digest,
+    published,
+    refuse_other_weights,
+    refuse_twins,
+)
+from trak_dist.errors import CheckpointError
+from trak_dist.plan import Checkpoint, Plan
+from trak_dist.problem import Problem
+from trak_dist.store.run import Run
+
+
+def planned_checkpoints(problem: Problem, train: int, import_root: str) -> tuple[Checkpoint, ...]:
+    """The problem's checkpoints; if it has none, `train` ones that `stage=train` makes.
+
+    Raises
+    ------
+    CheckpointError
+        If it can't train any.
+    """
+    if problem.checkpoints:
+        paths = enumerate(problem.checkpoints)
+        return tuple(Checkpoint(i, str(Path(import_root, p)), False) for i, p in paths)
+    if problem.train_checkpoint is None:
+        raise CheckpointError(
+            "no checkpoint found: the problem gives none, and no train_checkpoint to make them",
+            where="problem",
+            next="see that the paths that the problem looks for exist",
+        )
+    return tuple(Checkpoint(seed, checkpoint_path("full", seed), True) for seed in range(train))
+
+
+def held_names(problem: Problem, checkpoints: Sequence[Checkpoint]) -> set[str]:
+    """The names of the model's tensors that checkpoints hold; of those yet to train, most."""
+    model, first = problem.model, checkpoints[0]
+    own = model.state_dict(keep_vars=True)
+    if first.trained:
+        return {name for name, tensor in own.items() if not fit.is_frozen(tensor)}
+    state = state_dicts.read(Path(first.path))
+    return own.keys() - state_dicts.fitted(state, model, where=first.path).absent
+
+
+def check_checkpoints(
+    plan: Plan, problem: Problem, run: Run | None, tell: Callable[[str], None]
+) -> Plan:
+    """Read every checkpoint of the ensemble that is not ours to train, before anything is queued.
+
+    The plan that is given back holds the digests of those of which nothing was known before.
+
+    Raises
+    ------
+    CheckpointError
+        If one is missing, unreadable, unfit, not the one featurized before, or there twice.
+    """
+    seen: dict[str, int] = {}
+    new: dict[int, str] = {}
+    told = set[str]()
+    absent: frozenset[str] | None = None
+    for checkpoint in plan.checkpoints:
+        if checkpoint.trained or checkpoint.model_id not in plan.model_ids:
+            continue
+        state = state_dicts.read(Path(checkpoint.path))
+        fitted = state_dicts.fitted(state, problem.model, where=checkpoint.path)
+        absent = fitted.absent if absent is None else absent
+        state_dicts.refuse_otherwise_absent(fitted, absent, where=checkpoint.path)
+        if fitted.said:
+            told.add(fitted.said)
+        digest = content_digest(fitted.state)
+        if digest in seen:
+            raise CheckpointError(
+                f"model_ids {seen[digest]} and {checkpoint.model_id} have the same weights "
+                f"(digest {digest})",
+                where=checkpoint.path,
+                next="give each model_id its own checkpoint",
+            )
+        seen[digest] = checkpoint.model_id
+        before = checkpoint.digest
+        if run and checkpoint in run.plan.checkpoints:
+            refuse_other_weights(run, checkpoint.model_id, digest, publish=False)
+            refuse_twins(run, checkpoint.model_id, digest)
+            before = before or published(run, checkpoint.model_id) or ""
+        if not before:
+            new[checkpoint.model_id] = digest
+    for said in sorted(told):
+        tell(f"checkpoints: {said}")
+    digested = (replace(c, digest=new.get(c.model_id, c.digest)) for c in plan.checkpoints)
+    return replace(plan, checkpoints=tuple(digested))

@@ -1,0 +1,50 @@
+"""The counterfactuals of a plan: models to retrain without the rows most helpful to targets."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+
+from trak_dist.config import Counterfactuals
+from trak_dist.errors import ConfigError
+from trak_dist.plan import Plan
+from trak_dist.problem import Problem
+
+
+def with_counterfactuals(
+    plan: Plan, problem: Problem, asked: Counterfactuals, given: Collection[str]
+) -> Plan:
+    """`plan` with the counterfactuals asked for.
+
+    Parameters
+    ----------
+    given : collection of str
+        The fields of `asked` that count; the others stay as they are.
+
+    Raises
+    ------
+    ConfigError
+        If models can't be retrained, or nothing would be left to train on.
+    """
+    there = plan.counterfactuals
+    wanted = replace(there, **{name: getattr(asked, name) for name in given})
+    if wanted.targets and problem.train_checkpoint is None:
+        raise ConfigError(
+            "the problem has no train_checkpoint to retrain models with",
+            where="counterfactuals.targets",
+            next="give it one",
+        )
+    if wanted.targets and max(wanted.remove) >= plan.train.rows:
+        raise ConfigError(
+            f"{max(wanted.remove)} of {plan.train.rows} train rows can't be removed",
+            where="counterfactuals.remove",
+            next=f"counterfactuals.remove={max(1, plan.train.rows // 40)}",
+        )
+    alone = [split.name for split in plan.targets if split.rows == 1]
+    if wanted.targets and alone:
+        raise ConfigError(
+            f"the target set {alone[0]!r} has one target, over which there is no interval",
+            where="counterfactuals.targets",
+            next="a run with targets=… that has more",
+        )
+    return replace(plan, counterfactuals=wanted)

@@ -1,0 +1,88 @@
+"""What is computed of the first examples, before anything is planned or queued."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from trak_dist import datasets
+from trak_dist import problem as problems
+from trak_dist.checkpoints.featurizer import adding, batch_in, gradients, model_in, projector
+from trak_dist.config import FeaturizeConfig
+from trak_dist.coordinates import TRAIN
+from trak_dist.errors import ProblemError
+from trak_dist.ops.batches import examples_in
+from trak_dist.ops.gradients import LoopGradients
+from trak_dist.plan import Plan
+from trak_dist.problem import MapDataset, Problem
+
+
+def first_batch(problem: Problem, dataset: MapDataset, *, name: str) -> tuple[Any, ...]:
+    """The first examples, as many as it takes to see that each is kept apart: two.
+
+    Raises
+    ------
+    UnreadableRow
+        If they can't be read, or put into one batch.
+    """
+    return datasets.batch(problem, dataset, range(min(2, len(dataset))), name=name)
+
+
+def dry_run(problem: Problem, name: str, dataset: MapDataset, spec: FeaturizeConfig) -> None:
+    """Compute the first examples' gradients and out-to-loss, before anything is planned.
+
+    Raises
+    ------
+    ProblemError
+        If that fails, with what the user's code said.
+    UnreadableRow
+        If they can't be read, or the first can't be shown.
+    """
+    batch, examples = first_batch(problem, dataset, name=name), min(2, len(dataset))
+    model = model_in(spec.compute, problem.model.eval())
+    weights, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    try:
+        batch = batch_in(spec.compute, batch)
+        LoopGradients(model, problem.model_output, spec.params)(batch, lambda *_: None)
+        with torch.no_grad():
+            q = problem.model_output.get_out_to_loss_grad(model, weights, buffers, batch)
+    except Exception as error:  # whatever the user's model and output do
+        text = " ".join(str(error).split())
+        raise ProblemError(
+            f"the model output can't be computed on the first examples of {name!r}: "
+            f"{type(error).__name__}: {text[:500]}",
+            where=f"{type(problem.model_output).__qualname__}, {type(model).__qualname__}",
+            next="see docs/your-problem.md on what a batch holds and what a model output gives",
+        ) from error
+    if q.numel() != examples:
+        raise ProblemError(
+            f"get_out_to_loss_grad gave {tuple(q.shape)} for {examples} examples of {name!r}",
+            where=type(problem.model_output).__qualname__,
+            next="it must give one value for each example: no mean over the batch",
+        )
+    datasets.rendered(problem, name, 0)
+
+
+def trial_rate(plan: Plan) -> float:
+    """Rows per second of two examples' grads on this CPU: about what a worker does at least.
+
+    The first pass, which also allocates and draws, is not counted.
+    """
+    problem = problems.rebuild(plan.spec.problem, plan.source)
+    problem = problems.drawing(problem, plan.spec.featurize.random)
+    torch.set_num_threads(plan.spec.featurize.threads)
+    compute_in = plan.spec.featurize.compute
+    batch = batch_in(compute_in, first_batch(problem, problem.dataset(TRAIN), name=TRAIN))
+    size = examples_in(batch)
+    project = projector(plan, 0, problem.model)
+    model = model_in(compute_in, problem.model.eval())
+    compute = gradients(plan, plan.gradients, model, problem.model_output, project)
+    seconds = 0.0
+    for _ in range(2):
+        started = time.perf_counter()
+        into = torch.zeros(size, plan.store_dim)
+        compute(batch, adding(project, into))
+        seconds = time.perf_counter() - started
+    return size / seconds

@@ -1,0 +1,49 @@
+"""Memory and disk that a plan's cells need, known before anything runs. Pure: no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from trak_dist.cells import KINDS, Cell, FeaturizeCell
+from trak_dist.errors import MemoryRefused
+from trak_dist.plan import Plan
+
+
+def disk_bytes(plan: Plan, kinds: Iterable[type[Cell]] = KINDS) -> int:
+    """Bytes of what all cells of some kinds write, uncompressed."""
+    return sum(kind.disk_bytes(plan) for kind in kinds)
+
+
+def fit_workers(plan: Plan, *, wanted: int, memory: int) -> int:
+    """How many of `wanted` workers fit into `memory` bytes, whatever cells they run.
+
+    Raises
+    ------
+    MemoryRefused
+        If not even one fits, saying what would.
+    """
+    kind = max((k for k in KINDS if k.count(plan)), key=lambda k: k.memory(plan))
+    needed = kind.memory(plan)
+    if needed <= memory:
+        return min(wanted, memory // max(1, needed))
+    smaller = kind.if_too_large
+    if kind is FeaturizeCell and (rows := _batch_rows_within(plan, memory)):
+        smaller = f"featurize.batch_rows={rows} would fit"
+    raise MemoryRefused(
+        f"a {kind.kind} cell needs {needed / 2**30:,.1f} GiB, there are {memory / 2**30:,.1f} GiB",
+        where=kind.kind,
+        next=f"{smaller}, or cluster.memory_gb=…",
+    )
+
+
+def _batch_rows_within(plan: Plan, limit: int) -> int:
+    """The half, quarter, … of the planned batch with which featurize cells fit; 0 if none."""
+    rows = plan.spec.featurize.batch_rows // 2
+    while rows:
+        featurize = replace(plan.spec.featurize, batch_rows=rows)
+        smaller = replace(plan, spec=replace(plan.spec, featurize=featurize))
+        if FeaturizeCell.memory(smaller) <= limit:
+            break
+        rows //= 2
+    return rows

@@ -1,0 +1,108 @@
+"""Rows that done featurize cells were shown, read again and held against what they were shown.
+
+A worker that begins with a split reads some batches of done cells again; each cell is compared with
+those of the same rows.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+
+from trak_dist.cells import FeaturizeCell
+from trak_dist.checks.shown_rows import Shown, batch_digests, featurized, inputs_digest
+from trak_dist.coordinates import Rows
+from trak_dist.errors import DatasetError
+from trak_dist.listing import first_few
+from trak_dist.runtime.session import Session
+from trak_dist.store.receipts import Receipt
+
+REREAD_ROWS = 512  # of done cells, by a worker that begins with a split
+
+Done = Mapping[FeaturizeCell, Receipt]
+
+
+def refuse_changed_rows(session: Session, cell: FeaturizeCell) -> None:
+    """Hold what done cells of the split of `cell` were shown against the dataset.
+
+    Raises
+    ------
+    DatasetError
+        If it was something else, naming the cells.
+    """
+    run, split = session.run, cell.split
+    done = featurized(run, split)
+    alike = {(c.rows, inputs_digest(r)): (c, r) for c, r in done.items()}
+    session.shown.update({(split, rows): digest for rows, digest in alike})
+    mixed = len({rows for rows, _ in alike}) < len(alike)
+    batches = [
+        (c, at, digest)
+        for c, r in alike.values()
+        for at, digest in enumerate(batch_digests(r.facts))
+    ]
+    random.Random(cell.key(run.plan)).shuffle(batches)  # noqa: S311
+    size = run.plan.spec.featurize.batch_rows
+    for c, at, digest in batches[: max(1, REREAD_ROWS // size)]:
+        again = _shown(session, split, _batch_rows(c.rows, at, size))
+        mixed |= again["batch_digests"] != digest
+    if mixed or run.receipts.doubted(done):
+        _refuse_changed(session, split, done)
+
+
+def refuse_unlike(session: Session, cell: FeaturizeCell, shown: Shown) -> None:
+    """Hold what a cell was shown against what those of other checkpoints were, before it is done.
+
+    Raises
+    ------
+    DatasetError
+        If it is something else.
+    """
+    digest = shown.facts()["inputs_digest"]
+    if session.shown.setdefault((cell.split, cell.rows), digest) == digest:
+        return
+    _refuse_changed(session, cell.split, featurized(session.run, cell.split))
+    raise DatasetError(
+        f"the rows {cell.rows} of {cell.split!r} are others when they are read again",
+        where=cell.id,
+        next="switch random augmentation off: an example must be the same every time",
+    )
+
+
+def _refuse_changed(session: Session, split: str, done: Done) -> None:
+    """Read all that the done cells were shown again, mark those that were shown something else."""
+    run, size = session.run, session.run.plan.spec.featurize.batch_rows
+    now = {rows: _shown(session, split, rows) for rows in {c.rows for c in done}}
+    doubted, odd = run.receipts.doubted(done), dict[FeaturizeCell, str]()
+    for cell, receipt in done.items():
+        found = now[cell.rows]
+        if inputs_digest(receipt) == found["inputs_digest"]:
+            if cell in doubted:
+                run.receipts.trust(cell)
+            continue
+        pairs = zip(*map(batch_digests, (receipt.facts, found)), strict=False)
+        at = next((i for i, (then, again) in enumerate(pairs) if then != again), None)
+        odd[cell] = str(cell.rows if at is None else _batch_rows(cell.rows, at, size))
+        run.receipts.doubt(cell, f"shown other rows than {split!r} has at {odd[cell]}")
+    if odd:
+        shown = first_few([f"{c.id} (rows {rows})" for c, rows in odd.items()], 5)
+        command = (
+            f"python -m trak_dist.launch stage=verify repair=true run_dir={run.layout.run_dir}"
+        )
+        raise DatasetError(
+            f"{len(odd)} of {len(done)} done cells of {split!r} were shown other rows than the "
+            f"dataset has now: {shown}",
+            where=next(iter(odd)).id,
+            next="if the data were right then, restore them and run the same command again; if "
+            f"they are right now, take these cells back by {command}",
+        )
+
+
+def _shown(session: Session, split: str, rows: Rows) -> dict[str, str]:
+    shown = Shown()
+    for batch in session.batches(split, rows):
+        shown.add(batch)
+    return shown.facts()
+
+
+def _batch_rows(rows: Rows, at: int, size: int) -> Rows:
+    return Rows(rows.start + at * size, min(rows.start + (at + 1) * size, rows.stop))
