@@ -18,6 +18,10 @@ if TYPE_CHECKING:
         ProjectionType,
     )
     from trak_dist.errors import ModelIDException
+    from trak_dist.interface.execution import Outcome
+    from trak_dist.interface.planned_run import PlannedRun, plan_run
+    from trak_dist.interface.progress import Progress
+    from trak_dist.interface.summary import Summary
     from trak_dist.ops.model_outputs import ImageClassification, ModelOutput, TextClassification
     from trak_dist.problem import Problem, Rendered
     from trak_dist.store.results import Results, open_run
@@ -33,13 +37,18 @@ __all__ = [
     "ModelIDException",
     "ModelOutput",
     "NoOpProjector",
+    "Outcome",
+    "PlannedRun",
     "Problem",
+    "Progress",
     "ProjectionType",
     "Rendered",
     "Results",
+    "Summary",
     "TRAKer",
     "TextClassification",
     "open_run",
+    "plan_run",
 ]
 
 _HOME = {
@@ -53,12 +62,17 @@ _HOME = {
     "ImageClassification": "trak_dist.ops.model_outputs",
     "ModelIDException": "trak_dist.errors",
     "ModelOutput": "trak_dist.ops.model_outputs",
+    "Outcome": "trak_dist.interface.execution",
+    "PlannedRun": "trak_dist.interface.planned_run",
     "Problem": "trak_dist.problem",
+    "Progress": "trak_dist.interface.progress",
     "Rendered": "trak_dist.problem",
     "Results": "trak_dist.store.results",
+    "Summary": "trak_dist.interface.summary",
     "TRAKer": "trak_dist.traker",
     "TextClassification": "trak_dist.ops.model_outputs",
     "open_run": "trak_dist.store.results",
+    "plan_run": "trak_dist.interface.planned_run",
 }
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from trak_dist import source
+from trak_dist import in_process, source
 from trak_dist.errors import ProblemError, TrakDistError
 from trak_dist.plan import Source, digest
 
@@ -249,6 +249,9 @@ def build(spec: Mapping[str, Any], *, import_root: str) -> tuple[Problem, Source
         If it can't be imported, does not take the arguments, fails, or returns something else.
     """
     target = spec["_target_"]
+    if target == in_process.TARGET:
+        problem = in_process.build()
+        return problem, _source(problem, None, "", import_root)
     arguments = {k: v for k, v in spec.items() if k != "_target_"}
     with own_draws():
         function, file = locate(target, import_root=import_root)
@@ -270,14 +273,14 @@ def build(spec: Mapping[str, Any], *, import_root: str) -> tuple[Problem, Source
             where="problem._target_",
             next="return trak_dist.Problem(...) from it",
         )
+    return problem, _source(problem, function, file, import_root)
+
+
+def _source(problem: Problem, function: object, file: str, import_root: str) -> Source:
     data = (problem.train, *problem.targets.values(), problem.collate, problem.train_checkpoint)
     parts = [*problem.model.modules(), problem.model_output, *data]
-    return problem, Source(
-        file,
-        source.model_digest(problem.model, problem.model_output),
-        import_root,
-        modules=source.modules(function, parts),
-    )
+    model = source.model_digest(problem.model, problem.model_output)
+    return Source(file, model, import_root, modules=source.modules(function, parts))
 
 
 def rebuild(spec: Mapping[str, Any], planned: Source) -> Problem:

@@ -1,12 +1,12 @@
-"""From command-line overrides to a `Config`: Hydra's composition, and the plan's say in it.
+"""From command-line overrides to an `Invocation`, by Hydra's composition.
 
-The only module but `launch` that imports hydra.
+With `launch` and `sweep` the only modules that import hydra.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +20,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trak_dist import commands
-from trak_dist.config import Spec
-from trak_dist.dotted import differences, flatten
-from trak_dist.errors import ConfigError, PlanMismatch, TrakDistError
-from trak_dist.field_checks import control_character
-from trak_dist.plan import SWEEP_KEYS
+from trak_dist.dotted import flatten
+from trak_dist.errors import ConfigError, TrakDistError
+from trak_dist.interface import invocation, options
+from trak_dist.interface.invocation import Invocation
+from trak_dist.interface.options import CONF, is_group
 from trak_dist.structuring import nearest
 from trak_dist.validation import refuse_other_shape
 
-PACKAGE = Path(__file__).parent
-CONF = next(p for p in (PACKAGE / "conf", PACKAGE.parent / "conf") if p.is_dir())
-
-# What choosing an option of a group says about the spec; the rest of the group are defaults.
-_GROUP_IDENTITY = {"problem": "problem._target_", "projection": "projection.kind"}
-_SPEC_KEYS = frozenset(Spec.__dataclass_fields__)
-_MISSING = "???"
 # Hydra takes its other defaults from its own package first, these from a user's directory first.
 _HYDRAS_OWN = ("hydra/config.yaml", "hydra/launcher/basic.yaml", "hydra/sweeper/basic.yaml")
 MULTIRUN = ("-m", "--multirun", "hydra.mode=MULTIRUN")
@@ -136,11 +129,6 @@ def _composed(overrides: Sequence[str]) -> DictConfig:
     return config
 
 
-def is_group(key: str) -> bool:
-    """Whether `key` chooses an option of one of our groups."""
-    return key.isidentifier() and (CONF / key).is_dir()
-
-
 def swept_values(overrides: Sequence[str]) -> dict[str, list[str]]:
     """The overrides of a sweep by key, one for each value; of several with one key the last.
 
@@ -167,45 +155,22 @@ def swept_values(overrides: Sequence[str]) -> dict[str, list[str]]:
     return values
 
 
-def run_dir(given: object) -> Path:
-    """The run directory as an absolute path.
+def composed_run_dir(overrides: Sequence[str]) -> Path:
+    """The run directory that Hydra composes."""
+    with _composing():
+        return invocation.run_dir(OmegaConf.select(_composed(overrides), "run_dir"))
+
+
+def invoked(config: DictConfig, overrides: Sequence[str]) -> Invocation:
+    """What the command line asks for; `config` is what Hydra composed of it.
 
     Raises
     ------
     ConfigError
-        If it can't be one.
+        If that is no configuration.
     """
-    wanted = ""
-    if not isinstance(given, str) or not given or "%" in given:
-        wanted = "a path without '%', which submitit and Slurm take for a job's number"
-    elif control := control_character(given):
-        wanted = f"a path without the control character {control!r}, which may be a command's end"
-    try:
-        found = Path("" if wanted else str(given)).expanduser().absolute()
-    except RuntimeError as error:
-        wanted = str(error)
-    if wanted:
-        raise ConfigError(
-            f"run_dir {given!r} is not usable: {wanted}", where="run_dir", next="run_dir=runs/…"
-        )
-    return found
-
-
-def composed_run_dir(overrides: Sequence[str]) -> Path:
-    """The run directory that Hydra composes."""
-    with _composing():
-        return run_dir(OmegaConf.select(_composed(overrides), "run_dir"))
-
-
-def given_keys(overrides: Sequence[str]) -> frozenset[str]:
-    """The dotted spec keys that the command line gives."""
-    keys = (_key(o) for o in overrides)
-    return frozenset(_GROUP_IDENTITY.get(k, k) for k in keys)
-
-
-def given_in(section: str, given: Collection[str]) -> list[str]:
-    """The names in a section of settings that the command line gives."""
-    return [key.partition(".")[2] for key in given if key.startswith(f"{section}.")]
+    keys = (_key(override) for override in overrides)
+    return Invocation.of(to_mapping(config), {options.IDENTITY.get(key, key) for key in keys})
 
 
 def to_mapping(config: DictConfig) -> dict[str, Any]:
@@ -224,87 +189,6 @@ def to_mapping(config: DictConfig) -> dict[str, Any]:
     return named
 
 
-def merge_with_plan(
-    mapping: Mapping[str, Any], planned: Mapping[str, Any], given: frozenset[str]
-) -> tuple[dict[str, Any], list[str]]:
-    """`mapping` with the plan's settings wherever the command line does not give a key.
-
-    Also, as `key=value`, what the plan says otherwise than the defaults do.
-    """
-    composed = _leaves({k: mapping[k] for k in planned})
-    frozen = _leaves(planned)
-    ours = {
-        path: value
-        for path, value in composed.items()
-        if value != _MISSING
-        and (_is_given(".".join(path), given) or (path not in frozen and path[0] not in _SPEC_KEYS))
-    }
-    kept = [
-        f"{key}={old}"
-        for key, (old, new) in differences(planned, mapping).items()
-        if old is not None and not _is_given(key, given)
-    ]
-    merged: dict[str, Any] = {}
-    for path, value in {**frozen, **ours}.items():
-        section = merged
-        for part in path[:-1]:
-            section = section.setdefault(part, {})
-        section[path[-1]] = value
-    return {**mapping, **merged}, kept
-
-
-def _leaves(spec: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
-    """Settings by path: one or two names, so that a problem's arguments stay as they are."""
-    leaves: dict[tuple[str, ...], Any] = {}
-    for name, value in spec.items():
-        if isinstance(value, Mapping):
-            leaves.update({(name, key): inner for key, inner in value.items()})
-        else:
-            leaves[name,] = value
-    return leaves
-
-
-def _is_given(key: str, given: frozenset[str]) -> bool:
-    return any(key == g or key.startswith(f"{g}.") or g.startswith(f"{key}.") for g in given)
-
-
-def refuse_missing(mapping: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` naming each setting that is still to be given."""
-    missing = [k for k, v in flatten(mapping).items() if v == _MISSING]
-    if missing:
-        raise ConfigError(
-            f"not given: {', '.join(missing)}",
-            where="the command line",
-            next=" ".join(f"{key}=…" for key in missing),
-        )
-
-
-def refuse_other_settings(
-    planned: Mapping[str, Any], wanted: Mapping[str, Any], *, where: str, may: tuple[str, ...]
-) -> None:
-    """Raise `PlanMismatch` if `wanted` differs from `planned` in what it may not.
-
-    Parameters
-    ----------
-    may : tuple of str
-        How the keys begin that may differ.
-    """
-    found = differences(planned, wanted)
-    if all(key.startswith(may) for key in found):
-        return
-    beside = all(key.startswith(SWEEP_KEYS) for key in found)
-    listed = "\n".join(
-        f"  {k}: {old!r} in the plan, {new!r} now" for k, (old, new) in found.items()
-    )
-    raise PlanMismatch(
-        f"the run directory belongs to another spec:\n{listed}",
-        where=where,
-        next="leave these settings out to go on with this run, "
-        + ("add -m to compute with these too, " if beside else "")
-        + "or use another run_dir",
-    )
-
-
 def _refuse_no_options(overrides: Sequence[str]) -> None:
     """Raise `ConfigError` for what names no option of a group, where Hydra's own words don't."""
     for text in overrides:
@@ -314,11 +198,11 @@ def _refuse_no_options(overrides: Sequence[str]) -> None:
             continue
         names = value if isinstance(value, list) and value else [value]
         if not override.is_sweep_override() and not all(isinstance(n, str) and n for n in names):
-            options = ", ".join(sorted(path.stem for path in (CONF / group).glob("*.yaml")))
+            valid = ", ".join(options.names(group))
             raise ConfigError(
                 f"{group}: {text.partition('=')[2]} is not the name of an option",
                 where="the command line",
-                next=f"{group}=… one of {options}",
+                next=f"{group}=… one of {valid}",
             )
 
 

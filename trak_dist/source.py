@@ -57,7 +57,8 @@ def modules(function: Any, parts: list[Any]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     seen: set[str] = set()
-    waiting = [function.__module__, *(name for part in _within(parts) for name in _names(part))]
+    first = getattr(function, "__module__", "")  # of a problem that is an object there is none
+    waiting = [first, *(name for part in _within(parts) for name in _names(part))]
     while waiting:
         name = waiting.pop()
         if name in seen:

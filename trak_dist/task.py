@@ -235,12 +235,12 @@ def _give_up(run: Run, cell: Cell, attempts: int) -> None:
 
 
 def _go_on(jobs: Jobs, job: Job) -> int:
-    from trak_dist import telling
+    from trak_dist import console
     from trak_dist.executors import slurm
 
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is lost, and scancel means it
     done = slurm.go_on(jobs, job)
-    telling.submitted(jobs.run, done)
+    console.submitted(jobs.run, done)
     return FAILED if done.blocked else DONE
 
 

@@ -10,7 +10,7 @@ made.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +18,22 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from trak_dist import trust, worker
-from trak_dist.cells import Cell, FeaturizeCell, GramCell, KernelCell, PreconditionCell, ScoreCell
-from trak_dist.checkpoints import digests as checkpoints
 from trak_dist.checkpoints import state_dicts
-from trak_dist.checkpoints.featurizer import Loaded
-from trak_dist.checks.gradient_audit import Audit
 from trak_dist.compat import FunctionalGradientComputer
-from trak_dist.config import Spec
 from trak_dist.coordinates import TRAIN
 from trak_dist.datasets import as_batch
-from trak_dist.errors import CellsFailed, ConfigError, ModelIDException, SingularGram
-from trak_dist.ingest import streamed_plan as feeding
-from trak_dist.ingest import streamed_rows as fed
+from trak_dist.errors import CellsFailed, ConfigError, ModelIDException
+from trak_dist.ingest import arguments, streamed_plan, streamed_rows
 from trak_dist.ingest.streamed_checkpoint import FedCheckpoint
 from trak_dist.ops import model_outputs
-from trak_dist.ops.batches import examples_in, rows_of
-from trak_dist.ops.gradients import select_params
-from trak_dist.plan import Plan
-from trak_dist.planning import gradient_method as coverage
-from trak_dist.runtime.session import Sessions, open_device
+from trak_dist.ops.batches import examples_in
+from trak_dist.runtime.session import open_device
 from trak_dist.source import model_digest
-from trak_dist.stages.featurize import refuse_all_zero, refuse_unusable
-from trak_dist.store import contents
-from trak_dist.store.prepare import prepare_checkpoint, prepare_scores
+from trak_dist.store.prepare import prepare_checkpoint
 from trak_dist.store.results import Results
 from trak_dist.store.run import Run
+from trak_dist.streamed_run import StreamedRun
 
 ATTEMPTS = 10  # at scores, while other processes change the plan
 
@@ -117,11 +105,10 @@ class TRAKer:
         log.setLevel(logging_level)
         self.device = open_device("auto" if device is None else str(device))
         self.model = state_dicts.unwrapped(model).to(self.device)
-        self.task = feeding.model_output(task, gradient_computer)
-        self._model_digest = model_digest(self.model, self.task if isinstance(task, str) else task)
+        self.task = arguments.model_output(task, gradient_computer)
         self.save_dir = Path(save_dir).absolute()
-        self.train_set_size = feeding.whole_number("train_set_size", train_set_size, least=1)
-        self._wanted = feeding.Wanted(
+        self.train_set_size = arguments.whole_number("train_set_size", train_set_size, least=1)
+        wanted = arguments.Wanted(
             gradient_computer=gradient_computer,
             projector=projector,
             unsupported={"saver": saver, "score_computer": score_computer},
@@ -131,8 +118,15 @@ class TRAKer:
             grad_wrt=None if grad_wrt is None else sorted(set(grad_wrt)),
             lambda_reg=None if lambda_reg is None else float(lambda_reg),
         )
-        self._sessions = Sessions()
-        self._run = self._opened() if Run.exists(self.save_dir) else None
+        self._streamed = StreamedRun(
+            self.save_dir,
+            model=self.model,
+            output=self.task,
+            model_digest=model_digest(self.model, self.task if isinstance(task, str) else task),
+            device=self.device,
+            wanted=wanted,
+            rows=self.train_set_size,
+        )
         self._loaded: FedCheckpoint | None = None
         self._experiment = ""
         self._next = {TRAIN: 0}
@@ -147,11 +141,11 @@ class TRAKer:
         CheckpointError
             If it does not fit the model, or other weights were featurized under this `model_id`.
         """
-        model_id = feeding.whole_number("model_id", model_id, least=0)
+        model_id = arguments.whole_number("model_id", model_id, least=0)
         before, self._loaded = self._loaded, None
         loaded = FedCheckpoint(self.model, checkpoint, model_id, before)
-        if self._run:
-            self._register(self._run, loaded)
+        if self._streamed.run:
+            self._streamed.with_checkpoint(loaded)
         self._loaded = loaded
         self._next = {TRAIN: 0}
 
@@ -195,12 +189,12 @@ class TRAKer:
         SingularGram
             Told by `CellsFailed`, if λ is too small.
         """
-        run = self._reopened()
-        ids = self._known(run, model_ids)
+        run = self._streamed.reopened()
+        ids = self._streamed.known(run, model_ids)
         for model_id in ids:
-            fed.refuse_missing(run, model_id, TRAIN)
+            streamed_rows.refuse_missing(run, model_id, TRAIN)
             prepare_checkpoint(run, model_id)
-        self._complete(run, [c for m in ids for c in _kernel_cells(run.plan, m)])
+        self._streamed.make_kernels(run, ids)
         if del_grads:
             log.warning("del_grads: the grads are kept, since scores are computed from them")
         self._next = {TRAIN: 0}
@@ -224,14 +218,13 @@ class TRAKer:
             If `exp_name` can't be a name, or has another number of targets.
         """
         self._experiment = ""
-        num_targets = feeding.whole_number("num_targets", num_targets, least=1)
-        self._known(self._reopened(), [model_id])
+        num_targets = arguments.whole_number("num_targets", num_targets, least=1)
+        self._streamed.known(self._streamed.reopened(), [model_id])
         self.load_checkpoint(checkpoint, model_id)
-        assert self._run
-        self._run = feeding.extended(
-            self._run, lambda plan: feeding.with_targets(plan, exp_name, num_targets)
+        run = self._streamed.extended(
+            lambda plan: streamed_plan.with_targets(plan, exp_name, num_targets)
         )
-        prepare_checkpoint(self._run, model_id)
+        prepare_checkpoint(run, model_id)
         self._experiment = exp_name
         self._next[exp_name] = 0
 
@@ -269,7 +262,7 @@ class TRAKer:
         ModelIDException
             If a checkpoint is unknown; if rows or targets of one are missing, naming them.
         """
-        run = self._reopened()
+        run = self._streamed.reopened()
         if exp_name not in (split.name for split in run.plan.targets):
             raise ConfigError(
                 f"there is no experiment {exp_name!r}: "
@@ -277,239 +270,30 @@ class TRAKer:
                 where="exp_name",
                 next="start_scoring_checkpoint and score first",
             )
-        chosen = []
-        for model_id in self._known(run, model_ids):
-            try:
-                for split in (TRAIN, exp_name):
-                    fed.refuse_missing(run, model_id, split)
-                chosen.append(model_id)
-            except ModelIDException as error:
-                if not allow_skip:
-                    raise
-                log.warning("skipped: %s", error.what)
-        if not chosen:
-            raise ModelIDException(
-                f"no checkpoint has all rows and targets of {exp_name!r}", where="finalize_scores"
-            )
+        chosen = streamed_rows.complete(
+            run, self._streamed.known(run, model_ids), (TRAIN, exp_name), allow_skip=allow_skip
+        )
         for again in reversed(range(ATTEMPTS)):
-            run = self._reopened()
-            run = feeding.extended(run, lambda plan: feeding.with_ensemble(plan, chosen))
+            self._streamed.reopened()
+            run = self._streamed.extended(lambda plan: streamed_plan.with_ensemble(plan, chosen))
             try:
-                self._score(run, exp_name)
+                self._streamed.make_scores(run, exp_name)
                 break
             except CellsFailed:  # because another process brought a checkpoint or a λ meanwhile?
                 if not again or Run.open(self.save_dir).plan == run.plan:
                     raise
-        self._run, self._next = run, {TRAIN: 0}
+        self._next = {TRAIN: 0}
         self.scores = Results(run).scores(exp_name)
         return self.scores
-
-    def _score(self, run: Run, exp_name: str) -> None:
-        prepare_scores(run, [exp_name])
-        cells: list[Cell] = []
-        for model_id in run.plan.model_ids:
-            prepare_checkpoint(run, model_id)
-            cells += _kernel_cells(run.plan, model_id)
-            cells += FeaturizeCell.of_split(run.plan, model_id, exp_name)
-            cells.append(PreconditionCell(model_id, exp_name))
-        self._complete(run, [*cells, *ScoreCell.of_targets(run.plan, exp_name)])
-
-    # ----------------------------------------------------------------------------------------
 
     def _feed(self, split: str, batch: tuple[Any, ...], inds: Any, num_samples: int | None) -> None:
         loaded = self._loaded
         if loaded is None:
             raise ModelIDException("no checkpoint is loaded", next="load_checkpoint first")
-        size = examples_in(batch)
         first = self._next.get(split, 0)
-        rows = _rows(inds, num_samples, first=first)
-        if not size and not len(rows):
+        rows = arguments.rows_of_call(inds, num_samples, first=first)
+        if not examples_in(batch) and not len(rows):
             return
-        loaded.make_ready()
-        run = self._run or self._register(self._created(loaded, batch, rows), loaded)
-        feeding.refuse_rows(rows, size, run.plan.split(split))
-        feed = loaded.feeds.get(split)
-        if feed is None:
-            feed = loaded.feeds[split] = fed.Feed(run, loaded.model_id, split, loaded.digest)
-        inputs = fed.row_digests(batch, size)
-        left = ~feed.done()[rows]
-        feed.refuse_others(rows[~left], inputs[~left])
-        if left.any():
-            keep = torch.from_numpy(np.flatnonzero(left))
-            batch = pytree.tree_map_only(Tensor, lambda t: t[keep.to(t.device)], batch)
-            in_plan = loaded.in_plan(run.plan, self.task)
-            checks = Audit.of_call(rows[left], first=not feed.begun)
-            grads, q = self._grads(run.plan, in_plan, batch, rows[left], split, checks)
-            loaded.note_weights()
-            if not feed.begun and len(grads) > 1:  # a single one may have none
-                refuse_all_zero(grads)
-            feed.write(rows[left], grads, q, inputs[left])
+        self._streamed.stream(loaded, split, batch, rows)
         if num_samples is not None:
             self._next[split] = first + num_samples
-
-    def _grads(
-        self,
-        plan: Plan,
-        loaded: Loaded,
-        batch: Any,
-        rows: NDArray[np.int64],
-        split: str,
-        checks: Audit | None,
-    ) -> tuple[Tensor, Tensor]:
-        """X / √p and Q of a batch, all of them finite."""
-        batch = pytree.tree_map_only(Tensor, lambda t: t.to(self.device), batch)
-        grads = torch.zeros(examples_in(batch), plan.store_dim, device=self.device)
-        what = f"checkpoint {loaded.model_id}"
-        with worker.own_numerics(self.device):
-            q = loaded.featurize(batch, grads)
-            refuse_unusable(grads, q, rows=rows.tolist(), split=split, what=what)
-            if checks:
-                checks.check(loaded, batch, grads, q, lambda at: f"row {rows[at]} of {split!r}")
-        return grads, q
-
-    def _created(
-        self, loaded: FedCheckpoint, batch: tuple[Any, ...], rows: NDArray[np.int64]
-    ) -> Run:
-        """The run, made with what the first batch shows; or the one that another process made.
-
-        Two examples are computed before it is: a mistake in the batch makes no run.
-        """
-        if not Run.exists(self.save_dir):
-            whole = pytree.tree_map_only(Tensor, lambda t: t.to(self.device), batch)
-            turned = rows_of(whole, list(reversed(range(max(1, examples_in(batch) - 1)))))
-            spec = self._wanted.spec()
-            with worker.own_numerics(self.device):
-                way, why = coverage.choose(
-                    self.model,
-                    self.task,
-                    {TRAIN: whole, f"{TRAIN}, turned": turned},
-                    params=spec.featurize.params,
-                    asked=spec.featurize.gradients,
-                )
-            plan = feeding.new_plan(
-                spec,
-                rows=self.train_set_size,
-                parameters=self._parameters(spec),
-                model=self._model_digest,
-                gradients=way,
-            )
-            probe = Loaded(plan, loaded.model_id, loaded.digest, self.model, self.task)
-            first = rows_of(batch, slice(2))
-            self._grads(plan, probe, first, rows[:2], TRAIN, None)
-            loaded.note_weights()
-            if why:
-                log.warning("gradients by %s, %s", way, why)
-            feeding.created(self.save_dir, plan)
-        return self._opened()
-
-    def _opened(self) -> Run:
-        run = Run.open(self.save_dir)
-        parameters = self._parameters(run.plan.spec)
-        self._wanted.refuse_other(run, self.train_set_size, parameters, self._model_digest)
-        return run
-
-    def _reopened(self) -> Run:
-        """The run as it is now, with our λ; whatever else other processes added meanwhile."""
-        if not Run.exists(self.save_dir):
-            raise ModelIDException(
-                "nothing was featurized",
-                where=str(self.save_dir),
-                next="load_checkpoint and featurize first",
-            )
-        self._run = feeding.extended(self._opened(), self._wanted.with_lambda)
-        return self._run
-
-    def _register(self, run: Run, loaded: FedCheckpoint) -> Run:
-        run = feeding.extended(
-            run, lambda plan: feeding.with_checkpoint(plan, loaded.model_id, loaded.path)
-        )
-        checkpoints.refuse_other_weights(run, loaded.model_id, loaded.digest, publish=True)
-        for other in checkpoints.twins(run, loaded.model_id, loaded.digest):
-            log.warning("model_ids %d and %d have the same weights", other, loaded.model_id)
-        prepare_checkpoint(run, loaded.model_id)
-        self._run = run
-        return run
-
-    def _known(self, run: Run, model_ids: Iterable[int] | None) -> list[int]:
-        there = [c.model_id for c in run.plan.checkpoints]
-        asked = there if model_ids is None else list(dict.fromkeys(model_ids))
-        unknown = [m for m in asked if m not in there]
-        if unknown or not asked:
-            raise ModelIDException(
-                f"model_id {unknown[0]} was never featurized; there are {there}"
-                if unknown
-                else "no checkpoint was featurized",
-                where=str(self.save_dir),
-                next="load_checkpoint and featurize first",
-            )
-        return sorted(asked)
-
-    def _complete(self, run: Run, cells: Sequence[Cell]) -> None:
-        """Have the worker run what is not done; several processes may."""
-        done = run.receipts.done(cells)
-        left = [c.split for c in cells if isinstance(c, FeaturizeCell) and c not in done]
-        if not all(run.plan.split(name).fed for name in left):  # a problem's, of the launcher's run
-            trust.refuse_foreign(run.plan, run.layout.run_dir)
-        with worker.own_numerics(self.device):
-            worker.run_cells(
-                str(run.layout.run_dir),
-                run.plan.fingerprint,
-                str(self.device),
-                [cell.id for cell in cells],
-                sessions=self._sessions,
-            )
-        done = run.receipts.done(cells)
-        missing = [cell for cell in cells if cell not in done]
-        failures = run.receipts.failures(missing)
-        if failures:
-            cell, failure = next(iter(failures.items()))
-            singular = failure.error_class == SingularGram.__name__
-            raise CellsFailed(
-                f"{cell.id}: {failure.error}",
-                next=_larger_lambda(run, cell.model_id)
-                if isinstance(cell, KernelCell) and singular
-                else "",
-            )
-        if missing:
-            raise CellsFailed(
-                f"{len(missing)} cells are not done",
-                where=missing[0].id,
-                next="the same call again",
-            )
-
-    def _parameters(self, spec: Spec) -> int:
-        return sum(s.numel() for s in select_params(self.model, spec.featurize.params).values())
-
-
-def _rows(inds: Any, num_samples: int | None, *, first: int) -> NDArray[np.int64]:
-    if (inds is None) == (num_samples is None):
-        raise ConfigError(
-            "exactly one of inds and num_samples is to be given",
-            where="featurize, score",
-            next="inds: the batch's rows; num_samples: how many there are, in order",
-        )
-    if num_samples is not None:
-        num_samples = feeding.whole_number("num_samples", num_samples, least=0)
-        return np.arange(first, first + num_samples)
-    rows = np.asarray(inds.cpu() if isinstance(inds, Tensor) else inds).reshape(-1)
-    if rows.size and rows.dtype.kind not in "iu":
-        raise ConfigError(
-            f"inds of dtype {rows.dtype} are not whole numbers",
-            where="featurize, score",
-            next="inds: the batch's rows in the train set, or among the targets",
-        )
-    return rows.astype(np.int64)
-
-
-def _larger_lambda(run: Run, model_id: int) -> str:
-    diagonal = float(contents.read(run, GramCell(model_id), "gram").diagonal().mean())
-    tried = diagonal * feeding.units_of_lambda(run.plan.spec)
-    return f"here TRAKer(lambda_reg={tried:.2g}): the mean of XᵀX's diagonal, in TRAK's units"
-
-
-def _kernel_cells(plan: Plan, model_id: int) -> list[Cell]:
-    return [
-        *FeaturizeCell.of_split(plan, model_id, TRAIN),
-        GramCell(model_id),
-        KernelCell(model_id),
-    ]

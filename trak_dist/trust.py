@@ -17,7 +17,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-from trak_dist import commands
+from trak_dist import commands, in_process
 from trak_dist import problem as problems
 from trak_dist import source as sources
 from trak_dist.errors import UnreadableProblem, UntrustedProblem
@@ -86,7 +86,8 @@ def refuse_foreign(plan: Plan, run_dir: Path) -> None:
 
 def needs_no_word(spec: Mapping[str, Any]) -> bool:
     """Whether a problem is one of those that come with the package, or none that is executed."""
-    return problems.is_shipped(spec["_target_"]) or dict(spec) == NO_CODE
+    target = spec["_target_"]
+    return target == in_process.TARGET or problems.is_shipped(target) or dict(spec) == NO_CODE
 
 
 def find(target: str, import_root: str) -> Path | None:

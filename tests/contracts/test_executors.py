@@ -83,7 +83,7 @@ def run(make: Make, directory: Path, tasks: list[Task]) -> int:
     """Run `tasks`; how often the executor ticked."""
     ticks: list[int] = []
     job = functools.partial(append, str(directory))
-    make(directory).run(job, tasks, lambda: ticks.append(1))
+    make(directory).run(job, tasks, ticks.append)
     return len(ticks)
 
 
@@ -114,7 +114,7 @@ def test_no_tasks_are_no_work(make: Make, tmp_path: Path) -> None:
 
 
 def test_debug_starts_no_task_after_an_interrupt(tmp_path: Path) -> None:
-    def interrupt() -> None:
+    def interrupt(_: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -124,7 +124,7 @@ def test_debug_starts_no_task_after_an_interrupt(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_local_leaves_no_worker_running_after_an_interrupt(tmp_path: Path) -> None:
-    def interrupt_once_both_work() -> None:
+    def interrupt_once_both_work(_: int) -> None:
         if len(ran(tmp_path)) == 2:
             raise KeyboardInterrupt
 
@@ -153,13 +153,13 @@ def test_local_neither_hangs_nor_stops_the_others_when_a_worker_dies(
 ) -> None:
     tasks = [("a1",), ("b1", "b2"), ("c1",), ("d1",)]
     job = functools.partial(append_or_die, str(tmp_path), death)
-    local(tmp_path).run(job, tasks, lambda: None)
+    local(tmp_path).run(job, tasks, lambda _: None)
     assert sorted(ran(tmp_path)) == [["a1"], ["c1", "d1"]]
 
 
 def test_local_gives_each_worker_a_log_that_is_there(tmp_path: Path) -> None:
     job = functools.partial(append_and_tell_the_log, str(tmp_path))
-    local(tmp_path).run(job, TASKS[:2], lambda: None)
+    local(tmp_path).run(job, TASKS[:2], lambda _: None)
     logs = {cell.split(" ", 1)[1] for cells in ran(tmp_path) for cell in cells}
     assert len(logs) == 2
     assert all(Path(log).is_relative_to(tmp_path / "logs") and Path(log).exists() for log in logs)
@@ -178,7 +178,7 @@ def test_local_starts_no_work_that_it_leaves_alone_where_the_disk_is_full(
     monkeypatch.setattr(_Local, "start", full)
     job = functools.partial(append_for_long, str(tmp_path))
     with pytest.raises(StoreError, match="no disk space: No space left on device"):
-        local(tmp_path).run(job, TASKS[:2], lambda: None)
+        local(tmp_path).run(job, TASKS[:2], lambda _: None)
     lines = ran(tmp_path)
     time.sleep(0.3)
     assert ran(tmp_path) == lines
@@ -192,7 +192,7 @@ def refuse(directory: str, cells: Sequence[str]) -> None:
 def test_what_a_local_worker_could_not_begin_for_is_in_its_log_in_our_words(
     tmp_path: Path,
 ) -> None:
-    local(tmp_path).run(functools.partial(refuse, str(tmp_path)), TASKS[:1], lambda: None)
+    local(tmp_path).run(functools.partial(refuse, str(tmp_path)), TASKS[:1], lambda _: None)
     (log,) = (tmp_path / "logs").rglob("*.err")
     assert "ERROR not readable: Permission denied" in log.read_text()
     assert "Traceback" not in log.read_text()
@@ -207,7 +207,7 @@ def append_and_tell_where_pickles_are(directory: str, cells: Sequence[str]) -> N
 
 def test_local_loads_pickles_only_from_where_nobody_else_can_put_one(tmp_path: Path) -> None:
     job = functools.partial(append_and_tell_where_pickles_are, str(tmp_path))
-    local(tmp_path).run(job, TASKS[:2], lambda: None)
+    local(tmp_path).run(job, TASKS[:2], lambda _: None)
     told = [line for cells in ran(tmp_path) for line in cells]
     folders = {Path(line.split()[0]) for line in told}
     assert len(told) == 2

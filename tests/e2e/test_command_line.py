@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from trak_dist import commands, preparation
+from trak_dist import commands
 from trak_dist.config import SlurmConfig
 from trak_dist.errors import ConfigError
+from trak_dist.interface import preparation
 from trak_dist.validation import cluster_from_mapping
 
 STUMBLES = {
@@ -56,7 +57,7 @@ def test_a_mistake_in_the_problem_is_told_whole(launch, tiny_run, monkeypatch) -
     def broken(*_: object, **__: object) -> None:
         raise LookupError("of the code")
 
-    monkeypatch.setattr(preparation, "prepared", broken)
+    monkeypatch.setattr(preparation, "prepare_run", broken)
     ended = launch(*tiny_run)
     assert ended.code == 1
     assert "LookupError: of the code" in ended.err

@@ -14,11 +14,12 @@ from launching import Ended, Launch
 from sweeping import Command, members, small_runs
 
 from trak_dist import open_run
-from trak_dist import sweep as sweeps
 from trak_dist.cells import ScoreCell
+from trak_dist.interface import members as sweep_members
 from trak_dist.plan import Plan
 from trak_dist.stages import featurize, reduce
 from trak_dist.store.run import Run
+from trak_dist.sweep import Sweep
 
 pytestmark = pytest.mark.slow
 
@@ -244,14 +245,14 @@ def test_a_task_that_fails_does_not_stop_the_others(run, tmp_path: Path) -> None
 
 
 def test_an_unforeseen_error_is_told_and_the_others_run(run, monkeypatch) -> None:
-    home, calls = sweeps.home, itertools.count()
+    directory, calls = sweep_members.directory, itertools.count()
 
     def breaks(base: Run, plan: Plan) -> Path:
         if next(calls) == 0:
             raise RuntimeError("unforeseen")
-        return home(base, plan)
+        return directory(base, plan)
 
-    monkeypatch.setattr(sweeps, "home", breaks)
+    monkeypatch.setattr(sweep_members, "directory", breaks)
     ended = run("run", "-m", "proj_dim=4,8,16")
     assert ended.code == 1
     assert "RuntimeError: unforeseen" in ended.err
@@ -495,8 +496,8 @@ def test_local_workers_make_the_same(run, tmp_path: Path, monkeypatch) -> None:
 def test_the_dimension_to_store(tmp_path, k: int, swept: str, of_run: int, chosen: int) -> None:
     from test_plan import PLAN
 
-    values = {"proj_dim": [f"proj_dim={v}" for v in swept.split(",") if v]}
+    dims = Sweep({"proj_dim": [f"proj_dim={v}" for v in swept.split(",") if v]}).dims
     spec = PLAN.spec.__class__(problem={}, store_dim=of_run or 1, proj_dim=1)
     planned = PLAN.with_settings(spec, ()) if of_run else None
-    given = {"proj_dim": k, "store_dim": k, "projection": {"kind": "sjlt"}}
-    assert sweeps.Sweep(values).store_dim(given, planned)[0] == chosen
+    values = {"proj_dim": k, "store_dim": k, "projection.kind": "sjlt"}
+    assert sweep_members.store_dim(values, dims, planned)[0] == chosen

@@ -31,12 +31,13 @@ from mutating import (
 from omegaconf import OmegaConf
 from safetensors.torch import save
 
-from trak_dist import open_run, settings, telling
+from trak_dist import console, open_run
 from trak_dist.cells import KernelCell, ReportCell, ScoreCell, of_stage
 from trak_dist.checkpoints import state_dicts
 from trak_dist.checkpoints.digests import content_digest
 from trak_dist.config import SlurmConfig
 from trak_dist.errors import CorruptChunk
+from trak_dist.interface import options
 from trak_dist.launch import main
 from trak_dist.status.state import read_status
 from trak_dist.status.text import lines
@@ -111,7 +112,7 @@ class Subject:
         run = Run.open(self.run_dir)
         "\n".join(lines(read_status(run)))
         with contextlib.redirect_stdout(io.StringIO()):
-            telling.tell_what_next(run)
+            console.results(run)
         list(damaged_cells(run))
         for stage in ("featurize", "reduce", "report"):
             open_run(self.run_dir).receipts(stage)
@@ -219,11 +220,11 @@ def kinds(subject: Subject) -> dict[str, Kind]:
 
     def configuration(draw: random.Random) -> Callable[[], str]:
         if not subject.mapping:
-            base = OmegaConf.load(settings.CONF / "config.yaml")
+            base = OmegaConf.load(options.CONF / "config.yaml")
             plain = OmegaConf.to_container(base, resolve=False)
             assert isinstance(plain, dict)
             plain = {k: v for k, v in plain.items() if k not in ("defaults", "hydra")}
-            slurm = OmegaConf.to_container(OmegaConf.load(settings.CONF / "cluster/slurm.yaml"))
+            slurm = OmegaConf.to_container(OmegaConf.load(options.CONF / "cluster/slurm.yaml"))
             plain |= {"problem": {"_target_": "a.b"}, "run_dir": "x", "store_dim": 2048}
             subject.mapping = plain | {"projection": {"kind": "sjlt", "seed": 0}, "cluster": slurm}
             config_from_mapping(subject.mapping)
@@ -328,5 +329,5 @@ def test_odd_facts_of_a_report_are_told(subject, facts: dict[str, Any], what: st
     receipt = subject.run.receipts.done([cell])[cell]
     subject.run.receipts.publish(cell, replace(receipt, facts=facts))
     with pytest.raises(CorruptChunk, match=what), contextlib.redirect_stdout(io.StringIO()):
-        telling.tell_what_next(subject.run)
+        console.results(subject.run)
     subject.restore()

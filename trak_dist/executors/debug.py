@@ -10,8 +10,8 @@ from trak_dist.executors.protocol import Job, Task
 class DebugExecutor:
     """Runs tasks in this process."""
 
-    def run(self, job: Job, tasks: Sequence[Task], tick: Callable[[], None]) -> None:
+    def run(self, job: Job, tasks: Sequence[Task], tick: Callable[[int], None]) -> None:
         """See `Executor`."""
-        for task in tasks:
+        for number, task in enumerate(tasks, 1):
             job(task)
-            tick()
+            tick(int(number < len(tasks)))

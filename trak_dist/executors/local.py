@@ -36,7 +36,7 @@ class LocalExecutor:
         self._logs, self._workers, self._gpus = logs, workers, gpus
         self._log_variable = log_variable
 
-    def run(self, job: Job, tasks: Sequence[Task], tick: Callable[[], None]) -> None:
+    def run(self, job: Job, tasks: Sequence[Task], tick: Callable[[int], None]) -> None:
         """See `Executor`."""
         if not tasks:
             return
@@ -46,7 +46,7 @@ class LocalExecutor:
             self._run(job, tasks, tick, Path(private.name))
 
     def _run(
-        self, job: Job, tasks: Sequence[Task], tick: Callable[[], None], private: Path
+        self, job: Job, tasks: Sequence[Task], tick: Callable[[int], None], private: Path
     ) -> None:
         count = min(self._workers, len(tasks))
         bounds = [round(i * len(tasks) / count) for i in range(count + 1)]
@@ -56,8 +56,8 @@ class LocalExecutor:
                 cells = [cell for task in tasks[start:stop] for cell in task]
                 with atomic.told(self._logs):  # where submitit puts what a worker prints
                     jobs.append(self._submit(job, cells, worker, private))
-            while not all(j.done() for j in jobs):
-                tick()
+            while running := sum(not j.done() for j in jobs):
+                tick(running)
                 time.sleep(POLL_SECONDS)
         except BaseException:
             for j in jobs:

@@ -13,6 +13,6 @@ Job = Callable[[Sequence[str]], object]
 class Executor(Protocol):
     """Runs tasks with a job. What came of them is in the run directory, not returned."""
 
-    def run(self, job: Job, tasks: Sequence[Task], tick: Callable[[], None]) -> None:
-        """Run all `tasks`, in any order; call `tick` now and then, for progress."""
+    def run(self, job: Job, tasks: Sequence[Task], tick: Callable[[int], None]) -> None:
+        """Run all `tasks`, in any order; call `tick` with the workers at work now and then."""
         ...

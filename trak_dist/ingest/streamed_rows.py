@@ -8,6 +8,7 @@ are done their parts are discarded.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from trak_dist.runtime.outcome import Outcome, grads_facts
 from trak_dist.store import contents, parts
 from trak_dist.store.parts import Part
 from trak_dist.store.run import Run
+
+log = logging.getLogger("trak_dist")
 
 
 class Feed:
@@ -157,6 +160,33 @@ def refuse_missing(run: Run, model_id: int, split: str) -> None:
             where=str(run.layout.run_dir),
             next="featurize them" if split == TRAIN else "score them, or allow_skip=True",
         )
+
+
+def complete(
+    run: Run, model_ids: Sequence[int], splits: Sequence[str], *, allow_skip: bool
+) -> list[int]:
+    """Those of the checkpoints that have all rows of some splits.
+
+    Raises
+    ------
+    ModelIDException
+        If there are none; if one has not, unless `allow_skip` says to leave it out.
+    """
+    chosen = []
+    for model_id in model_ids:
+        try:
+            for split in splits:
+                refuse_missing(run, model_id, split)
+            chosen.append(model_id)
+        except ModelIDException as error:
+            if not allow_skip:
+                raise
+            log.warning("skipped: %s", error.what)
+    if not chosen:
+        raise ModelIDException(
+            f"no checkpoint has all rows and targets of {splits[-1]!r}", where="finalize_scores"
+        )
+    return chosen
 
 
 def spans(rows: NDArray[np.int64]) -> str:

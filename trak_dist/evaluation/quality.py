@@ -1,0 +1,81 @@
+"""What was found of the scores' worth: overlaps, counterfactuals, AUC, LDS; a line each."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from trak_dist.cells import EvaluateCell, ReportCell
+from trak_dist.errors import CorruptChunk
+from trak_dist.store.run import Run
+
+
+def lines(run: Run) -> Iterator[str]:
+    """All that was found, the LDS last."""
+    done = run.receipts.done([*ReportCell.of(run.plan), *EvaluateCell.of(run.plan)])
+    facts = [(cell.id.partition("/")[2], receipt.facts) for cell, receipt in done.items()]
+    for part in (_halves, _removed, _labels):
+        for name, found in facts:
+            with _odd_facts_told(name):
+                yield from part(name, found)
+    yield from lds(run)
+
+
+def lds(run: Run) -> Iterator[str]:
+    """The LDS of each target set that was held against retrained models."""
+    chosen_here = ", λ chosen on these targets" if run.plan.lambda_from else ""
+    for cell, receipt in run.receipts.done(EvaluateCell.of(run.plan)).items():
+        name = cell.id.partition("/")[2]
+        with _odd_facts_told(name):
+            yield from _lds(name, receipt.facts, chosen_here)
+
+
+def _lds(name: str, found: Mapping[str, Any], chosen_here: str) -> Iterator[str]:
+    if "lds" in found:
+        own, fair = _interval(found["lds"]), _interval(found["chosen"]["lds"])
+        few = f"; {found['left_out']} constant targets left out" if found["left_out"] else ""
+        yield (
+            f"LDS:    {name} {own} (95 %{chosen_here}), with λ chosen on other targets {fair}{few}"
+        )
+
+
+def _halves(name: str, found: Mapping[str, Any]) -> Iterator[str]:
+    for count, share in found.get("stability", {}).items():
+        yield (
+            f"halves: {name} share {_interval(share)} of the {count} most helpful rows, by "
+            f"chance {share['chance']:.2g}"
+        )
+
+
+def _removed(name: str, found: Mapping[str, Any]) -> Iterator[str]:
+    for one in found.get("counterfactuals", []):
+        yield (
+            f"remove: {name} {one['removed']} most helpful rows: output drops by "
+            f"{_interval(one['drop'])}, against random rows"
+        )
+
+
+def _labels(_: str, found: Mapping[str, Any]) -> Iterator[str]:
+    if wrong := found.get("mislabelled"):
+        yield (
+            f"labels: AUC {_interval(wrong['auc'])} of self-influence, "
+            f"{_interval(wrong['auc_of_out_to_loss'])} of out-to-loss alone, "
+            f"for {wrong['rows']} wrong ones"
+        )
+
+
+@contextlib.contextmanager
+def _odd_facts_told(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CorruptChunk(
+            f"the facts of a receipt can't be read: {type(error).__name__}: {error}",
+            where=name,
+            next="remove its evaluate and report receipts, then the same command again",
+        ) from error
+
+
+def _interval(found: Mapping[str, float]) -> str:
+    return f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"

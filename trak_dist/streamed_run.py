@@ -1,0 +1,297 @@
+"""The run that a `TRAKer` streams rows into: made with the first batch, extended by what joins it.
+
+Other processes may stream into it, and change its plan, at the same time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from trak_dist import trust, worker
+from trak_dist.cells import Cell, FeaturizeCell, GramCell, KernelCell, PreconditionCell, ScoreCell
+from trak_dist.checkpoints import digests
+from trak_dist.checkpoints.featurizer import Loaded
+from trak_dist.checks.gradient_audit import Audit
+from trak_dist.config import Spec
+from trak_dist.coordinates import TRAIN
+from trak_dist.errors import CellsFailed, ModelIDException, SingularGram
+from trak_dist.ingest import arguments, streamed_plan, streamed_rows
+from trak_dist.ingest.streamed_checkpoint import FedCheckpoint
+from trak_dist.interface.execution import outcome_of
+from trak_dist.ops.batches import examples_in, rows_of
+from trak_dist.ops.gradients import select_params
+from trak_dist.ops.model_outputs import ModelOutput
+from trak_dist.plan import Plan
+from trak_dist.planning import gradient_method
+from trak_dist.runtime.session import Sessions
+from trak_dist.stages.featurize import refuse_all_zero, refuse_unusable
+from trak_dist.store import contents
+from trak_dist.store.prepare import prepare_checkpoint, prepare_scores
+from trak_dist.store.run import Run
+
+log = logging.getLogger("trak_dist")
+
+
+class StreamedRun:
+    """A run by its directory, and what a process streams into it with.
+
+    Parameters
+    ----------
+    run_dir : Path
+        The run directory.
+    model, output, model_digest
+        The model on `device`, its output, and what both print.
+    wanted : Wanted
+        What the arguments of the `TRAKer` say of the run.
+    rows : int
+        The number of train rows.
+
+    Raises
+    ------
+    PlanMismatch
+        If the run that is there belongs to other arguments.
+    """
+
+    def __init__(  # noqa: PLR0913
+        self,
+        run_dir: Path,
+        *,
+        model: nn.Module,
+        output: ModelOutput,
+        model_digest: str,
+        device: torch.device,
+        wanted: arguments.Wanted,
+        rows: int,
+    ) -> None:
+        self.run_dir, self._device = run_dir, device
+        self._sessions = Sessions()
+        self._model, self._output, self._model_digest = model, output, model_digest
+        self._wanted, self._rows = wanted, rows
+        self.run = self._opened() if Run.exists(run_dir) else None  # as last seen
+
+    def reopened(self) -> Run:
+        """The run as it is now, with our λ; whatever else other processes added meanwhile.
+
+        Raises
+        ------
+        ModelIDException
+            If there is none.
+        """
+        if not Run.exists(self.run_dir):
+            raise ModelIDException(
+                "nothing was featurized",
+                where=str(self.run_dir),
+                next="load_checkpoint and featurize first",
+            )
+        self.run = streamed_plan.extended(self._opened(), self._wanted.with_lambda)
+        return self.run
+
+    def extended(self, change: Callable[[Plan], Plan]) -> Run:
+        """The run with its plan changed, whatever other processes change meanwhile."""
+        self.run = streamed_plan.extended(self.run or self._opened(), change)
+        return self.run
+
+    def with_checkpoint(self, loaded: FedCheckpoint) -> Run:
+        """The run with a checkpoint in its plan, and arrays for its rows.
+
+        Raises
+        ------
+        CheckpointError
+            If other weights were featurized under its `model_id`.
+        """
+        run = self.extended(
+            lambda plan: streamed_plan.with_checkpoint(plan, loaded.model_id, loaded.path)
+        )
+        digests.refuse_other_weights(run, loaded.model_id, loaded.digest, publish=True)
+        for other in digests.twins(run, loaded.model_id, loaded.digest):
+            log.warning("model_ids %d and %d have the same weights", other, loaded.model_id)
+        prepare_checkpoint(run, loaded.model_id)
+        return run
+
+    def stream(
+        self, loaded: FedCheckpoint, split: str, batch: tuple[Any, ...], rows: NDArray[np.int64]
+    ) -> None:
+        """Compute and keep the grads and Q of those rows of a batch that are not there yet.
+
+        Raises
+        ------
+        ConfigError
+            If rows and batch do not fit each other, or other examples are there for these rows.
+        """
+        loaded.make_ready()
+        run, size = self.run or self._created(loaded, batch, rows), examples_in(batch)
+        arguments.refuse_rows(rows, size, run.plan.split(split))
+        feed = loaded.feeds.get(split)
+        if feed is None:
+            feed = streamed_rows.Feed(run, loaded.model_id, split, loaded.digest)
+            loaded.feeds[split] = feed
+        inputs = streamed_rows.row_digests(batch, size)
+        left = ~feed.done()[rows]
+        feed.refuse_others(rows[~left], inputs[~left])
+        if not left.any():
+            return
+        keep = torch.from_numpy(np.flatnonzero(left))
+        batch = pytree.tree_map_only(Tensor, lambda t: t[keep.to(t.device)], batch)
+        in_plan = loaded.in_plan(run.plan, self._output)
+        checks = Audit.of_call(rows[left], first=not feed.begun)
+        grads, q = self._grads(run.plan, in_plan, batch, rows[left], split, checks)
+        loaded.note_weights()
+        if not feed.begun and len(grads) > 1:  # a single one may have none
+            refuse_all_zero(grads)
+        feed.write(rows[left], grads, q, inputs[left])
+
+    def _created(
+        self, loaded: FedCheckpoint, batch: tuple[Any, ...], rows: NDArray[np.int64]
+    ) -> Run:
+        """The run, made with what the first batch shows; or the one that another process made.
+
+        Two examples are computed before it is: a mistake in the batch makes no run.
+        """
+        if not Run.exists(self.run_dir):
+            plan, why = self._plan(batch)
+            probe = Loaded(plan, loaded.model_id, loaded.digest, self._model, self._output)
+            self._grads(plan, probe, rows_of(batch, slice(2)), rows[:2], TRAIN, None)
+            loaded.note_weights()
+            if why:
+                log.warning("gradients by %s, %s", plan.gradients, why)
+            streamed_plan.created(self.run_dir, plan)
+        self.run = self._opened()
+        return self.with_checkpoint(loaded)
+
+    def _grads(
+        self,
+        plan: Plan,
+        loaded: Loaded,
+        batch: Any,
+        rows: NDArray[np.int64],
+        split: str,
+        checks: Audit | None,
+    ) -> tuple[Tensor, Tensor]:
+        """X / √p (batch, k) float32 and Q (batch,) of a batch, all of them finite."""
+        batch = pytree.tree_map_only(Tensor, lambda t: t.to(self._device), batch)
+        grads = torch.zeros(examples_in(batch), plan.store_dim, device=self._device)
+        what = f"checkpoint {loaded.model_id}"
+        with worker.own_numerics(self._device):
+            q = loaded.featurize(batch, grads)
+            refuse_unusable(grads, q, rows=rows.tolist(), split=split, what=what)
+            if checks:
+                checks.check(loaded, batch, grads, q, lambda at: f"row {rows[at]} of {split!r}")
+        return grads, q
+
+    def known(self, run: Run, model_ids: Iterable[int] | None) -> list[int]:
+        """Those of the checkpoints that are asked for, all where None is, in order.
+
+        Raises
+        ------
+        ModelIDException
+            If one is not of the run.
+        """
+        there = [c.model_id for c in run.plan.checkpoints]
+        asked = there if model_ids is None else list(dict.fromkeys(model_ids))
+        unknown = [m for m in asked if m not in there]
+        if unknown or not asked:
+            raise ModelIDException(
+                f"model_id {unknown[0]} was never featurized; there are {there}"
+                if unknown
+                else "no checkpoint was featurized",
+                where=str(self.run_dir),
+                next="load_checkpoint and featurize first",
+            )
+        return sorted(asked)
+
+    def make_kernels(self, run: Run, model_ids: Sequence[int]) -> None:
+        """Gather the train rows of checkpoints, and make their kernels."""
+        self._complete(run, [c for m in model_ids for c in _kernel_cells(run.plan, m)])
+
+    def make_scores(self, run: Run, targets: str) -> None:
+        """Make the scores of a target set, and all that they need."""
+        prepare_scores(run, [targets])
+        cells: list[Cell] = []
+        for model_id in run.plan.model_ids:
+            prepare_checkpoint(run, model_id)
+            cells += _kernel_cells(run.plan, model_id)
+            cells += FeaturizeCell.of_split(run.plan, model_id, targets)
+            cells.append(PreconditionCell(model_id, targets))
+        self._complete(run, [*cells, *ScoreCell.of_targets(run.plan, targets)])
+
+    def _opened(self) -> Run:
+        run = Run.open(self.run_dir)
+        parameters = self._parameters(run.plan.spec)
+        self._wanted.refuse_other(run, self._rows, parameters, self._model_digest)
+        return run
+
+    def _plan(self, batch: tuple[Any, ...]) -> tuple[Plan, str]:
+        """A plan by what the first batch shows, and why gradients are not by hooks."""
+        whole = pytree.tree_map_only(Tensor, lambda t: t.to(self._device), batch)
+        turned = rows_of(whole, list(reversed(range(max(1, examples_in(batch) - 1)))))
+        spec = self._wanted.spec()
+        with worker.own_numerics(self._device):
+            method, why = gradient_method.choose(
+                self._model,
+                self._output,
+                {TRAIN: whole, f"{TRAIN}, turned": turned},
+                params=spec.featurize.params,
+                asked=spec.featurize.gradients,
+            )
+        plan = streamed_plan.new_plan(
+            spec,
+            rows=self._rows,
+            parameters=self._parameters(spec),
+            model=self._model_digest,
+            gradients=method,
+        )
+        return plan, why
+
+    def _complete(self, run: Run, cells: Sequence[Cell]) -> None:
+        """Have the worker run what is not done; several processes may."""
+        done = run.receipts.done(cells)
+        left = [c.split for c in cells if isinstance(c, FeaturizeCell) and c not in done]
+        if not all(run.plan.split(name).fed for name in left):  # a problem's, of the launcher's run
+            trust.refuse_foreign(run.plan, run.layout.run_dir)
+        ids, run_dir = [cell.id for cell in cells], str(run.layout.run_dir)
+        with worker.own_numerics(self._device):
+            worker.run_cells(
+                run_dir,
+                run.plan.fingerprint,
+                str(self._device),
+                ids,
+                sessions=self._sessions,
+            )
+        outcome = outcome_of(run, "score", cells)
+        for cell, failure in outcome.failed.items():
+            singular = failure.error_class == SingularGram.__name__
+            raise CellsFailed(
+                f"{cell.id}: {failure.error}",
+                next=_larger_lambda(run, cell.model_id)
+                if isinstance(cell, KernelCell) and singular
+                else "",
+            )
+        if outcome.not_run:
+            raise CellsFailed(
+                f"{len(outcome.not_run)} cells are not done",
+                where=outcome.not_run[0].id,
+                next="the same call again",
+            )
+
+    def _parameters(self, spec: Spec) -> int:
+        return sum(s.numel() for s in select_params(self._model, spec.featurize.params).values())
+
+
+def _larger_lambda(run: Run, model_id: int) -> str:
+    diagonal = float(contents.read(run, GramCell(model_id), "gram").diagonal().mean())
+    tried = diagonal * arguments.units_of_lambda(run.plan.spec)
+    return f"here TRAKer(lambda_reg={tried:.2g}): the mean of XᵀX's diagonal, in TRAK's units"
+
+
+def _kernel_cells(plan: Plan, model_id: int) -> list[Cell]:
+    grads = FeaturizeCell.of_split(plan, model_id, TRAIN)
+    return [*grads, GramCell(model_id), KernelCell(model_id)]
