@@ -17,9 +17,10 @@ import torch
 from launching import Ended, Launch
 
 import trak_dist
-from trak_dist import commands, open_run, settings, sweep, trust
+from trak_dist import commands, open_run, settings, trust
 from trak_dist.cells import FeaturizeCell, GramCell, KernelCell
 from trak_dist.errors import TrakDistError
+from trak_dist.interface import members
 from trak_dist.runtime import inputs
 from trak_dist.runtime.session import Session
 from trak_dist.stages import reduce
@@ -118,7 +119,7 @@ def test_of_members_of_a_sweep(place: Place) -> None:
     )
     assert settings.composed_run_dir([override]) == member
     with pytest.raises(TrakDistError) as raised:
-        sweep.refuse_nested(member)
+        members.check_not_nested(member)
     assert hinted(raised.value.next)[0] == "-m"
     assert place.names(hinted(raised.value.next))
 
