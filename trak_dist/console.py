@@ -22,7 +22,8 @@ from trak_dist.evaluation import quality
 from trak_dist.interface.execution import Outcome
 from trak_dist.interface.progress import Progress
 from trak_dist.interface.summary import description
-from trak_dist.status.state import Status, by_error, lines, read_status
+from trak_dist.status.state import Status, read_status
+from trak_dist.status.text import by_error, lines
 from trak_dist.status.verification import Verification
 from trak_dist.store.run import Run
 
@@ -129,11 +130,10 @@ def results(run: Run) -> None:
     """Print where scores, report and pictures are, what to type next, and how good scores are."""
     for cell, receipt in run.receipts.done(ReportCell.of(run.plan)).items():
         name = cell.id.partition("/")[2]
-        page = run.layout.file(cell, "page")
         first = next(ScoreCell.of_targets(run.plan, name))
         print(f"scores: {run.layout.array(first, first.arrays(run.plan)['scores'])}")
-        pictures = [page.parent / f"{page.stem}{p}.png" for p in receipt.fact("pictures", list)]
-        print("\n".join(f"report: {path}" for path in (page, *pictures)))
+        shown = [run.layout.file(cell, n) for n in cell.files() if n in receipt.digests]
+        print("\n".join(f"report: {path}" for path in shown))
     print(f"next:   {_status_command(run)}")
     for line in quality.lines(run):
         print(line)

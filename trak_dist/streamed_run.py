@@ -23,7 +23,7 @@ from trak_dist.checkpoints.featurizer import Loaded
 from trak_dist.checks.gradient_audit import Audit
 from trak_dist.config import Spec
 from trak_dist.coordinates import TRAIN
-from trak_dist.errors import CellsFailed, ModelIDException
+from trak_dist.errors import CellsFailed, ModelIDException, SingularGram
 from trak_dist.ingest import arguments, streamed_plan, streamed_rows
 from trak_dist.ingest.streamed_checkpoint import FedCheckpoint
 from trak_dist.interface.execution import outcome_of
@@ -32,6 +32,7 @@ from trak_dist.ops.gradients import select_params
 from trak_dist.ops.model_outputs import ModelOutput
 from trak_dist.plan import Plan
 from trak_dist.planning import gradient_method
+from trak_dist.runtime.session import Sessions
 from trak_dist.stages.featurize import refuse_all_zero, refuse_unusable
 from trak_dist.store import contents
 from trak_dist.store.prepare import prepare_checkpoint, prepare_scores
@@ -73,7 +74,7 @@ class StreamedRun:
     ) -> None:
         self.run_dir, self._device = run_dir, device
         self._model, self._output, self._model_digest = model, output, model_digest
-        self._wanted, self._rows = wanted, rows
+        self._wanted, self._rows, self._sessions = wanted, rows, Sessions()
         self.run = self._opened() if Run.exists(run_dir) else None  # as last seen
 
     def reopened(self) -> Run:
@@ -257,14 +258,16 @@ class StreamedRun:
             trust.refuse_foreign(run.plan, run.layout.run_dir)
         ids, run_dir = [cell.id for cell in cells], str(run.layout.run_dir)
         with worker.own_numerics(self._device):
-            worker.run_cells(run_dir, run.plan.fingerprint, str(self._device), ids)
+            worker.run_cells(
+                run_dir, run.plan.fingerprint, str(self._device), ids, sessions=self._sessions
+            )
         outcome = outcome_of(run, "score", cells)
         for cell, failure in outcome.failed.items():
+            singular = failure.error_class == SingularGram.__name__
             raise CellsFailed(
-                failure.error,
-                where="" if cell.id in failure.error else cell.id,
+                f"{cell.id}: {failure.error}",
                 next=_larger_lambda(run, cell.model_id)
-                if isinstance(cell, KernelCell) and "λ" in failure.error
+                if isinstance(cell, KernelCell) and singular
                 else "",
             )
         if outcome.not_run:

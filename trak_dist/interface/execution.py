@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from trak_dist.store.receipts import Failure, rows_per_second
 from trak_dist.store.run import Run
 
 if TYPE_CHECKING:
-    from trak_dist.executors.protocol import Executor
+    from trak_dist.executors.protocol import Executor, Job
     from trak_dist.executors.sending import Submitted
 
 QUEUE_SECONDS = 15.0  # between two looks at Slurm's queue
@@ -164,7 +165,7 @@ class _Execution:
             label = stage if len(steps) == 1 else f"{stage} {number}/{len(steps)}"
             with Counter(run, waiting, step=label, report=self.on_progress) as counter:
                 ids = [tuple(cell.id for cell in task) for task in tasks if task]
-                self._executor().run(self._job(), ids, counter.tick)
+                self._executor().run(self._job, ids, counter.tick)
             if run.receipts.all_distrusted() != distrusted:
                 return self.run_stage(stage)  # cells were taken back, of other tasks too
             outcome = outcome_of(run, stage, waiting)
@@ -172,12 +173,19 @@ class _Execution:
                 break
         return outcome
 
-    def _job(self) -> Callable[[Sequence[str]], object]:
+    @cached_property
+    def _job(self) -> Job:
+        """What runs cells: in this process, by one session for all stages."""
         from trak_dist import worker
+        from trak_dist.runtime.session import Sessions
 
-        fingerprint, device = self.run.plan.fingerprint, self.cluster.device
-        run_dir = str(self.run.layout.run_dir)
-        return functools.partial(worker.run_cells, run_dir, fingerprint, device)
+        return functools.partial(
+            worker.run_cells,
+            str(self.run.layout.run_dir),
+            self.run.plan.fingerprint,
+            self.cluster.device,
+            sessions=Sessions(),
+        )
 
     def _executor(self) -> Executor:
         if self.cluster.kind == "debug":
