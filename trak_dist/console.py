@@ -132,8 +132,8 @@ def results(run: Run) -> None:
         name = cell.id.partition("/")[2]
         first = next(ScoreCell.of_targets(run.plan, name))
         print(f"scores: {run.layout.array(first, first.arrays(run.plan)['scores'])}")
-        files = [run.layout.file(cell, n) for n in cell.files() if n in receipt.digests]
-        print("\n".join(f"report: {path}" for path in files))
+        shown = [run.layout.file(cell, n) for n in cell.files() if n in receipt.digests]
+        print("\n".join(f"report: {path}" for path in shown))
     print(f"next:   {_status_command(run)}")
     for line in quality.lines(run):
         print(line)

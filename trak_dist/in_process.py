@@ -6,7 +6,7 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from trak_dist.errors import ProblemError
@@ -14,29 +14,17 @@ from trak_dist.errors import ProblemError
 TARGET = "trak_dist.Problem"  # what the plan names in place of an import path
 
 
-@dataclass(frozen=True, eq=False)
-class Held:
-    """A `trak_dist.Problem`, equal to nothing but itself."""
-
-    problem: Any
-
-
-_held: ContextVar[Held | None] = ContextVar("in_process", default=None)
+_held: ContextVar[Any] = ContextVar("in_process", default=None)
 
 
 @contextlib.contextmanager
 def holding(problem: Any) -> Iterator[None]:
-    """While this lasts, `problem` is what plans of objects are computed with."""
-    before = _held.set(Held(problem) if problem else None)
+    """While this lasts, `problem`, a `trak_dist.Problem` or None, is what cells are made of."""
+    before = _held.set(problem)
     try:
         yield
     finally:
         _held.reset(before)
-
-
-def held() -> Held | None:
-    """What is held now."""
-    return _held.get()
 
 
 def build() -> Any:
@@ -47,19 +35,19 @@ def build() -> Any:
     ProblemError
         If none is, or its model can't be copied.
     """
-    now = _held.get()
-    if now is None:
+    problem = _held.get()
+    if problem is None:
         raise ProblemError(
             "the problem of this run is an object of the Python process that planned it",
             where="problem",
             next="trak_dist.plan_run(problem=…, run_dir=…).execute() there, with the same object",
         )
     try:
-        model = copy.deepcopy(now.problem.model)
+        model = copy.deepcopy(problem.model)
     except Exception as error:  # whatever the user's model does
         raise ProblemError(
             f"the model can't be copied: {type(error).__name__}: {error}",
             where="trak_dist.Problem.model",
             next="problem='module:function', which builds it anew",
         ) from error
-    return replace(now.problem, model=model)
+    return replace(problem, model=model)

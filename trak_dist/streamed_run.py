@@ -75,7 +75,7 @@ class StreamedRun:
         self.run_dir, self._device = run_dir, device
         self._sessions = Sessions()
         self._model, self._output, self._model_digest = model, output, model_digest
-        self._wanted, self._rows = wanted, rows
+        self._wanted, self._rows, self._sessions = wanted, rows, Sessions()
         self.run = self._opened() if Run.exists(run_dir) else None  # as last seen
 
     def reopened(self) -> Run:
@@ -260,11 +260,7 @@ class StreamedRun:
         ids, run_dir = [cell.id for cell in cells], str(run.layout.run_dir)
         with worker.own_numerics(self._device):
             worker.run_cells(
-                run_dir,
-                run.plan.fingerprint,
-                str(self._device),
-                ids,
-                sessions=self._sessions,
+                run_dir, run.plan.fingerprint, str(self._device), ids, sessions=self._sessions
             )
         outcome = outcome_of(run, "score", cells)
         for cell, failure in outcome.failed.items():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from trak_dist.store.receipts import Failure, rows_per_second
 from trak_dist.store.run import Run
 
 if TYPE_CHECKING:
-    from trak_dist.executors.protocol import Executor
+    from trak_dist.executors.protocol import Executor, Job
     from trak_dist.executors.sending import Submitted
 
 QUEUE_SECONDS = 15.0  # between two looks at Slurm's queue
@@ -172,16 +173,18 @@ class _Execution:
                 break
         return outcome
 
-    @functools.cached_property
-    def _job(self) -> Callable[[Sequence[str]], object]:
-        """What runs cells: in this process by one session, which keeps problem and model."""
+    @cached_property
+    def _job(self) -> Job:
+        """What runs cells: in this process, by one session for all stages."""
         from trak_dist import worker
         from trak_dist.runtime.session import Sessions
 
-        fingerprint, device = self.run.plan.fingerprint, self.cluster.device
-        run_dir = str(self.run.layout.run_dir)
         return functools.partial(
-            worker.run_cells, run_dir, fingerprint, device, sessions=Sessions()
+            worker.run_cells,
+            str(self.run.layout.run_dir),
+            self.run.plan.fingerprint,
+            self.cluster.device,
+            sessions=Sessions(),
         )
 
     def _executor(self) -> Executor:
