@@ -73,7 +73,6 @@ class StreamedRun:
         rows: int,
     ) -> None:
         self.run_dir, self._device = run_dir, device
-        self._sessions = Sessions()
         self._model, self._output, self._model_digest = model, output, model_digest
         self._wanted, self._rows, self._sessions = wanted, rows, Sessions()
         self.run = self._opened() if Run.exists(run_dir) else None  # as last seen
