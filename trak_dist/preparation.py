@@ -142,7 +142,7 @@ def _plan_with_problem(
         trust.refuse_foreign(plan, run.layout.run_dir)
     elif note := trust.give_word(spec, import_root):
         out.print(note)
-    if plan and plan.train.fed:
+    if plan and not plan.has_problem:
         _refuse_what_takes_a_problem(config, given)
         return plan
     problem, source = problems.build(spec, import_root=import_root)

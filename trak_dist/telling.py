@@ -140,7 +140,7 @@ def verify(run: Run, *, repair: bool) -> bool:
     if repair:
         cells = [cell for cell, _ in damaged if isinstance(cell, FeaturizeCell)]
         mend = commands.launch(run.layout.run_dir)
-        if any(run.plan.split(cell.split).fed for cell in cells):
+        if any(run.plan.split(cell.split).streamed for cell in cells):
             mend = "feed the rows of these cells again, by the calls of TRAKer that did before"
         print(f"the damaged cells are queued again\nnext: {mend}")
         return True
