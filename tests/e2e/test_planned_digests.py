@@ -106,7 +106,7 @@ def test_a_plan_without_digests_goes_on_and_gets_those_of_which_nothing_is_known
     without = forget_digests(run)
     assert [c.digest for c in without.checkpoints] == [None, None, None]
     cells = list(FeaturizeCell.of(run.plan))
-    assert [without.key(c) for c in cells] == [c.key(run.plan) for c in cells]
+    assert [c.key(without) for c in cells] == [c.key(run.plan) for c in cells]
     assert without.fingerprint == run.plan.fingerprint
     of_one = [c.id for c in cells if c.model_id == 1]
     worker.run_cells(str(tmp_path / "run"), without.fingerprint, "cpu", of_one)
