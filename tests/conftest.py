@@ -76,7 +76,6 @@ def command(launch: Launch, tmp_path: Path) -> Launch:
     """A command on `tmp_path / "run"`, as if in a fresh process."""
 
     def run(*overrides: str) -> Ended:
-        worker._session.cache_clear()
         return launch(f"run_dir={tmp_path / 'run'}", "cluster=debug", *overrides)
 
     return run

@@ -89,7 +89,7 @@ def test_what_names_no_cell_is_refused_and_quoted(text: str) -> None:
     with pytest.raises(ConfigError) as raised:
         parse_cell(text)
     assert str(raised.value) == (
-        f"{text!r} names no cell\n  next:  use an id that stage=status shows"
+        f"{text!r} names no cell\n  next:  use the id of a cell of the run"
     )
 
 

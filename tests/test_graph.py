@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from dataclasses import replace
 from itertools import pairwise
 
 from hypothesis import given
@@ -19,7 +20,12 @@ from trak_dist.cells import (
     of_step,
     parse_cell,
 )
+from trak_dist.config import Counterfactuals, GroundTruth
 from trak_dist.plan import Plan
+
+
+def ids(found: Iterable[Cell]) -> list[str]:
+    return [cell.id for cell in found]
 
 
 def everything(plan: Plan) -> list[Cell]:
@@ -36,6 +42,16 @@ def submit(plan: Plan, done: Collection[Cell], **changed: object) -> list[graph.
         for index, task in enumerate(() if array.lacks else array.tasks):
             owners.update(dict.fromkeys(task, f"{array.step}.{len(seen)}.{index}"))
     return seen
+
+
+def made_by(arrays: list[graph.Array]) -> dict[Cell, str]:
+    """The name, as `submit` gives it, of the task that makes each cell."""
+    return {
+        cell: f"{array.step}.{number}.{index}"
+        for number, array in enumerate(arrays, 1)
+        for index, task in enumerate(array.tasks)
+        for cell in task
+    }
 
 
 @given(plans(), st.integers(1, 60), st.data())
@@ -74,22 +90,23 @@ def test_a_kernel_task_is_what_one_checkpoint_needs_in_order() -> None:
 
 
 @given(plans(), st.data())
-def test_every_cell_runs_after_what_it_needs_and_all_are_submitted_once(
-    plan: Plan, data: st.DataObject
-) -> None:
-    cells = everything(plan)
-    done = set(data.draw(st.lists(st.sampled_from(cells))))
+def test_of_any_plan_and_progress_all_is_submitted_once(plan: Plan, data: st.DataObject) -> None:
+    asked = Counterfactuals(targets=data.draw(st.integers(0, 3)), remove=(1, 2), seeds=1)
+    truth = GroundTruth(subsets=data.draw(st.sampled_from([0, 3])))
+    plan = replace(plan, counterfactuals=asked, ground_truth=truth, self_influence=True)
+    every = everything(plan)
+    done = set(data.draw(st.lists(st.sampled_from(every))))
     arrays = submit(plan, done)
     submitted = [c for array in arrays for task in array.tasks for c in task]
     assert len(submitted) == len(set(submitted))
-    assert set(submitted) == set(cells) - done
+    assert set(submitted) == set(every) - done
     assert not any(array.lacks for array in arrays)
-    names = {}
-    for number, array in enumerate(arrays, 1):
-        for index, task in enumerate(array.tasks):
-            needed = [n for n in task[0].dependencies(plan, done) if n not in done]
-            assert {names[n] for n in needed} == set(array.after)
-            names.update(dict.fromkeys(task, f"{array.step}.{number}.{index}"))
+    made = made_by(arrays)
+    for array in arrays:
+        for task in array.tasks:
+            needed = {c for cell in task for c in cell.dependencies(plan, done)}
+            waited = {made[c] for c in needed - done - set(task)}
+            assert waited == set(array.after), ids(task)
 
 
 def test_without_training_featurize_is_one_array_and_a_kernel_waits_for_its_own_checkpoint() -> (

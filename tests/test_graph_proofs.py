@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from test_graph import everything, submit
-from test_plan import PLAN, cells, plans
+from test_graph import everything, ids, made_by, submit
+from test_plan import PLAN, cells
 
 from trak_dist import graph, plan_file
 from trak_dist.cells import (
-    Cell,
     CounterfactualCell,
     EvaluateCell,
     KernelCell,
@@ -40,10 +36,6 @@ OF_VAL = [
     for removed in (2, 4)
     for seed in (0, 1)
 ]
-
-
-def ids(found: Iterable[Cell]) -> list[str]:
-    return [cell.id for cell in found]
 
 
 # Cells ------------------------------------------------------------------------------------------
@@ -168,16 +160,6 @@ def test_an_evaluation_of_counterfactuals_alone_needs_no_kernels() -> None:
 # Arrays -----------------------------------------------------------------------------------------
 
 
-def made_by(arrays: list[graph.Array]) -> dict[Cell, str]:
-    """The name, as `submit` gives it, of the task that makes each cell."""
-    return {
-        cell: f"{array.step}.{number}.{index}"
-        for number, array in enumerate(arrays, 1)
-        for index, task in enumerate(array.tasks)
-        for cell in task
-    }
-
-
 @pytest.mark.parametrize("plan", [WITHOUT, ITSELF, BOTH])
 def test_the_whole_graph_is_submitted_once_each_task_after_what_it_needs(plan: Plan) -> None:
     arrays = submit(plan, ())
@@ -189,26 +171,6 @@ def test_the_whole_graph_is_submitted_once_each_task_after_what_it_needs(plan: P
         for task in array.tasks:
             needed = {c for cell in task for c in cell.dependencies(plan, ())} - set(task)
             assert {made[c] for c in needed} == set(array.after), ids(task)
-
-
-@given(plans(), st.data())
-def test_of_any_plan_and_progress_all_is_submitted_once(plan: Plan, data: st.DataObject) -> None:
-    asked = Counterfactuals(targets=data.draw(st.integers(0, 3)), remove=(1, 2), seeds=1)
-    truth = GroundTruth(subsets=data.draw(st.sampled_from([0, 3])))
-    plan = replace(plan, counterfactuals=asked, ground_truth=truth, self_influence=True)
-    every = everything(plan)
-    done = set(data.draw(st.lists(st.sampled_from(every))))
-    arrays = submit(plan, done)
-    submitted = [c for array in arrays for task in array.tasks for c in task]
-    assert len(submitted) == len(set(submitted))
-    assert set(submitted) == set(every) - done
-    assert not any(array.lacks for array in arrays)
-    made = made_by(arrays)
-    for array in arrays:
-        for task in array.tasks:
-            needed = {c for cell in task for c in cell.dependencies(plan, done)}
-            waited = {made[c] for c in needed - done - set(task)}
-            assert waited == set(array.after), ids(task)
 
 
 def test_a_subsets_task_whose_later_cell_needs_a_model_that_another_makes_waits_for_it() -> None:

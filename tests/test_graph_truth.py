@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from test_graph import everything, submit
+from test_graph import everything, ids, submit
 from test_plan import PLAN, cells
 
 from trak_dist import graph, plan_file
@@ -30,10 +30,6 @@ BROUGHT = replace(
     ground_truth=GroundTruth(masks="/m.npy", margins="/g.npy"),
     imported_truth=ImportedTruth("abc", "val"),
 )
-
-
-def ids(found: object) -> list[str]:
-    return [cell.id for cell in found]  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("cell_id", ["train/7/0", "margins/7/1/val", "evaluate/val"])

@@ -335,11 +335,13 @@ def test_a_checkpoint_that_another_process_brings_meanwhile_does_no_harm(
     fed = featurized(traker(checkpoints, str(tmp_path / "run")), checkpoints)
     run_cells, interruptions = worker.run_cells, [3, 2]
 
-    def interrupted(run_dir: str, fingerprint: str, device: str, cells: list[str]) -> object:
+    def interrupted(
+        run_dir: str, fingerprint: str, device: str, cells: list[str], **more: object
+    ) -> object:
         if interruptions and any(cell.startswith("score/") for cell in cells):
             other = traker(checkpoints, str(tmp_path / "run"))
             other.load_checkpoint(small_cnn.state(10 + len(interruptions)), interruptions.pop() + 5)
-        return run_cells(run_dir, fingerprint, device, cells)
+        return run_cells(run_dir, fingerprint, device, cells, **more)
 
     monkeypatch.setattr(worker, "run_cells", interrupted)
     scored_by = functools.partial(fed.finalize_scores, model_ids=[0, 1, 2])

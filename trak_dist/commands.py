@@ -1,4 +1,7 @@
-"""Commands to type next, to be pasted: quoted for the shell, and for Hydra's overrides."""
+"""Commands to type next, to be pasted: quoted for the shell, and for Hydra's overrides.
+
+The one place that spells them; a message that names a command has it from here.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,15 @@ import re
 import shlex
 from pathlib import Path
 
+LAUNCHER = "python -m trak_dist.launch"
+HELP = f"{LAUNCHER} --help"
 # What Hydra takes as it is.
 _PLAIN = re.compile(r"[\w/.][\w/.-]*", re.ASCII)
 
 
 def launch(run_dir: Path, *arguments: str) -> str:
-    """The launcher's command on a run, with arguments that need no quotes."""
-    return " ".join(["python -m trak_dist.launch", *arguments, on(run_dir)])
+    """The launcher's command on a run, with flags and overrides as Hydra reads them."""
+    return " ".join([LAUNCHER, *map(shlex.quote, arguments), on(run_dir)])
 
 
 def on(run_dir: Path) -> str:

@@ -1,13 +1,27 @@
 """The errors of trak_dist: one tree, rooted in `TrakDistError`.
 
-Whatever a user can cause derives from `ValueError` and says what is wrong, where (the cell or the
-file), and what to do next. Assertions are for our own invariants only.
+An error says what is wrong, where (the cell or the file), and what to do next. Each class is also
+the builtin that a caller who knows nothing of trak_dist would catch:
+
+- `ValueError`: what the user brings or asks for is unfit, or what is stored is damaged, as numpy
+  and json say it;
+- `OSError`, with the `errno` where there is one: the file system or Slurm failed;
+  `FileNotFoundError` and `TimeoutError` where it is that;
+- `LookupError`: what is asked for is not known, or not computed yet;
+- `ArithmeticError`: numbers came out wrong; `FloatingPointError` where they are not finite;
+- `NotImplementedError`: a way to compute gradients that does not cover the model;
+- `MemoryError`: more memory would be needed than there is;
+- `RuntimeError`: code that was run failed, or what it runs on is not there, as torch says it.
+
+Assertions are for our own invariants only.
 """
 
 from __future__ import annotations
 
+from functools import partial
 
-class TrakDistError(ValueError):
+
+class TrakDistError(Exception):
     """Root of the tree.
 
     Parameters
@@ -18,116 +32,164 @@ class TrakDistError(ValueError):
         The cell, file or key it is about; left out of the message when empty.
     next : str
         What the user can do about it, a command where there is one.
+    errno : int, optional
+        Of the `OSError` that it comes from.
     """
 
-    def __init__(self, what: str, *, where: str = "", next: str = "") -> None:
-        self.what, self.where, self.next = what, where, next
+    def __init__(
+        self, what: str, *, where: str = "", next: str = "", errno: int | None = None
+    ) -> None:
         lines = [what]
         if where:
             lines.append(f"  where: {where}")
         if next:
             lines.append(f"  next:  {next}")
         super().__init__("\n".join(lines))
+        self.what, self.where, self.next, self.errno = what, where, next, errno
+
+    def __str__(self) -> str:  # OSError's own would begin with the number
+        return str(self.args[0])
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _rebuild, (type(self), self.what, self.where, self.next)
+        made = partial(type(self), where=self.where, next=self.next, errno=self.errno)
+        return made, (self.what,)
 
 
-def _rebuild(kind: type[TrakDistError], what: str, where: str, next: str) -> TrakDistError:
-    return kind(what, where=where, next=next)
-
-
-class ConfigError(TrakDistError):
+class ConfigError(TrakDistError, ValueError):
     """The configuration has unknown, missing or unfit fields."""
 
 
-class PlanMismatch(TrakDistError):
+class PlanMismatch(TrakDistError, ValueError):
     """The run directory belongs to another spec, or the plan was superseded."""
 
 
-class ProblemError(TrakDistError):
+class ProblemError(TrakDistError, ValueError):
     """The problem can't be built, or its source changed since planning."""
 
 
-class UntrustedProblem(TrakDistError):
+class UnreadableProblem(ProblemError, OSError):
+    """The file system refuses to read the problem's file."""
+
+
+class UntrustedProblem(TrakDistError, ValueError):
     """The problem's code is somebody else's, and the user has not said that it may be executed."""
 
 
-class DatasetError(TrakDistError):
+class DatasetError(TrakDistError, ValueError):
     """A dataset is empty, or is not the one that was planned."""
 
 
-class UnreadableRow(TrakDistError):
-    """A row of a dataset can't be read, put into a batch, or shown."""
+class DatasetNotFound(DatasetError, FileNotFoundError):
+    """A dataset's files are not there."""
 
 
-class CheckpointError(TrakDistError):
-    """A checkpoint is missing, unreadable, unfit, or not the one seen before."""
+class UnreadableRow(TrakDistError, RuntimeError):
+    """A row of a dataset can't be read, put into a batch, or shown: the user's code failed."""
 
 
-class NonFiniteGradient(TrakDistError):
-    """A projected gradient has NaN or infinite entries."""
+class CheckpointError(TrakDistError, ValueError):
+    """A checkpoint is no state dict, unfit, or not the one seen before."""
 
 
-class NotCovered(TrakDistError):
+class UnreadableCheckpoint(CheckpointError, OSError):
+    """The file system refuses to read a checkpoint."""
+
+
+class CheckpointNotFound(UnreadableCheckpoint, FileNotFoundError):
+    """A checkpoint is missing."""
+
+
+class NonFiniteGradient(TrakDistError, FloatingPointError):
+    """A projected gradient, or a model output, has NaN or infinite entries."""
+
+
+class NotCovered(TrakDistError, NotImplementedError):
     """Hooks can't give the per-sample gradients of some parameters."""
 
 
-class WrongGradient(TrakDistError):
+class WrongGradient(TrakDistError, ArithmeticError):
     """An audit found other gradients, or another out-to-loss, than plain autograd gives."""
 
 
-class SingularGram(TrakDistError):
-    """XᵀX + λI is singular to working precision."""
+class NonFiniteGram(TrakDistError, FloatingPointError):
+    """XᵀX has NaN or infinite entries, which no λ mends."""
 
 
-class ModelIDException(TrakDistError):
+class SingularGram(TrakDistError, ArithmeticError):
+    """XᵀX + λI is singular to working precision, which a larger λ mends."""
+
+
+class ModelIDException(TrakDistError, LookupError):
     """A `model_id` of `TRAKer` is not known, or rows of its checkpoint are missing."""
 
 
-class CellsFailed(TrakDistError):
+class CellsFailed(TrakDistError, RuntimeError):
     """Cells that `TRAKer` had run did not get done."""
 
 
-class MemoryRefused(TrakDistError):
+class MemoryRefused(TrakDistError, MemoryError):
     """A cell would need more memory than a worker has."""
 
 
-class StoreError(TrakDistError):
-    """The run directory can't be read or written."""
+class StoreError(TrakDistError, OSError):
+    """The run directory can't be read or written, or holds what is in the way."""
 
 
-class CorruptChunk(TrakDistError):
+class RunNotFound(StoreError, FileNotFoundError):
+    """There is no run in the directory."""
+
+
+class ArrayNotFound(StoreError, FileNotFoundError):
+    """An array of the run is missing."""
+
+
+class CorruptChunk(TrakDistError, ValueError):
     """What a cell wrote is gone, or is not what was written."""
 
 
-class MissingInputs(TrakDistError):
+class MissingInputs(TrakDistError, LookupError):
     """A cell's upstream cells are not done."""
 
 
-class EvaluationError(TrakDistError):
+class EvaluationError(TrakDistError, ValueError):
     """The ground truth does not fit the run, or nothing can be said from it."""
 
 
-class MixedRun(TrakDistError):
+class UnreadableGroundTruth(EvaluationError, OSError):
+    """The file system refuses to read the ground truth."""
+
+
+class GroundTruthNotFound(UnreadableGroundTruth, FileNotFoundError):
+    """A file of the ground truth is missing."""
+
+
+class MixedRun(TrakDistError, ValueError):
     """Cells that belong together were made from different inputs."""
 
 
-class DeviceError(TrakDistError):
+class DeviceError(TrakDistError, RuntimeError):
     """The device asked for is not there."""
 
 
-class SlurmError(TrakDistError):
+class SlurmError(TrakDistError, OSError):
     """A Slurm command is missing, failed, or refused a job."""
+
+
+class SlurmTimeout(SlurmError, TimeoutError):
+    """Slurm does not answer."""
 
 
 class SlurmRefused(SlurmError):
     """Slurm said no to a job, which is surely not in the queue then."""
 
 
+class SlurmNotFound(SlurmRefused, FileNotFoundError):
+    """Slurm's commands are not on this machine."""
+
+
 class QueueFull(SlurmRefused):
     """A limit on submitted jobs leaves no room."""
 
 
-class WorkerLost(TrakDistError):
+class WorkerLost(TrakDistError, RuntimeError):
     """A task's attempts ended without a word, again and again."""

@@ -35,7 +35,7 @@ from trak_dist.telling import out
 from trak_dist.validation import config_from_mapping
 
 if TYPE_CHECKING:
-    from trak_dist.executors.protocol import Executor
+    from trak_dist.executors.protocol import Executor, Job
 
 DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 
@@ -148,8 +148,9 @@ def _launch(composed: DictConfig, given: frozenset[str], task: Task | None) -> i
         return _submit(run, config.cluster, stages, force=config.force)
     executor = _executor(run, config.cluster, workers)
     _refuse_missing_upstream(run, config.stage)
+    job = _job(run, config.cluster)
     for stage in stages:
-        if not _run_stage(run, stage, config.cluster, executor):
+        if not _run_stage(run, stage, config.cluster, executor, job):
             return FAILED
     telling.tell_what_next(run)
     return DONE
@@ -220,12 +221,21 @@ def _refuse_missing_upstream(run: Run, stage: str) -> None:
             )
 
 
-def _run_stage(run: Run, stage: str, cluster: ClusterConfig, executor: Executor) -> bool:
+def _job(run: Run, cluster: ClusterConfig) -> Job:
+    """What runs cells: in this process, by one session for all stages."""
     from trak_dist import worker
+    from trak_dist.runtime.session import Sessions
 
-    job = functools.partial(
-        worker.run_cells, str(run.layout.run_dir), run.plan.fingerprint, cluster.device
+    return functools.partial(
+        worker.run_cells,
+        str(run.layout.run_dir),
+        run.plan.fingerprint,
+        cluster.device,
+        sessions=Sessions(),
     )
+
+
+def _run_stage(run: Run, stage: str, cluster: ClusterConfig, executor: Executor, job: Job) -> bool:
     phases = [graph.tasks(run.plan, step) for step in STAGE_STEPS[stage]]
     if stage == "train" and not any(phases):
         out.print(f"{stage}: nothing to do, the problem brings its checkpoints")
@@ -241,7 +251,7 @@ def _run_stage(run: Run, stage: str, cluster: ClusterConfig, executor: Executor)
             distrusted = run.receipts.all_distrusted()
             executor.run(job, [tuple(c.id for c in t) for t in tasks if t], progress.tick)
         if run.receipts.all_distrusted() != distrusted:  # cells were taken back, of other tasks too
-            return _run_stage(run, stage, cluster, executor)
+            return _run_stage(run, stage, cluster, executor, job)
         if not telling.all_done(run, stage, waiting):
             return False
     return True

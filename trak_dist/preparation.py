@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -199,6 +200,7 @@ def _refuse_full_disk(run_dir: Path, needed: int) -> None:
             f"{free / 2**20:,.0f} MiB are free",
             where=str(run_dir),
             next="free some space, use another run_dir, or a smaller proj_dim",
+            errno=errno.ENOSPC,
         )
 
 

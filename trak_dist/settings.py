@@ -119,7 +119,7 @@ def told() -> Iterator[None]:
         raise ConfigError(
             f"the configuration can't be composed: {what}",
             where="the command line",
-            next="python -m trak_dist.launch --help shows groups, options and defaults",
+            next=f"{commands.HELP} shows groups, options and defaults",
         ) from None
 
 
@@ -343,7 +343,7 @@ def _refuse_unknown(overrides: Sequence[str], known: DictConfig) -> None:
         raise ConfigError(
             "\n".join(["unknown keys:", *bad]),
             where="the command line",
-            next="python -m trak_dist.launch --help lists the keys"
+            next=f"{commands.HELP} lists the keys"
             + (
                 "; +problem.NAME=VALUE is for arguments of your own"
                 if any("problem." in b for b in bad)

@@ -6,6 +6,7 @@ The one place that runs them, but for sbatch, which submitit runs. A call asks f
 from __future__ import annotations
 
 import contextlib
+import errno
 import getpass
 import os
 import re
@@ -14,7 +15,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from trak_dist.errors import ConfigError, SlurmError, SlurmRefused
+from trak_dist.errors import ConfigError, SlurmError, SlurmNotFound, SlurmTimeout
 
 TIMEOUT_SECONDS = 60
 UNLIMITED = 10**9
@@ -213,11 +214,12 @@ def _table(*command: str) -> list[list[str]]:
     return [line.split("|") for line in _run(*command).splitlines() if "|" in line]
 
 
-def not_there(command: str) -> SlurmRefused:
+def not_there(command: str) -> SlurmNotFound:
     """The error for a Slurm command that is missing."""
-    return SlurmRefused(
+    return SlurmNotFound(
         f"{command} is not there: this machine has no Slurm commands",
         next="launch where sbatch and squeue work, or use cluster=local",
+        errno=errno.ENOENT,
     )
 
 
@@ -230,7 +232,7 @@ def _run(*command: str) -> str:
         except FileNotFoundError:
             raise not_there(command[0]) from None
         except subprocess.TimeoutExpired:
-            raise SlurmError(
+            raise SlurmTimeout(
                 f"{command[0]} gave no answer in {TIMEOUT_SECONDS} s",
                 next="see whether Slurm is up (scontrol ping), then run the same command again",
             ) from None

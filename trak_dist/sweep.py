@@ -179,5 +179,5 @@ def refuse_nested(run_dir: Path) -> None:
         raise ConfigError(
             "this is a place for members of a sweep, which are made from their run",
             where=str(run_dir),
-            next=commands.launch(layout.base, "-m …"),
+            next=f"{commands.launch(layout.base, '-m')}, and the settings of this one",
         )

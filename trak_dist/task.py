@@ -226,6 +226,7 @@ def _give_up(run: Run, cell: Cell, attempts: int) -> None:
         cell=cell.id,
         key=key,
         error=str(error),
+        error_class=type(error).__name__,
         traceback="",
         expected=True,
         job={**machine.process(), "attempt": attempts},

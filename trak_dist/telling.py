@@ -16,7 +16,8 @@ from rich.text import Text
 from trak_dist import commands, resources
 from trak_dist.cells import Cell, EvaluateCell, FeaturizeCell, ReportCell, ScoreCell, count
 from trak_dist.errors import CorruptChunk, StoreError
-from trak_dist.status.state import Status, by_error, lines, read_status
+from trak_dist.status.state import Status, read_status
+from trak_dist.status.text import by_error, lines
 from trak_dist.store.run import Run
 
 if TYPE_CHECKING:
@@ -162,13 +163,9 @@ def tell_what_next(run: Run) -> None:
     """Print where scores, report and pictures are, what to type next, and the LDS."""
     for cell, receipt in run.receipts.done(ReportCell.of(run.plan)).items():
         name = cell.id.partition("/")[2]
-        page = run.layout.file(cell, "page")
         first = next(ScoreCell.of_targets(run.plan, name))
         print(f"scores: {run.layout.array(first, first.arrays(run.plan)['scores'])}")
-        shown = [
-            page,
-            *(page.parent / f"{page.stem}{p}.png" for p in receipt.fact("pictures", list)),
-        ]
+        shown = [run.layout.file(cell, n) for n in cell.files() if n in receipt.digests]
         print("\n".join(f"report: {path}" for path in shown))
     print(f"next:   {_command(run, 'stage=status')}")
     for line in proofs(run):

@@ -30,7 +30,7 @@ from trak_dist.compat import FunctionalGradientComputer
 from trak_dist.config import Spec
 from trak_dist.coordinates import TRAIN
 from trak_dist.datasets import as_batch
-from trak_dist.errors import CellsFailed, ConfigError, ModelIDException
+from trak_dist.errors import CellsFailed, ConfigError, ModelIDException, SingularGram
 from trak_dist.ingest import streamed_plan as feeding
 from trak_dist.ingest import streamed_rows as fed
 from trak_dist.ingest.streamed_checkpoint import FedCheckpoint
@@ -39,7 +39,7 @@ from trak_dist.ops.batches import examples_in, rows_of
 from trak_dist.ops.gradients import select_params
 from trak_dist.plan import Plan
 from trak_dist.planning import gradient_method as coverage
-from trak_dist.runtime.session import open_device
+from trak_dist.runtime.session import Sessions, open_device
 from trak_dist.source import model_digest
 from trak_dist.stages.featurize import refuse_all_zero, refuse_unusable
 from trak_dist.store import contents
@@ -131,6 +131,7 @@ class TRAKer:
             grad_wrt=None if grad_wrt is None else sorted(set(grad_wrt)),
             lambda_reg=None if lambda_reg is None else float(lambda_reg),
         )
+        self._sessions = Sessions()
         self._run = self._opened() if Run.exists(self.save_dir) else None
         self._loaded: FedCheckpoint | None = None
         self._experiment = ""
@@ -457,17 +458,18 @@ class TRAKer:
                 run.plan.fingerprint,
                 str(self.device),
                 [cell.id for cell in cells],
+                sessions=self._sessions,
             )
         done = run.receipts.done(cells)
         missing = [cell for cell in cells if cell not in done]
         failures = run.receipts.failures(missing)
         if failures:
             cell, failure = next(iter(failures.items()))
+            singular = failure.error_class == SingularGram.__name__
             raise CellsFailed(
-                failure.error,
-                where="" if cell.id in failure.error else cell.id,
+                f"{cell.id}: {failure.error}",
                 next=_larger_lambda(run, cell.model_id)
-                if isinstance(cell, KernelCell) and "λ" in failure.error
+                if isinstance(cell, KernelCell) and singular
                 else "",
             )
         if missing:

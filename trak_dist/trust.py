@@ -20,7 +20,7 @@ from typing import Any
 from trak_dist import commands
 from trak_dist import problem as problems
 from trak_dist import source as sources
-from trak_dist.errors import ProblemError, StoreError, UntrustedProblem
+from trak_dist.errors import UnreadableProblem, UntrustedProblem
 from trak_dist.plan import Plan, Source, digest
 from trak_dist.store import atomic
 
@@ -39,11 +39,12 @@ def give_word(spec: Mapping[str, Any], import_root: str) -> str:
         return ""
     file = find(spec["_target_"], import_root)
     said = {"problem": dict(spec), "import_root": import_root, "file": str(file)}
+    content = _digest(file)
     try:
-        path = _record(spec, import_root, _digest(file))
+        path = _record(spec, import_root, content)
         if not path.exists():
             atomic.write(path, json.dumps(said, indent=1).encode())
-    except (OSError, RuntimeError, StoreError) as error:  # no home, or not a writable one
+    except (OSError, RuntimeError) as error:  # no home, or not a writable one
         why = " ".join(str(error).split())
         return (
             f"that you planned {spec['_target_']} can't be remembered: commands that do not name "
@@ -131,10 +132,11 @@ def _digest(file: Path | None) -> str:
     try:
         return sources.file_digest(file) if file else ""
     except OSError as error:
-        raise ProblemError(
+        raise UnreadableProblem(
             f"the problem's file can't be read: {error.strerror}",
             where=str(file),
             next="see that it is there and that you may read it",
+            errno=error.errno,
         ) from None
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from trak_dist import commands
 from trak_dist.config import (
     MIN_SUBSETS,
     SET_BY_US,
@@ -20,7 +21,7 @@ from trak_dist.errors import ConfigError
 from trak_dist.structuring import attempt, converter, nearest, structure
 
 _INVALID = "the configuration is not valid:"
-_HELP = "python -m trak_dist.launch --help lists the keys"
+_HELP = f"{commands.HELP} lists the keys"
 _SPEC = {field.name: field for field in fields(Spec)}
 _INVOCATION = {field.name: field for field in fields(Config) if field.name != "spec"}
 

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trak_dist import graph, machine, plan_file
+from trak_dist import graph, machine
 from trak_dist.cells import Cell, FeaturizeCell, of_run, parse_cell
 from trak_dist.errors import (
     DatasetError,
@@ -37,8 +37,7 @@ from trak_dist.errors import (
 from trak_dist.ops import numerics
 from trak_dist.runtime.inputs import require
 from trak_dist.runtime.outcome import Outcome
-from trak_dist.runtime.session import Session, open_device
-from trak_dist.store.layout import Layout
+from trak_dist.runtime.session import Session, Sessions
 from trak_dist.store.receipts import Failure, Receipt
 from trak_dist.store.run import Run
 
@@ -47,13 +46,14 @@ log = logging.getLogger(__name__)
 STOPS_WORKER = (DatasetError, DeviceError, PlanMismatch, ProblemError, StoreError)
 
 
-def run_cells(
+def run_cells(  # noqa: PLR0913, PLR0917
     run_dir: str,
     fingerprint: str,
     device: str,
     cell_ids: Sequence[str],
     stopped: Callable[[], bool] = lambda: False,
     pauses: Iterable[float] = (),
+    sessions: Sessions | None = None,
 ) -> bool:
     """Run those of `cell_ids` that are not done; whether all are done in the end.
 
@@ -66,6 +66,8 @@ def run_cells(
     pauses : iterable of float
         Seconds. After each of them, one by one, the receipts that a cell lacks are looked for
         again: another node may have published what this one does not see yet.
+    sessions : Sessions, optional
+        Of a caller who runs several jobs in this process, which share problem and model.
 
     Raises
     ------
@@ -79,7 +81,8 @@ def run_cells(
             where=str(run.layout.plan),
             next="run the launch command again",
         )
-    session = _session(run_dir, plan_file.dump(run.plan), run.generation, device)
+    sessions = sessions or Sessions()
+    session = sessions.open(run, device)
     cells = [parse_cell(cell_id) for cell_id in cell_ids]
     done = run.receipts.done(cells)
     log.info("%d cells, %d of them done before", len(cells), len(done))
@@ -107,14 +110,8 @@ def run_cells(
                 return False
     if session.took_back:
         session.took_back = False
-        return run_cells(run_dir, fingerprint, device, cell_ids, stopped)
+        return run_cells(run_dir, fingerprint, device, cell_ids, stopped, sessions=sessions)
     return finished == len(cells)
-
-
-@functools.lru_cache(maxsize=1)  # in one process the phases of a run share the problem in memory
-def _session(run_dir: str, plan: str, generation: int, device: str) -> Session:
-    parsed = plan_file.load(plan.encode(), where=run_dir)
-    return Session(Run(Layout(Path(run_dir)), parsed, generation), open_device(device))
 
 
 def _run_once_inputs_are_seen(
@@ -224,6 +221,7 @@ def _failure(session: Session, cell: Cell, error: Exception | SystemExit) -> Fai
         cell=cell.id,
         key=cell.key(session.run.plan),
         error=str(error) if expected else f"{type(error).__name__}: {error}",
+        error_class=type(error).__name__,
         traceback="".join(traceback.format_exception(error)),
         expected=expected,
         job=_job(session, cell),

@@ -49,7 +49,6 @@ def run_problem(launch: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     real = tiny.problem
 
     def run(*overrides: str, name: str = "run", **changes: object) -> Ended:
-        worker._session.cache_clear()
         changes = {"train": Rows(), **changes}
         monkeypatch.setattr(
             tiny, "problem", lambda directory: dataclasses.replace(real(directory), **changes)
@@ -81,7 +80,6 @@ def one(tmp_path: Path) -> None:
 
 
 def featurize(run: Run, cells: list[str]) -> None:
-    worker._session.cache_clear()
     worker.run_cells(str(run.layout.run_dir), run.plan.fingerprint, "cpu", cells)
 
 
@@ -256,7 +254,6 @@ def test_an_edited_module_is_noticed_and_accepted_only_if_it_computes_the_same(
         (tmp_path / "of_net.py").write_text(MODULE.format(forward))
         for name in ("of_net", "of_problem"):
             sys.modules.pop(name, None)
-        worker._session.cache_clear()
         target = "problem._target_=of_problem.problem"
         return launch(*tiny_run, target, "targets=val", *overrides)
 

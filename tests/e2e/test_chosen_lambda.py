@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny_trained
 
-from trak_dist import open_run, worker
+from trak_dist import open_run
 from trak_dist.launch import main
 from trak_dist.ops import lds
 from trak_dist.stages import report
@@ -60,10 +60,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     with pytest.MonkeyPatch.context() as patch, (root / "out").open("w") as out:
         quick(patch)
         patch.setattr("sys.stdout", out)
-        worker._session.cache_clear()
         patch.setattr("sys.argv", ["trak-dist", *given(root / "run"), *SWEEP, *TRUTH])
         main()
-    worker._session.cache_clear()
     return Made(root / "run", (root / "out").read_text())
 
 

@@ -17,7 +17,7 @@ import tiny_trained
 import torch
 from torch.utils.data import Subset
 
-from trak_dist import open_run, worker
+from trak_dist import open_run
 from trak_dist.launch import main
 from trak_dist.ops import lds
 from trak_dist.stages import report
@@ -90,13 +90,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
         quick(patch)
         patch.setattr(tiny_trained, "train_checkpoint", trained)
         for asked in ((), ASKED):
-            worker._session.cache_clear()
             patch.setattr(report, "counterfactual_picture", PICTURE)
             patch.setattr("sys.argv", ["trak-dist", *given(root / "run"), *asked])
             main()
             if not asked:
                 shutil.copytree(root / "run", root / "plain")
-    worker._session.cache_clear()
     return Made(root / "plain", root / "run", trained)
 
 

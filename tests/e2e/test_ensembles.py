@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import zarr
 from launching import Launch
+from sweeping import small_runs
 
-from trak_dist import open_run, plan_file, worker
+from trak_dist import open_run, plan_file
 from trak_dist.cells import FeaturizeCell
 from trak_dist.errors import CheckpointError
 from trak_dist.stages import featurize
@@ -23,13 +24,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def run(launch: Launch, tiny_run: list[str], tmp_path: Path) -> Callable:
     """A command on a run of the tiny problem with 20 rows, 3 checkpoints and one target set."""
-
-    def command(name: str, *overrides: str) -> object:
-        worker._session.cache_clear()
-        small = ["+problem.rows=20", "targets=val", f"run_dir={tmp_path / name}"]
-        return launch(*tiny_run, *small, *overrides)
-
-    return command
+    return small_runs(launch, tiny_run, tmp_path)
 
 
 @pytest.fixture

@@ -53,7 +53,8 @@ def test_checkpoint_gone(launch, tiny_run, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(tmp_path)
         ended = launch(*tiny_run, "problem._target_=listed.problem")
-    says(ended, 2, "error: no checkpoint found\n  where: /gone/0.pt\n  next:  stage=train, or mend")
+    hint = "  where: /gone/0.pt\n  next:  mend the problem's path"
+    says(ended, 2, f"error: no checkpoint found\n{hint}")
 
 
 def test_checkpoint_that_does_not_fit(launch, tiny_run, checkpoints: Path) -> None:
@@ -304,7 +305,7 @@ def test_status_where_no_run_is(launch, tmp_path: Path) -> None:
         launch("stage=status", f"run_dir={tmp_path}"),
         2,
         "error: there is no run here: plan.json is missing\n",
-        f"next:  python -m trak_dist.launch problem=… run_dir={tmp_path}",
+        f"next:  python -m trak_dist.launch problem=mnist run_dir={tmp_path} begins one",
     )
 
 

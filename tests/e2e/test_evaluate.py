@@ -25,7 +25,7 @@ from launching import Ended
 from scipy import stats
 from torch.utils.data import Subset
 
-from trak_dist import open_run, worker
+from trak_dist import open_run
 from trak_dist.evaluation.datamodeling import LAMBDAS
 from trak_dist.launch import main
 from trak_dist.ops import lds
@@ -52,7 +52,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         truth = (f"ground_truth.subsets={SUBSETS}", f"ground_truth.seeds={SEEDS}")
         given = [*SPEC, *truth, f"run_dir={root}", f"proj_dim={DIM}", "checkpoints.train=3"]
         patch.setattr("sys.argv", ["trak-dist", *given])
-        worker._session.cache_clear()
         main()
     return root
 
@@ -66,7 +65,6 @@ def command(
     monkeypatch.setattr(report, "lds_picture", lambda found, title: PNG)
 
     def run(*overrides: str) -> Ended:
-        worker._session.cache_clear()
         return launch(*overrides, f"run_dir={tmp_path / 'run'}")
 
     return run
@@ -362,7 +360,8 @@ def test_what_is_no_plain_array_is_refused_and_not_unpickled(
     assert ended.code == 2
     what = "not one array of numbers: NpzFile" if way == "zip" else "not a readable array: "
     assert ended.err.startswith(f"error: {what}")
-    assert f"  where: {file}\n  next:  numpy.save a plain array\n" in ended.err
+    hint = "see that it is there" if way == "missing" else "numpy.save a plain array\n"
+    assert f"  where: {file}\n  next:  {hint}" in ended.err
     assert not (tmp_path / "touched").exists()
     assert not (tmp_path / "run/plan.json").exists()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -16,10 +15,10 @@ import safetensors.torch
 import tiny
 import tiny_trained
 import torch
+from killing import Killed, kill_at
 from launching import Ended
 from torch.utils.data import Subset
 
-from trak_dist import worker
 from trak_dist.cells import of_stage, parse_cell
 from trak_dist.launch import main
 from trak_dist.ops import draws, lds
@@ -33,10 +32,6 @@ pytestmark = pytest.mark.slow
 SUBSETS, SEEDS, ROWS = 5, 2, 24
 TRUTH = (f"ground_truth.subsets={SUBSETS}", f"ground_truth.seeds={SEEDS}")
 MODELS = [(subset, seed) for subset in range(SUBSETS) for seed in range(SEEDS)]
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing catches it."""
 
 
 def spec(run_dir: Path) -> list[str]:
@@ -62,7 +57,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         patch.setattr(report, "lds_picture", lambda found, title: b"picture")
         runs = {}
         for stage in ("plan", "all"):
-            worker._session.cache_clear()
             given = [*spec(root / "run"), *TRUTH, "targets=val", "checkpoints.train=1"]
             patch.setattr("sys.argv", ["trak-dist", *given, f"stage={stage}"])
             main()
@@ -75,7 +69,6 @@ def command(launch: Callable[..., Ended], tmp_path: Path) -> Callable[..., Ended
     """A command on `tmp_path / "run"`, as if in a fresh process."""
 
     def run(*overrides: str) -> Ended:
-        worker._session.cache_clear()
         return launch(*overrides, f"run_dir={tmp_path / 'run'}", "cluster=debug")
 
     return run
@@ -174,15 +167,8 @@ def test_killed_amid_retraining_the_same_command_makes_what_is_missing_to_the_sa
 ) -> None:
     run = fork(made["plan"], tmp_path)
     owner, name, at = death
-    calls, do = itertools.count(1), getattr(owner, name)
-
-    def deadly(*args, **kwargs) -> object:
-        if next(calls) == at:
-            raise Killed
-        return do(*args, **kwargs)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, name, deadly)
+        kill_at(patch, at, (owner, name))
         with pytest.raises(Killed):
             command("stage=train")
     cells = list(of_stage(run.plan, "train"))

@@ -16,7 +16,7 @@ from launching import Ended
 from torch import nn
 from trak.modelout_functions import ImageClassificationModelOutput
 
-from trak_dist import ImageClassification, Problem, Rendered, open_run, worker
+from trak_dist import ImageClassification, Problem, Rendered, open_run
 from trak_dist.errors import PlanMismatch
 from trak_dist.store.run import Run
 
@@ -34,7 +34,6 @@ def run_problem(
     real = tiny.problem
 
     def run(*overrides: str, **changes: object) -> Ended:
-        worker._session.cache_clear()
         monkeypatch.setattr(
             tiny, "problem", lambda directory: dataclasses.replace(real(directory), **changes)
         )
@@ -53,7 +52,6 @@ def edited(
     def run(text: str, *overrides: str) -> Ended:
         (tmp_path / "edited.py").write_text(text)
         sys.modules.pop("edited", None)
-        worker._session.cache_clear()
         return launch(*tiny_run, "problem._target_=edited.problem", *overrides)
 
     return run
@@ -246,7 +244,6 @@ def test_relative_paths_of_a_problem_mean_the_same_from_anywhere(
     relative = [o for o in tiny_run if "directory" not in o]
     assert launch(*relative, "+problem.directory=checkpoints", "stage=plan").code == 0
     monkeypatch.chdir("/")
-    worker._session.cache_clear()
     ended = launch(tiny_run[2], "cluster=debug")
     assert ended.code == 0, ended.err
 

@@ -27,7 +27,6 @@ def directory(tiny_run: list[str], tmp_path: Path) -> Path:
 
 
 def opened(tmp_path: Path) -> Run:
-    worker._session.cache_clear()
     return Run.open(tmp_path / "run")
 
 

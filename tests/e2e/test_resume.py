@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from killing import Killed, kill_at
 
 from trak_dist import launch as launcher
 from trak_dist import open_run, worker
@@ -25,10 +26,6 @@ pytestmark = pytest.mark.slow
 
 TESTS = Path(tiny.__file__).parent
 STAGES = ("featurize", "reduce", "report")
-
-
-class Killed(BaseException):
-    """Stands for a kill: nothing catches it."""
 
 
 def spec(directory: Path, run_dir: Path) -> list[str]:
@@ -64,7 +61,6 @@ def command(launch: Callable, monkeypatch: pytest.MonkeyPatch) -> Callable:
     """The command line, as if in a fresh process: nothing is left in memory."""
 
     def run(*overrides: str) -> object:
-        worker._session.cache_clear()
         where = [] if any(o.startswith("cluster=") for o in overrides) else ["cluster=debug"]
         return launch(*overrides, *where)
 
@@ -93,29 +89,13 @@ def scores(run_dir: Path, targets: str = "val") -> np.ndarray:
 
 
 def job(run: Run, cells: list[str]) -> None:
-    worker._session.cache_clear()
     worker.run_cells(str(run.layout.run_dir), run.plan.fingerprint, "cpu", cells)
 
 
-def killing(patch: pytest.MonkeyPatch, at: int) -> list[str]:
-    """From the `at`-th step on, nothing can be done any more. The steps taken so far."""
-    steps: list[str] = []
-    for owner, name in (
-        *((os, "fsync"), (os, "link"), (Path, "replace"), (Path, "unlink")),
-        *((arrays, "write_rows"), (Receipts, "publish")),
-    ):
-        do = getattr(owner, name)
-
-        def step(*args, do=do, name=name, **kwargs) -> object:
-            steps.append(name)
-            if len(steps) >= at:
-                raise Killed
-            return do(*args, **kwargs)
-
-        patch.setattr(owner, name, step)
-    return steps
-
-
+STEPS = (
+    *((os, "fsync"), (os, "link"), (Path, "replace"), (Path, "unlink")),
+    *((arrays, "write_rows"), (Receipts, "publish")),
+)
 CHAIN = ["featurize/0/train/0-8", "gram/1", "kernel/1", "precondition/1/val", "score/val/0-20"]
 
 
@@ -131,7 +111,7 @@ def test_a_cell_killed_at_any_step_is_not_done_or_whole_and_is_mended_bit_for_bi
         run = fork(tmp_path / "0", tmp_path / str(at))
         attempts.clear()
         with pytest.MonkeyPatch.context() as patch:
-            steps = killing(patch, at)
+            steps = kill_at(patch, at, *STEPS)
             try:
                 job(run, [cell_id])
             except Killed:

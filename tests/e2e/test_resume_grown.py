@@ -16,8 +16,9 @@ import torch
 
 from trak_dist import open_run, plan_file, worker
 from trak_dist.cells import STAGE_STEPS, GramCell, of_stage, parse_cell
-from trak_dist.errors import PlanMismatch
+from trak_dist.errors import MissingInputs, PlanMismatch
 from trak_dist.plan import Plan
+from trak_dist.runtime.session import Session
 from trak_dist.status.verify import damaged_cells
 from trak_dist.store.receipts import Receipt
 from trak_dist.store.run import Run
@@ -32,7 +33,6 @@ def command(launch: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     """A command on a run of the tiny problem in `tmp_path`, as if in a fresh process."""
 
     def run(name: str, *overrides: str) -> Any:
-        worker._session.cache_clear()
         return launch(
             "problem._target_=tiny.problem",
             f"+problem.directory={tmp_path / 'checkpoints'}",
@@ -115,7 +115,7 @@ def test_status_of_a_grown_run_is_incomplete_until_it_is_rescored(command, tmp_p
         "queued": 0,
     }
     assert counts["stage"]["reduce"]["done"] == 6
-    with pytest.raises(ValueError, match="1 of 1 score cells of 'val' are missing"):
+    with pytest.raises(MissingInputs, match="1 of 1 score cells of 'val' are missing"):
         open_run(tmp_path / "run").scores("val")
 
 
@@ -165,8 +165,7 @@ def test_a_worker_of_a_smaller_ensemble_does_not_write_over_the_scores_of_a_larg
 ) -> None:
     command("run", "targets=val")
     run = Run.open(tmp_path / "run")
-    worker._session.cache_clear()
-    old = worker._session(str(tmp_path / "run"), plan_file.dump(run.plan), 0, "cpu")
+    old = Session(run, torch.device("cpu"))
     torch.save(tiny.state(2), tmp_path / "checkpoints" / "2.pt")
     assert command("run").code == 0
     grown = Run.open(tmp_path / "run")

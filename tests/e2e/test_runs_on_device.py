@@ -13,7 +13,7 @@ import torch
 from devices import DEVICE
 from launching import Launch
 
-from trak_dist import BasicProjector, NoOpProjector, ProjectionType, TRAKer, open_run, worker
+from trak_dist import BasicProjector, NoOpProjector, ProjectionType, TRAKer, open_run
 
 CLOSE = 1e-4
 TRAIN, TARGETS, CHECKPOINTS, SUBSETS = feeding.TRAIN, 7, 2, 6
@@ -86,7 +86,6 @@ def test_traker(projector: str, checkpoints: str, tmp_path: Path) -> None:
 
 
 def launched(launch: Launch, checkpoints: str, run_dir: Path, device: str, *more: str) -> None:
-    worker._session.cache_clear()
     ended = launch(
         f"run_dir={run_dir}",
         "problem._target_=small_cnn.problem",

@@ -15,7 +15,7 @@ import tiny
 import torch
 import zarr
 
-from trak_dist import open_run, worker
+from trak_dist import open_run
 from trak_dist.cells import score
 from trak_dist.errors import ConfigError, MissingInputs
 from trak_dist.launch import main
@@ -44,7 +44,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lds, "RESAMPLES", 49)
         patch.setattr("sys.argv", ["trak-dist", *given(root)])
-        worker._session.cache_clear()
         main()
     return root
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +11,9 @@ import numpy as np
 import pytest
 import zarr
 from launching import Ended, Launch
+from sweeping import Command, members, small_runs
 
-from trak_dist import open_run, worker
+from trak_dist import open_run
 from trak_dist import sweep as sweeps
 from trak_dist.cells import ScoreCell
 from trak_dist.plan import Plan
@@ -22,20 +22,12 @@ from trak_dist.store.run import Run
 
 pytestmark = pytest.mark.slow
 
-Command = Callable[..., Ended]
-
 
 @pytest.fixture
 def run(launch: Launch, tiny_run: list[str], tmp_path: Path) -> Command:
     """A command on a run of the tiny problem with 20 rows, 3 checkpoints and one target set."""
     given = [o for o in tiny_run if not o.startswith("proj_dim")]
-
-    def command(name: str, *overrides: str) -> Ended:
-        worker._session.cache_clear()
-        small = ["+problem.rows=20", "targets=val", f"run_dir={tmp_path / name}"]
-        return launch(*given, *small, *overrides)
-
-    return command
+    return small_runs(launch, given, tmp_path)
 
 
 @pytest.fixture
@@ -65,12 +57,6 @@ def featurized(computed: list[tuple[str, str]]) -> dict[str, int]:
     assert len(cells) == len(set(cells))
     names = [name for name, _ in cells]
     return {name.rsplit("-", 1)[0]: names.count(name) for name in names}
-
-
-def members(run_dir: Path) -> dict[int, Path]:
-    """The run and its members by `proj_dim`."""
-    found = [run_dir, *(run_dir / "sweeps" / name for name in Run.open(run_dir).layout.members())]
-    return {open_run(path).plan.proj_dim: path for path in found}
 
 
 def summary(ended: Ended) -> list[list[str]]:
@@ -430,7 +416,8 @@ def test_a_member_is_no_place_to_begin(run, tmp_path: Path) -> None:
     error = (
         "error: this is a place for members of a sweep, which are made from their run\n"
         "  where: {}\n"
-        f"  next:  python -m trak_dist.launch -m … run_dir={tmp_path / 'run'}\n"
+        f"  next:  python -m trak_dist.launch -m run_dir={tmp_path / 'run'}, and the settings of "
+        "this one\n"
     )
     assert run("run", "-m", f"run_dir={member}", "proj_dim=2").err == error.format(member)
     other = member.parent / "other"

@@ -47,7 +47,6 @@ class Place:
         self._patch.setenv("XDG_STATE_HOME", str(self.path / "state"))
         self._patch.delitem(sys.modules, MODULE, raising=False)
         self._patch.setattr(sys, "path", [p for p in sys.path if "theirs" not in p])
-        worker._session.cache_clear()
         return self._launch("cluster=debug", *overrides)
 
 

@@ -14,7 +14,7 @@ import torch
 from launching import Ended
 from torch import nn
 
-from trak_dist import ImageClassification, worker
+from trak_dist import ImageClassification
 
 ROWS = 40
 
@@ -55,7 +55,6 @@ def run_problem(
                 raise error
             return dataclasses.replace(real(directory), **changes)
 
-        worker._session.cache_clear()
         monkeypatch.setattr(tiny, "problem", problem)
         return launch(*tiny_run, "targets=val", *overrides)
 

@@ -26,7 +26,11 @@ from trak_dist import site_files, slurm, task
 from trak_dist.cells import STEPS, of_step
 from trak_dist.executors import batch
 from trak_dist.executors import slurm as executor
+from trak_dist.status.state import read_status
+from trak_dist.status.text import lines
+from trak_dist.store import atomic
 from trak_dist.store.jobs import Jobs
+from trak_dist.store.run import Run
 
 pytestmark = pytest.mark.slow
 
@@ -894,6 +898,29 @@ def test_status_shows_a_lost_task_with_the_end_of_its_log(lost, status, fake_slu
         "  line 996\n  line 997\n  line 998\n  line 999\n"
     ) in ended.out
     assert fake_slurm.calls("sacct") == [["-nXP", "-j", "1_0", "-o", "JobID,State"]]
+
+
+def test_a_status_is_shown_without_a_look_at_disk_or_queue(
+    lost, fake_slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = lost.run.layout.job_logs(1) / "1_0_0_log.out"
+    log.write_text("the end\n")
+    begin(lost, log)
+    fake_slurm.answer(ended="1_0|OUT_OF_MEMORY\n")
+    found = read_status(Run.open(tmp_path / "run"))
+    shown = lines(found)
+    assert "  the end" in shown
+    shutil.rmtree(tmp_path / "run")
+    asked = fake_slurm.calls("sacct")
+
+    def looks(*_: object, **__: object) -> None:
+        pytest.fail("it looks again")
+
+    for name in ("read", "names", "exists"):
+        monkeypatch.setattr(atomic, name, looks)
+    assert lines(found) == shown
+    assert found.json_line()
+    assert fake_slurm.calls("sacct") == asked
 
 
 def test_status_shows_a_task_that_ended_in_its_batch_script(lost, status, fake_slurm) -> None:

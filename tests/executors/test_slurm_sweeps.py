@@ -9,6 +9,7 @@ import pytest
 from fake_slurm import FakeSlurm
 from launching import Ended, Launch
 from submitting import fail, finish, table
+from sweeping import members
 
 from trak_dist.cells import of_step
 from trak_dist.status.queue import read_queue
@@ -39,9 +40,7 @@ def arrays(ended: Ended) -> list[tuple[str, str, int, int, str]]:
 
 def runs(path: Path) -> dict[int, Run]:
     """The run and its members, by `proj_dim`."""
-    base = Run.open(path / "run")
-    found = [base, *(Run.open(base.layout.sweeps / name) for name in base.layout.members())]
-    return {run.plan.proj_dim: run for run in found}
+    return {dim: Run.open(found) for dim, found in members(path / "run").items()}
 
 
 WAITS = ("afterok:1_0:1_1", "afterok:1_2:1_3", "afterok:1_4:1_5")

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
+from killing import Killed
 from submitting import fail, finish, opened, publish
 from waiting import AT
 
@@ -31,10 +32,6 @@ FIRST = ["featurize/0/train/0-8", "featurize/0/train/8-16", "featurize/0/train/1
 KERNEL = ["gram/0", "kernel/0", "precondition/0/val", "precondition/0/test"]
 
 Main = Callable[..., int]
-
-
-class Killed(BaseException):
-    """The worker's end without a word."""
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from pathlib import Path
 import zarr.core.sync
 from injecting import Fault, Layer, note, step_clock
 
-from trak_dist import launch, task, worker
+from trak_dist import launch, task
 from trak_dist.cells import of_stage
 from trak_dist.executors.local import work
 from trak_dist.executors.protocol import Job, Task
@@ -188,4 +188,3 @@ def import_what_a_command_needs(do: Callable[[], int]) -> None:
         do()
     logging.root.handlers.clear()  # which write there
     zarr.core.sync.cleanup_resources()
-    worker._session.cache_clear()

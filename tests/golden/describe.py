@@ -63,7 +63,7 @@ def cell(run: Run, one: Cell) -> dict[str, Any]:
         paths["consolidated"] = layout.consolidated(plan, one)
         paths["parts"] = layout.parts(plan, one.model_id, one.split)
     for name in one.files():
-        paths["file"] = layout.file(one, name)
+        paths.setdefault("file", layout.file(one, name))
     waits = {
         name: sorted({c.id for c in one.dependencies(plan, done)})
         for name, done in (("none", ()), ("all", everything(run)))

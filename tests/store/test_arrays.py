@@ -117,14 +117,13 @@ def test_a_truncated_or_empty_chunk_is_noticed(made: Path, spec: ArraySpec) -> N
             arrays.read_rows(made, spec, 0, 8)
 
 
-def test_corruption_says_where_and_how_to_mend_it(tmp_path: Path) -> None:
+def test_corruption_says_where(tmp_path: Path) -> None:
     arrays.ensure(tmp_path / "grads", SPEC)
     arrays.write_rows(tmp_path / "grads", SPEC, 0, rows(0, 8))
     chunk(tmp_path / "grads", 0).write_bytes(b"")
     with pytest.raises(CorruptChunk, match="rows 0-8 can't be read") as raised:
         arrays.read_rows(tmp_path / "grads", SPEC, 0, 8)
     assert raised.value.where == str(tmp_path / "grads")
-    assert raised.value.next == "stage=verify repair=true, then the same command again"
 
 
 def test_a_damaged_chunk_heals_when_its_rows_are_written_again(made: Path, spec: ArraySpec) -> None:
@@ -229,7 +228,7 @@ def test_only_whole_chunks_of_the_right_kind_are_written(made: Path, spec: Array
 
 
 def test_an_array_that_is_not_there_says_which_command_makes_it(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="no readable array") as raised:
+    with pytest.raises(StoreError, match="no readable array: it is missing") as raised:
         arrays.read_rows(tmp_path / "grads", SPEC, 0, 8)
     assert raised.value.next == "stage=plan makes what is missing, and metadata that can't be read"
 

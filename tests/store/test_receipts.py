@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from trak_dist.cells import Cell, FeaturizeCell, KernelCell, ScoreCell, of_stage
 from trak_dist.config import Spec
 from trak_dist.coordinates import Rows
-from trak_dist.plan import Checkpoint, Plan, ProbedDataset, Source, Split
+from trak_dist.plan import Checkpoint, Plan, ProbedDataset, Source, Split, digest
 from trak_dist.store.layout import Layout
 from trak_dist.store.receipts import Failure, Receipt, Receipts
 
@@ -291,3 +291,22 @@ class Sequences(RuleBasedStateMachine):
 
 TestSequences = Sequences.TestCase
 TestSequences.settings = settings(max_examples=30, stateful_step_count=12, deadline=None)
+
+
+def test_a_failure_keeps_the_class_of_its_error(receipts: Receipts, layout: Layout) -> None:
+    told = replace(failure(CELLS[0]), error_class="SomeErrorOfALaterVersion")
+    receipts.fail(CELLS[0], told)
+    assert receipts.failure(CELLS[0]) == told
+
+
+@pytest.mark.parametrize("digested", [True, False])
+def test_a_failure_of_an_earlier_version_has_no_class(
+    receipts: Receipts, layout: Layout, digested: bool
+) -> None:
+    earlier = asdict(failure(CELLS[0]))
+    del earlier["error_class"]
+    content = {**earlier, "digest": digest(earlier)} if digested else earlier
+    path = layout.failure(PLAN, CELLS[0])
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(content))
+    assert receipts.failure(CELLS[0]) == replace(failure(CELLS[0]), error_class="")

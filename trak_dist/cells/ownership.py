@@ -48,8 +48,10 @@ class OwnedRows:
 class OwnedFile:
     """A file of the run directory, or of the member's if the cell is `per_member`.
 
-    The receipt has a digest of its bytes or, of `tensors`, of what they hold.
+    The receipt has a digest of its bytes or, of `tensors`, of what they hold. One that is not
+    `always` written has none where it was not.
     """
 
     path: str
     tensors: bool = False
+    always: bool = True

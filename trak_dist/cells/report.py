@@ -12,6 +12,8 @@ from trak_dist.cells.ownership import OwnedFile
 from trak_dist.cells.score import ScoreCell
 from trak_dist.plan import Plan, digest, of_plan
 
+VERSION = 2  # of what a report shows: with another one the reports of old runs are drawn again
+
 
 @dataclass(frozen=True)
 class ReportCell(Cell):
@@ -52,7 +54,10 @@ class ReportCell(Cell):
         return self.targets
 
     def files(self) -> Mapping[str, OwnedFile]:
-        return {"page": OwnedFile(f"report/{self.targets}.html")}
+        page = f"report/{self.targets}"
+        endings = {"examples": ".png", "lds": ".lds.png", "counterfactuals": ".counterfactuals.png"}
+        pictures = {n: OwnedFile(page + end, always=False) for n, end in endings.items()}
+        return {"page": OwnedFile(f"{page}.html"), **pictures}
 
     @classmethod
     def memory(cls, plan: Plan) -> int:
@@ -65,4 +70,4 @@ class ReportCell(Cell):
 
 @of_plan
 def _identity(plan: Plan, targets: str) -> str:
-    return digest(["report", *evaluated_on(plan, targets)])
+    return digest(["report", VERSION, *evaluated_on(plan, targets)])

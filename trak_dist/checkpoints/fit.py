@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,13 @@ from torch.overrides import TorchFunctionMode
 from trak_dist.checkpoints.names import Part, State
 
 _EXTRA_STATE = "_extra_state"  # how torch ends the name of what `get_extra_state` gives
+
+
+class Fault(NamedTuple):
+    """What does not fit; `surplus` if it is only that the model has no such tensor."""
+
+    text: str
+    surplus: bool = False
 
 
 class Fit:
@@ -29,7 +36,7 @@ class Fit:
             *self._missing(own, own.keys() - state.keys()),
             *self._unexpected(state.keys() - own.keys()),
             *(
-                f"{k} has shape {tuple(state[k].shape)}, the model's {tuple(own[k].shape)}"
+                Fault(f"{k} has shape {tuple(state[k].shape)}, the model's {tuple(own[k].shape)}")
                 for k in others
             ),
         ]
@@ -37,8 +44,8 @@ class Fit:
         self.fits = bool(self.given) and not self.faults
 
     def _asked_of_torch(
-        self, model: nn.Module, own: Mapping[str, Tensor], faults: list[str]
-    ) -> list[str]:
+        self, model: nn.Module, own: Mapping[str, Tensor], faults: list[Fault]
+    ) -> list[Fault]:
         """The faults that are left once its modules have read older names and versions."""
         state = self.part.state
         extra = {name for name in state if name.endswith(_EXTRA_STATE)}
@@ -51,7 +58,7 @@ class Fit:
             missing, unexpected = set(found.missing_keys), set(found.unexpected_keys)
         except Exception as error:  # other sizes, or whatever the model's own hooks do
             by_size = str(error).startswith("Error(s) in loading state_dict")
-            return faults if by_size else [*faults, f"loading it raises {in_short(error)}"]
+            return faults if by_size else [*faults, Fault(f"loading it raises {in_short(error)}")]
         self.given = noted.given | {id(own[name]) for name in extra & own.keys()}
         return [
             *self._missing(own, (missing & own.keys()) - extra),
@@ -59,14 +66,15 @@ class Fit:
             *_torn(state, own),
         ]
 
-    def _missing(self, own: Mapping[str, Tensor], names: Iterable[str]) -> list[str]:
+    def _missing(self, own: Mapping[str, Tensor], names: Iterable[str]) -> list[Fault]:
         """Those of `names` that have to be there: not frozen, nor tied to what is there."""
         needed = (k for k in names if id(own[k]) not in self.given and not is_frozen(own[k]))
-        return [f"missing {k} {tuple(own[k].shape)}" for k in needed]
+        return [Fault(f"missing {k} {tuple(own[k].shape)}") for k in needed]
 
-    def _unexpected(self, names: Iterable[str]) -> list[str]:
+    def _unexpected(self, names: Iterable[str]) -> list[Fault]:
         state = self.part.state
-        return [f"unexpected {k} {tuple(state[k].shape) if k in state else ''}" for k in names]
+        shapes = ((k, tuple(state[k].shape) if k in state else "") for k in names)
+        return [Fault(f"unexpected {k} {shape}", surplus=True) for k, shape in shapes]
 
 
 class _Noted(TorchFunctionMode):
@@ -100,12 +108,12 @@ def in_short(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def _torn(state: State, own: Mapping[str, Tensor]) -> list[str]:
+def _torn(state: State, own: Mapping[str, Tensor]) -> list[Fault]:
     """Tensors that are one in the model, and differ in the checkpoint."""
     first: dict[int, str] = {}
     pairs = ((name, first.setdefault(id(own[name]), name)) for name in own if name in state)
     return [
-        f"{other} and {name} are one tensor in the model, and two in the checkpoint"
+        Fault(f"{other} and {name} are one tensor in the model, and two in the checkpoint")
         for name, other in pairs
         if name != other and not same(State({"": state[name]}), State({"": state[other]}))
     ]

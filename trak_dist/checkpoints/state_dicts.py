@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from trak_dist.checkpoints.fit import Fit, in_short, same
 from trak_dist.checkpoints.names import Names, State, adapters
-from trak_dist.errors import CheckpointError
+from trak_dist.errors import CheckpointError, CheckpointNotFound, UnreadableCheckpoint
 from trak_dist.listing import first_few
 
 # What a directory of Hugging Face holds, the first that is there; an index names its shards.
@@ -54,11 +54,7 @@ def read(path: Path) -> State:
     try:
         directory = path.is_dir()
     except OSError as error:
-        raise CheckpointError(
-            f"not readable: {error.strerror}",
-            where=str(path),
-            next="see that you may read it and that the file system is well, then run it again",
-        ) from error
+        raise _refused(path, error) from error
     if directory:
         return _read_directory(path)
     if path.suffix == ".safetensors":
@@ -117,9 +113,13 @@ def _told(path: Path, action: Callable[[], Any]) -> Any:
     try:
         return action()
     except FileNotFoundError:
-        raise CheckpointError(
-            "no checkpoint found", where=str(path), next="stage=train, or mend the problem's paths"
+        raise CheckpointNotFound(
+            "no checkpoint found",
+            where=str(path),
+            next="mend the problem's path, or run the stage train if the run is to train it",
         ) from None
+    except OSError as error:
+        raise _refused(path, error) from error
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"asks for {asked[1]}" if asked else "holds more than tensors"
@@ -134,6 +134,15 @@ def _told(path: Path, action: Callable[[], Any]) -> Any:
             where=str(path),
             next=_SAVE,
         ) from error
+
+
+def _refused(path: Path, error: OSError) -> UnreadableCheckpoint:
+    return UnreadableCheckpoint(
+        f"not readable: {error.strerror or error}",
+        where=str(path),
+        next="see that you may read it and that the file system is well, then run it again",
+        errno=error.errno,
+    )
 
 
 @dataclass(frozen=True)
@@ -211,13 +220,13 @@ def _unfit(tried: Fit, model: nn.Module, where: str) -> CheckpointError:
     hint = "give the problem the architecture that the checkpoint was saved from"
     if part.left_out:
         hint = f"{hint}; other parts are in it too ({part.others()}): {alone}"
-    elif faults and all(fault.startswith("unexpected") for fault in faults):
+    elif faults and all(fault.surplus for fault in faults):
         hint = f"{alone}, if the others are of the loss or of another part of a training; or {hint}"
     elif adapters(model):
         hint = f"{hint}; or {_SAVE}"
     return CheckpointError(
         f"the checkpoint does not fit the model{below}: "
-        f"{first_few(faults, separator='; ') or 'it is empty'}",
+        f"{first_few([f.text for f in faults], separator='; ') or 'it is empty'}",
         where=where,
         next=hint,
     )

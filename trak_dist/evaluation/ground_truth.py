@@ -14,7 +14,12 @@ from numpy.typing import NDArray
 
 from trak_dist.cells import MarginsCell, of_stage
 from trak_dist.config import MIN_SUBSETS, GroundTruth
-from trak_dist.errors import ConfigError, EvaluationError
+from trak_dist.errors import (
+    ConfigError,
+    EvaluationError,
+    GroundTruthNotFound,
+    UnreadableGroundTruth,
+)
 from trak_dist.ops import draws
 from trak_dist.plan import Plan
 from trak_dist.store import arrays, atomic, contents
@@ -35,7 +40,8 @@ def refuse_without_truth(plan: Plan) -> None:
         raise ConfigError(
             "there is no ground truth to hold the scores against",
             where="ground_truth",
-            next="stage=all ground_truth.subsets=100 ground_truth.seeds=3 trains models for it",
+            next="ground_truth.subsets=100 ground_truth.seeds=3 in place of stage=evaluate trains "
+            "models for it",
         )
 
 
@@ -169,7 +175,16 @@ def _load(path: Path) -> NDArray[Any]:
     try:
         with path.open("rb") as file:  # else a cut zip leaves it open
             loaded = np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except OSError as error:
+        gone = isinstance(error, FileNotFoundError)
+        kind = GroundTruthNotFound if gone else UnreadableGroundTruth
+        raise kind(
+            f"not a readable array: {error.strerror or error}",
+            where=str(path),
+            next="see that it is there and that you may read it",
+            errno=error.errno,
+        ) from None
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise EvaluationError(
             f"not a readable array: {error}", where=str(path), next="numpy.save a plain array"
         ) from None

@@ -21,7 +21,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 from trak_dist import slurm
 from trak_dist.cells import STEPS
 from trak_dist.config import SlurmConfig
-from trak_dist.errors import QueueFull, SlurmError, SlurmRefused
+from trak_dist.errors import QueueFull, SlurmError, SlurmRefused, SlurmTimeout
 from trak_dist.machine import LOG_VARIABLE
 from trak_dist.plan import Plan
 from trak_dist.store import atomic
@@ -99,7 +99,7 @@ def submit(run: Run, cluster: SlurmConfig, batch: Batch) -> str:
         time.sleep(PAUSE_SECONDS)
         for task in slurm.queue(batch.name):  # an answer that was lost may have been a yes
             return task.job_id.split("_")[0]
-    raise SlurmError(
+    raise SlurmTimeout(
         f"sbatch gave no answer for the {batch.step} array: {said}",
         next="see whether Slurm is up (scontrol ping), then run the same command again",
     )

@@ -197,7 +197,7 @@ def send_as_fits(
 
 def _told_before(error: SlurmError, submitted: Collection[str]) -> SlurmError:
     before = f"; submitted before: {', '.join(submitted)}" if submitted else ""
-    return type(error)(error.what + before, where=error.where, next=error.next)
+    return type(error)(error.what + before, where=error.where, next=error.next, errno=error.errno)
 
 
 def _parts(arrays: Arrays, most: int) -> Iterator[tuple[graph.Array, tuple[graph.Task, ...]]]:

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from trak_dist.errors import SingularGram
+from trak_dist.errors import NonFiniteGram, SingularGram
 
 SCALE_ROWS = 64
 SMALL_TRIANGLE = 128  # below, the half that symmetry saves costs more than it saves
@@ -86,14 +86,16 @@ def factorise(
 
     Raises
     ------
+    NonFiniteGram
+        If XᵀX has entries that are not finite.
     SingularGram
-        If XᵀX has entries that are not finite, or XᵀX + λI is singular to working precision: within
-        `rounding` of a singular matrix, however well a processor happened to round. Units do not
-        matter: columns of very different size are no reason, an all-zero one is at λ = 0.
+        If XᵀX + λI is singular to working precision: within `rounding` of a singular matrix,
+        however well a processor happened to round. Units do not matter: columns of very different
+        size are no reason, an all-zero one is at λ = 0.
     """
     k = len(gram)
     if not gram.isfinite().all():
-        raise SingularGram("XᵀX has entries that are not finite", next=_DAMAGE)
+        raise NonFiniteGram("XᵀX has entries that are not finite")
     mean_diagonal = float(gram.diagonal().mean())
     lambda_absolute = lambda_reg * (mean_diagonal if lambda_unit == "mean_diagonal" else 1.0)
     if lambda_absolute == 0 and k > rows:
@@ -185,7 +187,6 @@ class Spectrum:
 
 
 _PROPOSAL = "reduce.lambda_reg=1.0 reduce.lambda_unit=mean_diagonal, or another λ > 0"
-_DAMAGE = "stage=verify tells whether what is stored is what was written"
 
 
 def _singular(lambda_absolute: float, distance: float, k: int, rows: int) -> SingularGram:

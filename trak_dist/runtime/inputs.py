@@ -75,7 +75,7 @@ def refuse_other_rows(run: Run, receipts: dict[Cell, Receipt]) -> None:
         assert isinstance(cell, FeaturizeCell)
         values = by_rows.setdefault((cell.split, cell.rows), [])
         values.append((cell, receipt.facts.get("inputs_digest")))
-    command = f"python -m trak_dist.launch stage=verify repair=true run_dir={run.layout.run_dir}"
+    command = commands.launch(run.layout.run_dir, "stage=verify", "repair=true")
     back = f"mend the cause; {command} takes all that disagree back, to be computed again"
     for values in by_rows.values():
         _refuse_unequal("inputs_digest", values, next=back)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 
+from trak_dist import commands
 from trak_dist.cells import FeaturizeCell
 from trak_dist.checks.shown_rows import Shown, batch_digests, featurized, inputs_digest
 from trak_dist.coordinates import Rows
@@ -85,9 +86,7 @@ def _refuse_changed(session: Session, split: str, done: Done) -> None:
         run.receipts.doubt(cell, f"shown other rows than {split!r} has at {odd[cell]}")
     if odd:
         shown = first_few([f"{c.id} (rows {rows})" for c, rows in odd.items()], 5)
-        command = (
-            f"python -m trak_dist.launch stage=verify repair=true run_dir={run.layout.run_dir}"
-        )
+        command = commands.launch(run.layout.run_dir, "stage=verify", "repair=true")
         raise DatasetError(
             f"{len(odd)} of {len(done)} done cells of {split!r} were shown other rows than the "
             f"dataset has now: {shown}",

@@ -23,6 +23,19 @@ from trak_dist.problem import MapDataset, Problem, Rendered
 from trak_dist.store.run import Run
 
 
+class Sessions:
+    """Keeps the last session open: its owner's next job finds problem and model in memory."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Run, str, Session] | None = None
+
+    def open(self, run: Run, device: str) -> Session:
+        """The last session, if it is of this run, plan and device; else a new one."""
+        if self._last is None or self._last[:2] != (run, device):
+            self._last = run, device, Session(run, open_device(device))
+        return self._last[2]
+
+
 class Session:
     """One job's view of a run; holds one checkpoint's model at a time."""
 

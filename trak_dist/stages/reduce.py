@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import torch
 
+from trak_dist import commands
 from trak_dist.cells import FeaturizeCell, GramCell, KernelCell, PreconditionCell
 from trak_dist.checks import gradient_audit
 from trak_dist.coordinates import TRAIN
-from trak_dist.errors import SingularGram
+from trak_dist.errors import NonFiniteGram, SingularGram
 from trak_dist.ops import kernel
 from trak_dist.runtime.inputs import read_grads, refuse_mixed, require
 from trak_dist.runtime.outcome import Outcome
@@ -48,8 +49,10 @@ def factorise(session: Session, cell: KernelCell) -> Outcome:
 
     Raises
     ------
+    NonFiniteGram
+        If XᵀX has entries that are not finite.
     SingularGram
-        If it is singular to working precision.
+        If XᵀX + λI is singular to working precision.
     """
     plan = session.run.plan
     source = GramCell(cell.model_id)
@@ -63,6 +66,10 @@ def factorise(session: Session, cell: KernelCell) -> Outcome:
             lambda_unit=reduce.lambda_unit,
             kernel_scale=reduce.kernel_scale,
         )
+    except NonFiniteGram as error:
+        command = commands.launch(session.run.layout.run_dir, "stage=verify")
+        told = f"{command} tells whether what is stored is what was written"
+        raise NonFiniteGram(error.what, where=cell.id, next=told) from None
     except SingularGram as error:
         raise SingularGram(error.what, where=cell.id, next=error.next) from None
     digests = contents.write(session.run, cell, {"kernel": result.factor.cpu().numpy()})

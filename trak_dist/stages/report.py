@@ -1,4 +1,8 @@
-"""report: a page and a picture of the strongest train examples for some targets."""
+"""report: a page and a picture of the strongest train examples for some targets.
+
+Whoever changes what is drawn, here, in the template or in `evaluation.plots`, raises
+`cells.report.VERSION`, so that the reports of old runs are drawn again.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ from trak_dist.cells import EvaluateCell, FeaturizeCell, ReportCell
 from trak_dist.cells.score import halves_targets
 from trak_dist.coordinates import TRAIN
 from trak_dist.evaluation.plots import counterfactual_picture, lds_picture
+from trak_dist.hashing import digest_of
 from trak_dist.ops import lds, ranking
 from trak_dist.problem import Rendered
 from trak_dist.runtime.inputs import require
@@ -67,15 +72,12 @@ def report(session: Session, cell: ReportCell) -> Outcome:
         _Example(one["row"], _render(session, TRAIN, one["row"]), one["self_influence"])
         for one in evaluation.get("largest", [])[:SHOWN_SUSPECTS]
     ]
-    pictures = {"": _grid(lines, title=title) if lines else _suspects(suspects, title=title)}
+    examples = _grid(lines, title=title) if lines else _suspects(suspects, title=title)
+    pictures = {"examples": examples}
     if "lds" in evaluation:
-        pictures[".lds"] = lds_picture(evaluation, title=title)
+        pictures["lds"] = lds_picture(evaluation, title=title)
     if "counterfactuals" in evaluation:
-        pictures[".counterfactuals"] = counterfactual_picture(evaluation, title=title)
-    path = run.layout.file(cell, "page")
-    for name, picture in pictures.items():
-        if picture:
-            atomic.write(path.with_suffix(f"{name}.png"), picture)
+        pictures["counterfactuals"] = counterfactual_picture(evaluation, title=title)
     stability = _stability(session, cell.targets)
     page = _page(
         title=title,
@@ -87,8 +89,11 @@ def report(session: Session, cell: ReportCell) -> Outcome:
         lambda_from=run.plan.lambda_from,
         audited=audited(run.receipts.done(FeaturizeCell.of(run.plan)).values()),
     )
-    atomic.write(path, page.encode())
-    return Outcome({}, {"pictures": [n for n, p in pictures.items() if p], "stability": stability})
+    written = {name: picture for name, picture in pictures.items() if picture}
+    written["page"] = page.encode()
+    for name, content in written.items():
+        atomic.write(run.layout.file(cell, name), content)
+    return Outcome({n: digest_of(c) for n, c in written.items()}, {"stability": stability})
 
 
 def _stability(session: Session, targets: str) -> dict[str, Any]:

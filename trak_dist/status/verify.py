@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from trak_dist.cells import Cell, ReportCell, of_run
+from trak_dist.cells import Cell, of_run
 from trak_dist.checkpoints.digests import content_digest
 from trak_dist.checkpoints.state_dicts import read
 from trak_dist.checks.dependents import made_of, sharing
@@ -54,20 +54,13 @@ def _damages(run: Run, cell: Cell, receipt: Receipt) -> Iterator[str]:
     yield from contents.damages(run, cell, receipt)
     for name, owned in cell.files().items():
         path, written = run.layout.file(cell, name), receipt.digests.get(name)
+        if written is None and not owned.always:
+            continue
         if owned.tensors:
             found = content_digest(read(path))
         elif atomic.exists(path):
             found = digest_of(atomic.read(path))
         else:
             found = "none"
-        of_before = written is None and isinstance(cell, ReportCell) and found != "none"
-        if found != written and not of_before:
+        if found != written:
             yield f"{name}: digest {found}, the receipt says {written}"
-    if isinstance(cell, ReportCell):
-        page = run.layout.file(cell, "page")
-        pictures = [
-            page.parent / f"{page.stem}{name}.png" for name in receipt.fact("pictures", list)
-        ]
-        for path in pictures:
-            if not atomic.exists(path):
-                yield f"report: {path.name} is missing"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import shlex
@@ -26,7 +27,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import LocalStore, MemoryStore
 
 from trak_dist.cells.ownership import ArraySpec
-from trak_dist.errors import CorruptChunk, StoreError
+from trak_dist.errors import ArrayNotFound, CorruptChunk, StoreError
 from trak_dist.hashing import digest_of
 from trak_dist.store import atomic
 
@@ -111,15 +112,22 @@ def prepare(path: Path, spec: ArraySpec) -> None:
     {"refuse": ensure, "grow": grow, "replace": replace}[spec.if_changed](path, spec)
 
 
-def write_rows(path: Path, spec: ArraySpec, start: int, values: NDArray[Any]) -> str:
+def write_rows(
+    path: Path, spec: ArraySpec, start: int, values: NDArray[Any], *, plan: str = "stage=plan"
+) -> str:
     """Write whole chunks from row `start` on, to disk; return the digest of their content.
+
+    Parameters
+    ----------
+    plan : str
+        The command that makes the array where it is missing, for the message.
 
     Raises
     ------
     StoreError
         If the array is not as `spec` says, or the file system refuses.
     """
-    array = _checked(path, spec, mode="r+")
+    array = _checked(path, spec, mode="r+", plan=plan)
     step = array.chunks[0]
     assert start % step == 0 and (len(values) % step == 0 or start + len(values) == array.shape[0])
     assert values.dtype == array.dtype and values.shape[1:] == array.shape[1:]
@@ -132,8 +140,15 @@ def write_rows(path: Path, spec: ArraySpec, start: int, values: NDArray[Any]) ->
     return digest.result()
 
 
-def read_rows(path: Path, spec: ArraySpec, start: int, stop: int) -> NDArray[Any]:
+def read_rows(
+    path: Path, spec: ArraySpec, start: int, stop: int, *, plan: str = "stage=plan"
+) -> NDArray[Any]:
     """Rows `start` to `stop` of the array at `path`.
+
+    Parameters
+    ----------
+    plan : str
+        The command that makes the array where it is missing, for the message.
 
     Raises
     ------
@@ -142,14 +157,13 @@ def read_rows(path: Path, spec: ArraySpec, start: int, stop: int) -> NDArray[Any
     StoreError
         If there is no such array, or it is not as `spec` says.
     """
-    array = _checked(path, spec, mode="r")
+    array = _checked(path, spec, mode="r", plan=plan)
     try:
         return np.asarray(array[start:stop])
     except (ValueError, RuntimeError, OSError) as error:
         raise CorruptChunk(
             f"rows {start}-{stop} can't be read: {error}",
             where=str(path),
-            next="stage=verify repair=true, then the same command again",
         ) from error
 
 
@@ -183,28 +197,30 @@ def _create(store: LocalStore | MemoryStore, spec: ArraySpec) -> Any:
     )
 
 
-def _checked(path: Path, spec: ArraySpec, *, mode: Any) -> Any:
+def _checked(path: Path, spec: ArraySpec, *, mode: Any, plan: str) -> Any:
     """The array at `path`, if it is as `spec` says."""
-    array = _array(path, mode=mode)
+    array = _array(path, mode=mode, plan=plan)
     if told := _differences(array, spec):
         raise StoreError(
             f"the array's metadata is not what is planned: {told}",
             where=str(path / "zarr.json"),
-            next=f"{_forget(path)}, then stage=plan, which makes it anew; the chunks stay",
+            next=f"{_forget(path)}, then {plan}, which makes it anew; the chunks stay",
         )
     return array
 
 
-def _array(path: Path, *, mode: Any = "r") -> Any:
+def _array(path: Path, *, mode: Any = "r", plan: str = "stage=plan") -> Any:
+    next_step = f"{plan} makes what is missing, and metadata that can't be read"
+    if not _there(path):  # asked first, since zarr makes a directory for what it then misses
+        raise ArrayNotFound("no readable array: it is missing", where=str(path), next=next_step)
     try:
-        if not _there(path):  # asked first, since zarr makes a directory for what it then misses
-            raise FileNotFoundError(path)
         return zarr.open_array(LocalStore(path, read_only=mode == "r"), mode=mode)
     except Exception as error:  # of damaged metadata zarr raises whatever its first use of it does
         raise StoreError(
             f"no readable array ({type(error).__name__}: {error})",
             where=str(path),
-            next="stage=plan makes what is missing, and metadata that can't be read",
+            next=next_step,
+            errno=getattr(error, "errno", None),
         ) from error
 
 
@@ -213,9 +229,7 @@ def _opened(path: Path) -> Any | None:
     try:
         return _array(path)
     except StoreError as error:
-        if isinstance(error.__cause__, OSError) and not isinstance(
-            error.__cause__, FileNotFoundError
-        ):
+        if error.errno not in (None, errno.ENOENT):
             raise
         return None
 

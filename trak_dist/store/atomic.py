@@ -28,6 +28,8 @@ def told(path: Path) -> Iterator[None]:
     """
     try:
         yield
+    except StoreError:
+        raise
     except OSError as error:
         raise _refused(path, error) from error
 
@@ -38,17 +40,20 @@ def _refused(path: Path, error: OSError) -> StoreError:
             f"no disk space: {error.strerror} ({free_bytes(path) / 2**20:,.1f} MiB free)",
             where=str(path),
             next="free some space, then run the same command again: finished cells are kept",
+            errno=error.errno,
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return StoreError(
             f"not writable: {error.strerror}",
             where=str(path),
             next="run_dir=… a directory that you may write to",
+            errno=error.errno,
         )
     return StoreError(
         f"the file system refused: {error}",
         where=str(path),
         next="see that path and file system are right, then run the same command again",
+        errno=error.errno,
     )
 
 
@@ -122,7 +127,7 @@ def told_reading(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except FileNotFoundError:
+    except (FileNotFoundError, StoreError):
         raise
     except OSError as error:
         raise StoreError(
@@ -130,6 +135,7 @@ def told_reading(path: Path) -> Iterator[None]:
             where=str(path),
             next="see that you may read it and that the file system is well, then run the same "
             "command again",
+            errno=error.errno,
         ) from error
 
 

@@ -53,7 +53,9 @@ def write(run: Run, cell: Cell, values: Mapping[str, NDArray[Any]]) -> dict[str,
     digests = {}
     for name, slab in owned.items():
         assert len(values[name]) == slab.stop - slab.start
-        digests[name] = arrays.write_rows(slab.path, slab.spec, slab.start, values[name])
+        digests[name] = arrays.write_rows(
+            slab.path, slab.spec, slab.start, values[name], plan=_plan(run)
+        )
     return digests
 
 
@@ -68,7 +70,7 @@ def read(run: Run, cell: Cell, name: str) -> NDArray[Any]:
     """
     slab = slabs(run, cell)[name]
     try:
-        return _read(slab)
+        return _read(run, slab)
     except CorruptChunk as error:
         raise CorruptChunk(
             f"{name} of {cell.id} is damaged: {error.what}",
@@ -78,18 +80,22 @@ def read(run: Run, cell: Cell, name: str) -> NDArray[Any]:
         ) from error
 
 
-def _read(slab: Slab) -> NDArray[Any]:
-    values = arrays.read_rows(slab.path, slab.spec, slab.start, slab.stop)
+def _read(run: Run, slab: Slab) -> NDArray[Any]:
+    values = arrays.read_rows(slab.path, slab.spec, slab.start, slab.stop, plan=_plan(run))
     if not np.isfinite(values).all():
         raise CorruptChunk("a chunk is missing")
     return values
+
+
+def _plan(run: Run) -> str:
+    return commands.launch(run.layout.run_dir, "stage=plan")
 
 
 def damages(run: Run, cell: Cell, receipt: Receipt) -> Iterator[str]:
     """Read all that `cell` wrote; a sentence for each array that is not what its receipt says."""
     for name, slab in slabs(run, cell).items():
         try:
-            found = arrays.content_digest(_read(slab))
+            found = arrays.content_digest(_read(run, slab))
         except CorruptChunk as error:
             yield f"{name}: {error.what}"
         else:

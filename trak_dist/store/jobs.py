@@ -142,6 +142,7 @@ class Jobs:
                 f"the job's record can't be read ({' '.join(str(error).split())})",
                 where=str(path),
                 next="run the launch command again: what is missing is submitted anew",
+                errno=getattr(error, "errno", None),
             ) from None
 
     def numbers(self) -> list[int]:

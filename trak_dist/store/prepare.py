@@ -47,9 +47,11 @@ def _prepare(run: Run, cell: Cell) -> None:
     owned = slabs(run, cell).values()
     replaced = [slab for slab in owned if slab.spec.if_changed == "replace"]
     if any(arrays.is_other(slab.path, slab.spec) for slab in replaced):
-        assert isinstance(cell, ScoreCell)
-        of_it = ScoreCell.of_targets(run.plan, cell.targets)
-        for done in run.receipts.done(of_it):
+        paths = {slab.path for slab in owned}
+        of_them = (
+            c for c in type(cell).of(run.plan) if paths == {s.path for s in slabs(run, c).values()}
+        )
+        for done in run.receipts.done(of_them):
             run.receipts.revoke(done, why="its array was replaced")
     for slab in owned:
         arrays.prepare(slab.path, slab.spec)

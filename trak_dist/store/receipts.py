@@ -67,6 +67,7 @@ class Receipt:
 class Failure:
     """The last failed attempt of a cell; `expected` errors need no traceback to be understood.
 
+    `error_class` is the name of the error's class; empty in records of earlier versions.
     `doubted` ones are no attempts: the cell is done, but not of what is there now.
     """
 
@@ -77,6 +78,7 @@ class Failure:
     expected: bool
     job: Mapping[str, Any] = field(default_factory=dict)
     doubted: bool = False
+    error_class: str = ""
 
 
 class Receipts:
@@ -129,8 +131,6 @@ class Receipts:
             said = decoding.mapping(atomic.read(self._layout.distrusted(model_id)))
         except FileNotFoundError:
             return ""
-        except StoreError:
-            raise
         except ValueError:
             said = {}
         return str(said.get("why", "an audit failed"))
@@ -235,8 +235,6 @@ def _read(path: Path, kind: type[Kind]) -> Kind | None:
         return _parsed(atomic.read(path), kind)
     except FileNotFoundError:
         return None
-    except StoreError:  # whole, maybe, for who may read it
-        raise
     except ValueError as error:
         # Ours appear whole, so this is damage to the file: its cell counts as missing and is rerun.
         log.warning("unreadable, counted as missing: %s (%s)", path, " ".join(str(error).split()))

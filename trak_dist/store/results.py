@@ -139,10 +139,13 @@ class Results:
         path = self._run.layout.file(cell, "figures")
         receipt = self._run.receipts.done([cell]).get(cell)
         if receipt is None:
+            planned = cell in EvaluateCell.of(self.plan)
+            retraining = ("ground_truth.subsets=100", "ground_truth.seeds=3")
+            asked = ("stage=evaluate",) if planned else retraining
             raise MissingInputs(
                 f"{targets!r} is not evaluated",
                 where=str(self._run.layout.run_dir),
-                next="stage=evaluate, with ground_truth.subsets=… or counterfactuals.targets=…",
+                next=self._command(*asked),
             )
         text = atomic.read(path) if atomic.exists(path) else b""
         if digest_of(text) != receipt.digests.get("figures"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from trak_dist import commands, plan_file
 from trak_dist.cells import Cell
-from trak_dist.errors import PlanMismatch
+from trak_dist.errors import PlanMismatch, RunNotFound
 from trak_dist.plan import Plan
 from trak_dist.store import atomic
 from trak_dist.store.layout import Layout
@@ -33,17 +33,20 @@ class Run:
 
         Raises
         ------
+        RunNotFound
+            If there is no plan.
         PlanMismatch
-            If there is no plan, or not one that this version reads.
+            If it is not one that this version reads.
         """
         layout = Layout(run_dir.absolute())
         with atomic.told(layout.run_dir):
             generation = layout.generation()
         if generation is None:
-            raise PlanMismatch(
+            raise RunNotFound(
                 "there is no run here: plan.json is missing",
                 where=str(layout.run_dir),
-                next=commands.launch(run_dir, "problem=…"),
+                next=f"{commands.launch(run_dir, 'problem=mnist')} begins one, with your problem "
+                "in place of mnist",
             )
         path = layout.plan(generation)
         return cls(layout, plan_file.load(atomic.read(path), where=str(path)), generation)

@@ -1,0 +1,159 @@
+"""The status for people: stages, the checkpoint × shard grid, what went wrong. Does no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from trak_dist.cells import Cell, FeaturizeCell
+from trak_dist.plan import Split
+from trak_dist.status.state import MARKS, SHOWN, StageStatus, Status
+from trak_dist.store.receipts import Failure, audited, rows_per_second
+from trak_dist.store.run import Run
+
+GRID_COLUMNS = 40
+TRACEBACK_LINES = 12
+
+
+def lines(status: Status) -> list[str]:
+    """The report for people: stages, the checkpoint × shard grid, what went wrong."""
+    run = status.run
+    out = [f"run    {run.layout.run_dir}", f"plan   {run.plan.fingerprint}"]
+    layout = run.layout
+    members = status.members
+    if layout.member:
+        out += [f"sweep  a member of the run {layout.base}"]
+    elif members:
+        more = ", …" if len(members) > SHOWN else ""
+        named = ", ".join(members[:SHOWN]) + more
+        out += [f"sweep  {len(members)} members in {layout.sweeps}: {named}"]
+    out += [f"note   {status.note}"] if status.note else []
+    heads = ("done", "total", "running", "queued", "failed", "missing", "rows/s", "left")
+    out += ["", f"{'stage':<10}" + "".join(f"{head:>9}" for head in heads)]
+    for name, stage in status.stages.items():
+        counts = (stage.done, stage.cells, stage.running, stage.queued, stage.failed, stage.missing)
+        rate = rows_per_second(stage.done.values())
+        shown = [
+            *(str(len(c)) for c in counts),
+            f"{rate:,.0f}" if rate else "",
+            _left(status, stage, rate),
+        ]
+        out.append((f"{name:<10}" + "".join(f"{text:>9}" for text in shown)).rstrip())
+    return [
+        *out,
+        "",
+        *_audits(status),
+        *_grid(status),
+        *_waiting(status),
+        *_failures(status),
+        *_lost(status),
+    ]
+
+
+def _audits(status: Status) -> Iterator[str]:
+    told = audited(status.stages["featurize"].done.values())
+    if told:
+        yield f"audit  {told}"
+    for model_id, why in status.distrusted.items():
+        yield f"audit  checkpoint {model_id} by loop, since {why}"
+
+
+def _left(status: Status, stage: StageStatus, rate: float) -> str:
+    """Time until what is running and queued is done, if as many tasks go on as run now."""
+    cells = {*stage.running, *stage.queued}
+    rows = sum(len(c.rows) for c in cells if isinstance(c, FeaturizeCell))
+    workers = status.queue.workers(cells)
+    if not rate or not rows or not workers:
+        return ""
+    seconds = rows / rate / workers
+    return f"{seconds / 60:,.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def _grid(status: Status) -> Iterator[str]:
+    plan, stage = status.run.plan, status.stages["featurize"]
+    splits = (plan.train, *plan.targets)
+    widths = {
+        s.name: max(len(s.name), min(GRID_COLUMNS, -(-s.rows // s.cell_rows))) for s in splits
+    }
+    legend = "  ".join(f"{mark} {name}" for name, mark in reversed(MARKS.items()))
+    yield "checkpoint  " + "  ".join(f"{s.name:<{widths[s.name]}}" for s in splits) + f"   {legend}"
+    for model_id in plan.model_ids:
+        rows = (f"{_marks(stage, model_id, s, status.run):<{widths[s.name]}}" for s in splits)
+        yield f"{model_id:<12}" + "  ".join(rows).rstrip()
+
+
+def _marks(stage: StageStatus, model_id: int, split: Split, run: Run) -> str:
+    states = [stage.state(c) for c in FeaturizeCell.of_split(run.plan, model_id, split.name)]
+    columns = min(GRID_COLUMNS, len(states))
+    parts = (
+        states[i * len(states) // columns : (i + 1) * len(states) // columns]
+        for i in range(columns)
+    )
+    return "".join(next(mark for name, mark in MARKS.items() if name in part) for part in parts)
+
+
+def _waiting(status: Status) -> Iterator[str]:
+    reasons: dict[str, int] = {}
+    for task, _ in status.queue.tasks:
+        if not task.runs:
+            reasons[task.reason] = reasons.get(task.reason, 0) + 1
+    if reasons:
+        told = ", ".join(f"{count} for {reason}" for reason, count in sorted(reasons.items()))
+        yield ""
+        yield f"tasks waiting in the queue: {told}"
+
+
+def by_error(failures: Mapping[Cell, Failure]) -> list[list[Cell]]:
+    """Failed cells, those with the same error together, in the order of `failures`."""
+    alike: dict[str, list[Cell]] = {}
+    for cell, failure in failures.items():
+        alike.setdefault(failure.error.split("\n")[0], []).append(cell)
+    return list(alike.values())
+
+
+def _failures(status: Status) -> Iterator[str]:
+    failures = {c: f for s in status.stages.values() for c, f in s.failed.items()}
+    alike = by_error(failures)
+    for cells in alike[:SHOWN]:
+        failure = failures[cells[0]]
+        yield ""
+        more = _and(cells[1:], "cells, with the same error")
+        yield f"failed {cells[0].id}{more} {_by(failure.job)}"
+        yield _indent(failure.error)
+        if not failure.expected:
+            yield _indent("\n".join(failure.traceback.splitlines()[-TRACEBACK_LINES:]))
+    others = sum(map(len, alike[SHOWN:]))
+    if others:
+        yield ""
+        yield f"failed with other errors: {others} cells"
+
+
+def _lost(status: Status) -> Iterator[str]:
+    for task in status.lost[:SHOWN]:
+        job = {"host": task.host, "job_id": task.job_id, "log": task.log}
+        ended = "without a word" if task.worker else "before its worker began"
+        said = f"; Slurm says {task.state}" if task.state else ""
+        yield ""
+        yield f"lost   {task.cells[0].id}{_and(task.cells[1:], 'cells')} {_by(job)}"
+        yield f"  the task ended {ended}{said}"
+        yield from (_indent(line) for line in task.end)
+    if len(status.lost) > SHOWN:
+        yield ""
+        yield f"lost as well: {len(status.lost) - SHOWN} tasks"
+
+
+def _and(others: Sequence[Cell], what: str) -> str:
+    return f" and {len(others)} more {what}" if others else ""
+
+
+def _by(job: Mapping[str, Any]) -> str:
+    """Who did it: `on n2, job 12_3, attempt 2, log …`."""
+    told = [f"on {job.get('host', '?')}"]
+    told += [f"job {job['job_id']}"] if job.get("job_id") else []
+    told += [f"attempt {job['attempt']}"] if job.get("attempt", 1) != 1 else []
+    told += [f"log {job['log']}"] if job.get("log") else []
+    return ", ".join(told)
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.splitlines())
