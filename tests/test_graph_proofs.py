@@ -22,9 +22,9 @@ from trak_dist.cells import (
 )
 from trak_dist.cells.score import columns, halves_targets
 from trak_dist.config import Counterfactuals, GroundTruth
-from trak_dist.coordinates import Rows
+from trak_dist.coordinates import AtRandom, HelpfulTo, Rows
 from trak_dist.errors import ConfigError
-from trak_dist.plan import Checkpoint, Plan, Split
+from trak_dist.plan import Checkpoint, Plan, ProbedDataset, Split
 
 ASKED = Counterfactuals(targets=2, remove=(2, 4), seeds=2)
 WITHOUT = replace(PLAN, counterfactuals=ASKED)
@@ -56,6 +56,8 @@ def test_every_id_parses_back_to_its_cell(plan: Plan) -> None:
         "counterfactual/val/0/02/0",
         "counterfactual/v l/0/2/0",
         "counterfactual/val//2/0",
+        "counterfactual/val/00/2/0",
+        "counterfactual/val/most/2/0",
     ],
 )
 def test_what_names_no_counterfactual(text: str) -> None:
@@ -75,7 +77,7 @@ def test_the_models_of_each_target_set_are_those_of_spread_targets_and_random_on
 
 def test_no_more_targets_than_there_are() -> None:
     many = replace(PLAN, counterfactuals=replace(ASKED, targets=50))
-    whose = [c.whose for c in CounterfactualCell.of_targets(many, "val")]
+    whose = [str(c.selection) for c in CounterfactualCell.of_targets(many, "val")]
     assert list(dict.fromkeys(whose)) == ["0", "1", "2", "random"]
 
 
@@ -93,7 +95,7 @@ def test_self_influence_has_score_evaluation_and_page_of_train_and_no_counterfac
 
 
 def test_halves_are_kept_of_up_to_64_spread_targets_where_there_are_two_checkpoints() -> None:
-    wide = replace(PLAN, targets=(Split("val", 1000, 4, "q"),))
+    wide = replace(PLAN, targets=(Split("val", 1000, 4, ProbedDataset("q")),))
     kept = halves_targets(wide, "val")
     assert (len(kept), kept[0], kept[-1]) == (64, 0, 999)
     assert halves_targets(PLAN, "test") == list(range(9))
@@ -107,19 +109,19 @@ def test_a_counterfactual_task_is_one_target_or_the_random_ones() -> None:
     tasks = [ids(task) for task in graph.tasks(WITHOUT, "counterfactual")]
     assert tasks[:3] == [OF_VAL[:4], OF_VAL[4:8], OF_VAL[8:]]
     assert len(tasks) == 6
-    skip = {CounterfactualCell("val", "2", 4, 0)}
+    skip = {CounterfactualCell("val", HelpfulTo(2), 4, 0)}
     again = graph.tasks(WITHOUT, "counterfactual", skip=skip)
     assert ids(again[1]) == [i for i in OF_VAL[4:8] if i != "counterfactual/val/2/4/0"]
 
 
 def test_a_counterfactual_needs_all_scores_of_its_target_set_alone() -> None:
-    cut = replace(PLAN, counterfactuals=ASKED, train=Split("train", 10**7, 512, "p"))
+    cut = replace(PLAN, counterfactuals=ASKED, train=Split("train", 10**7, 512, ProbedDataset("p")))
     scores = ids(ScoreCell.of_targets(cut, "val"))
     assert len(scores) > 1
-    cell = CounterfactualCell("val", "0", 2, 0)
+    cell = CounterfactualCell("val", HelpfulTo(0), 2, 0)
     assert ids(cell.dependencies(cut, ())) == scores
     assert ids(cell.dependencies(cut, set(ScoreCell.of_targets(cut, "val")))) == scores
-    assert not ids(CounterfactualCell("val", "random", 2, 0).dependencies(cut, ()))
+    assert not ids(CounterfactualCell("val", AtRandom(), 2, 0).dependencies(cut, ()))
 
 
 GRADS_OF_TRAIN = {f"featurize/{m}/train/{b}" for m in (0, 1) for b in ("0-4", "4-8", "8-10")}

@@ -22,14 +22,13 @@ from trak_dist.cells import (
 )
 from trak_dist.cells.train import retrained
 from trak_dist.config import GroundTruth
-from trak_dist.plan import Checkpoint, Plan, Split
+from trak_dist.plan import Checkpoint, ImportedTruth, Plan, ProbedDataset, Split
 
 TRAINED = replace(PLAN, ground_truth=GroundTruth(subsets=3, seeds=2))
 BROUGHT = replace(
     PLAN,
     ground_truth=GroundTruth(masks="/m.npy", margins="/g.npy"),
-    truth_files="abc",
-    truth_of="val",
+    imported_truth=ImportedTruth("abc", "val"),
 )
 
 
@@ -168,14 +167,19 @@ def test_a_checkpoint_or_a_target_set_that_joins_leaves_the_retrained_models() -
     more = (*TRAINED.checkpoints, Checkpoint(2, "2.pt", False))
     scored = {"score/val/0-10", "score/test/0-10"}
     assert changed(replace(TRAINED, checkpoints=more)) == EVALUATED | scored
-    assert changed(replace(TRAINED, targets=(*TRAINED.targets, Split("more", 5, 4, "t")))) == set()
+    assert (
+        changed(
+            replace(TRAINED, targets=(*TRAINED.targets, Split("more", 5, 4, ProbedDataset("t"))))
+        )
+        == set()
+    )
 
 
 def test_a_ground_truth_leaves_all_cells_but_the_reports_as_they_were() -> None:
     for plan in (TRAINED, BROUGHT):
         differing = {c.id for c in cells(PLAN) if c.key(PLAN) != c.key(plan)}
         assert differing == {f"report/{t}" for t in ("val", "test") if plan.has_truth(t)}
-    other = replace(BROUGHT, truth_files="other")
+    other = replace(BROUGHT, imported_truth=ImportedTruth("other", "val"))
     differing = {c.id for c in cells(BROUGHT) if c.key(BROUGHT) != c.key(other)}
     assert differing == {"evaluate/val", "report/val"}
 

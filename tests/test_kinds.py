@@ -118,7 +118,10 @@ def test_a_kind_as_it_should_be_comes_after_those_that_it_depends_on() -> None:
         ({"step": "featurise"}, "belongs to step 'featurise', which no stage has"),
         ({"step": "train"}, "made_up cells depend on gram, which come later"),
         ({"arrays": GramCell.arrays}, "one of arrays and one_per_array without the other"),
-        ({"__annotations__": {"model_id": float}}, "MadeUp.model_id is no str, int or Rows"),
+        (
+            {"__annotations__": {"model_id": float}},
+            "MadeUp.model_id is no str, int, Rows or Selection",
+        ),
     ],
 )
 def test_a_kind_that_leaves_something_out_fails_at_import(

@@ -23,8 +23,10 @@ from trak_dist.plan import (
     CHUNK_BYTES,
     Checkpoint,
     Plan,
+    ProbedDataset,
     Source,
     Split,
+    Streamed,
     cell_rows,
     digest,
 )
@@ -34,10 +36,12 @@ PLAN = Plan(
     spec=Spec(problem={"_target_": "a.b", "rows": 10}, proj_dim=4, store_dim=8),
     source=Source("s", "m", "/root"),
     parameters=100,
-    train=Split("train", 10, 4, "p"),
+    train=Split("train", 10, 4, ProbedDataset("p")),
     checkpoints=(Checkpoint(0, "/c/0.pt", False), Checkpoint(1, "checkpoints/1.st", True)),
-    targets=(Split("val", 3, 4, "q"), Split("test", 9, 4, "r")),
+    targets=(Split("val", 3, 4, ProbedDataset("q")), Split("test", 9, 4, ProbedDataset("r"))),
 )
+texts = st.text(min_size=1, max_size=4)
+row_sources = st.builds(Streamed) | st.builds(ProbedDataset, texts, st.none() | texts)
 names = st.from_regex(r"[a-z0-9_][A-Za-z0-9_.-]{0,20}", fullmatch=True).filter(
     lambda name: name != "train"
 )
@@ -47,7 +51,7 @@ names = st.from_regex(r"[a-z0-9_][A-Za-z0-9_.-]{0,20}", fullmatch=True).filter(
 def plans(draw: st.DrawFn) -> Plan:
     def split(name: str) -> Split:
         rows, per_cell = draw(st.integers(1, 40)), draw(st.integers(1, 50))
-        return Split(name, rows, per_cell, draw(st.text(max_size=4)))
+        return Split(name, rows, per_cell, draw(row_sources))
 
     dim = draw(st.integers(1, 10**5))
     count = draw(st.integers(1, 3))
@@ -55,7 +59,7 @@ def plans(draw: st.DrawFn) -> Plan:
         PLAN,
         spec=replace(PLAN.spec, proj_dim=dim, store_dim=dim * draw(st.integers(1, 3))),
         train=split("train"),
-        checkpoints=tuple(Checkpoint(i, draw(st.text()), i > 0) for i in range(count)),
+        checkpoints=tuple(Checkpoint(i, draw(texts), i > 0) for i in range(count)),
         targets=tuple(split(n) for n in draw(st.lists(names, max_size=3, unique=True))),
     )
 
@@ -146,7 +150,7 @@ def test_every_path_stays_inside_the_run_directory(plan: Plan) -> None:
         (replace(PLAN, spec=replace(PLAN.spec, store_dim=16)), FROM_FEATURIZE),
         (replace(PLAN, source=Source("other", "m", "/root")), EVERYTHING),
         (replace(PLAN, parameters=101), FROM_FEATURIZE),
-        (replace(PLAN, train=replace(PLAN.train, probe="other")), EVERYTHING),
+        (replace(PLAN, train=replace(PLAN.train, row_source=ProbedDataset("other"))), EVERYTHING),
         (replace(PLAN, source=Source("s", "m", "/elsewhere", ("t",))), set()),
         (replace(PLAN, spec=replace(PLAN.spec, proj_dim=2)), FROM_GRAM),
         (with_spec("reduce", threads=2), FROM_GRAM),
@@ -154,7 +158,7 @@ def test_every_path_stays_inside_the_run_directory(plan: Plan) -> None:
         (with_spec("reduce", lambda_unit="absolute"), FROM_KERNEL),
         (with_spec("reduce", kernel_scale="none"), FROM_KERNEL),
         (replace(PLAN, checkpoints=(*PLAN.checkpoints, Checkpoint(2, "2.pt", False))), ENSEMBLE),
-        (replace(PLAN, targets=(*PLAN.targets, Split("more", 5, 4, "t"))), set()),
+        (replace(PLAN, targets=(*PLAN.targets, Split("more", 5, 4, ProbedDataset("t")))), set()),
         (replace(PLAN, targets=PLAN.targets[::-1]), set()),
     ],
 )
@@ -166,7 +170,9 @@ def test_a_key_changes_exactly_when_what_sets_its_cells_bytes_does(
 
 
 def test_a_changed_target_set_changes_the_keys_of_its_own_cells_only() -> None:
-    other = replace(PLAN, targets=(replace(PLAN.targets[0], probe="other"), PLAN.targets[1]))
+    other = replace(
+        PLAN, targets=(replace(PLAN.targets[0], row_source=ProbedDataset("other")), PLAN.targets[1])
+    )
     differing = {c.id for c in cells(PLAN) if c.key(other) != c.key(PLAN)}
     assert differing == {
         *("featurize/0/val/0-3", "featurize/1/val/0-3", "score/val/0-10", "report/val"),
@@ -240,7 +246,9 @@ def test_a_kernel_of_a_large_dimension_needs_memory_for_its_square() -> None:
 
 
 def test_other_settings_cut_cells_only_where_grads_are_others() -> None:
-    plan = replace(PLAN, spec=replace(PLAN.spec, store_dim=64), train=Split("train", 10**6, 64, ""))
+    plan = replace(
+        PLAN, spec=replace(PLAN.spec, store_dim=64), train=Split("train", 10**6, 64, Streamed())
+    )
     folded = plan.with_settings(replace(plan.spec, proj_dim=2), (1,))
     assert (folded.train, folded.targets) == (plan.train, plan.targets)
     assert folded.fingerprint == plan.fingerprint

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from trak_dist.errors import ConfigError
 
 TRAIN = "train"
 FULL = "full"
-RANDOM = "random"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 
 
@@ -41,3 +41,24 @@ class Rows:
 
     def __len__(self) -> int:
         return self.stop - self.start
+
+
+@dataclass(frozen=True)
+class HelpfulTo:
+    """Train rows are selected by their scores for one target: the most helpful ones."""
+
+    target: int
+
+    def __str__(self) -> str:
+        return str(self.target)
+
+
+@dataclass(frozen=True)
+class AtRandom:
+    """Train rows are drawn at random."""
+
+    def __str__(self) -> str:
+        return "random"
+
+
+Selection: TypeAlias = HelpfulTo | AtRandom

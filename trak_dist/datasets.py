@@ -18,7 +18,7 @@ from torch.utils.data import Subset, default_collate
 from trak_dist.config import Spec
 from trak_dist.errors import DatasetError, ProblemError, UnreadableRow
 from trak_dist.hashing import truncated
-from trak_dist.plan import Split
+from trak_dist.plan import ProbedDataset, Split, Streamed
 from trak_dist.problem import MapDataset, Problem, Rendered, told
 from trak_dist.spacing import evenly_spaced
 
@@ -142,8 +142,8 @@ def content(batch: Any, *, where: str) -> Iterator[bytes | memoryview]:
             )
 
 
-def probe(problem: Problem, name: str, spec: Spec) -> tuple[int, str, str]:
-    """The rows of a split, and digests of some of them: of each alone, and of them in one batch.
+def probe(problem: Problem, name: str, spec: Spec) -> tuple[int, ProbedDataset]:
+    """How many rows a split has, and digests of some of them.
 
     They are spread over the dataset, and tell cheaply whether it, or collate, is another one.
 
@@ -165,25 +165,26 @@ def probe(problem: Problem, name: str, spec: Spec) -> tuple[int, str, str]:
             where = f"problem.collate, row {group[0]} of {name!r}"
             for piece in content(collated(problem, dataset, group, name=name), where=where):
                 sha.update(piece)
-    return len(dataset), truncated(alone), truncated(together)
+    return len(dataset), ProbedDataset(truncated(alone), truncated(together))
 
 
 def check_split(problem: Problem, split: Split, spec: Spec) -> None:
     """Raise `DatasetError` if the problem's dataset, or its batches, are not those planned."""
-    if split.fed:
+    planned = split.row_source
+    if isinstance(planned, Streamed):
         return
-    rows, alone, together = probe(problem, split.name, spec)
-    if (rows, alone) != (split.rows, split.probe):
+    rows, now = probe(problem, split.name, spec)
+    if (rows, now.alone) != (split.rows, planned.alone):
         raise DatasetError(
             f"the dataset {split.name!r} changed since planning: {split.rows} rows with digest "
-            f"{split.probe} then, {rows} rows with digest {alone} now",
+            f"{planned.alone} then, {rows} rows with digest {now.alone} now",
             where="problem",
             next="restore the data (without random augmentation), or start a new run_dir",
         )
-    if split.batch and together != split.batch:
+    if planned.together and now.together != planned.together:
         raise DatasetError(
             f"batches of {split.name!r} changed since planning, though single rows did not: "
-            f"digest {split.batch} then, {together} now",
+            f"digest {planned.together} then, {now.together} now",
             where="problem.collate",
             next="restore collate, or start a new run_dir",
         )

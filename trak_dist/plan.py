@@ -36,31 +36,58 @@ SWEEP_KEYS = (
 
 
 @dataclass(frozen=True)
-class Split:
-    """A dataset as planned: its rows, the rows of a cell, and a digest of some probe rows.
+class ProbedDataset:
+    """Rows of a dataset of the problem, with digests of a few: of each alone, and in one batch.
 
-    Without a digest it is no dataset: its rows are `fed`. `batch` digests the probe rows in one
-    batch, and is empty in plans of earlier versions.
+    Plans of earlier versions have no digest of the batch.
+    """
+
+    alone: str
+    together: str | None = None
+
+    def __post_init__(self) -> None:
+        assert self.alone
+
+    @property
+    def digest(self) -> str:
+        """What tells its rows from others, in the keys of cells."""
+        return self.alone
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """Rows that calls of `TRAKer` bring, in any order: there is no dataset to read them from."""
+
+    @property
+    def digest(self) -> str:
+        """Nothing is known of them when they are planned."""
+        return ""
+
+
+@dataclass(frozen=True)
+class Split:
+    """The train set or a target set as planned: where its rows come from, and the rows of a cell.
+
+    `ProbedDataset` and `Streamed` are the two sources.
     """
 
     name: str
     rows: int = field(metadata={"min": 1})
     cell_rows: int = field(metadata={"min": 1})
-    probe: str
-    batch: str = ""
+    row_source: ProbedDataset | Streamed
 
     def __post_init__(self) -> None:
         check_name(self.name, what="the split")  # it names directories
 
     @property
-    def fed(self) -> bool:
-        """Whether its rows come by calls of `TRAKer`: there is no dataset to probe."""
-        return not self.probe
+    def streamed(self) -> bool:
+        """Whether its rows are streamed, rather than read from a dataset."""
+        return isinstance(self.row_source, Streamed)
 
     @property
     def content(self) -> tuple[str, int, str]:
         """What the split holds, however it is cut into cells."""
-        return self.name, self.rows, self.probe
+        return self.name, self.rows, self.row_source.digest
 
     @property
     def cells(self) -> int:
@@ -77,16 +104,23 @@ class Split:
 class Checkpoint:
     """A state dict; the path of one that `stage=train` makes is relative to the run directory.
 
-    `digest` is that of its content, if it was read when it was planned.
+    One that `TRAKer` was given in memory has no path. `digest` is that of its content, if it was
+    read when it was planned.
     """
 
     model_id: int
-    path: str
+    path: str | None
     trained: bool
-    digest: str = ""
+    digest: str | None = None
 
     def __post_init__(self) -> None:
         assert isinstance(self.model_id, int)  # it names directories
+
+    @property
+    def file(self) -> str:
+        """Its path, of a checkpoint that a problem has: all of these are files."""
+        assert self.path is not None
+        return self.path
 
 
 @dataclass(frozen=True)
@@ -110,16 +144,23 @@ class Source:
     built: Mapping[str, list[float]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class ImportedTruth:
+    """The ground truth in a user's files: the digest of both, and the target set they are of."""
+
+    digest: str
+    targets: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """A run.
 
     `parameters` is p, the number of parameters whose gradients are used; `use` names the
-    checkpoints of the ensemble, none of them: all; `truth_files` digests the ground truth's files,
-    if the user brought them, `truth_of` is the target set that they are of; `self_influence` tells
-    whether the train rows are scored against themselves; `lambda_from` says how λ was chosen, if
-    not by the user; `mislabelled` digests which train labels are known to be wrong; `gradients` is
-    how per-sample gradients are computed, `hooks` or `vmap`, whatever the spec leaves open;
+    checkpoints of the ensemble, none of them: all; `self_influence` tells whether the train rows
+    are scored against themselves; `lambda_from` says how λ was chosen, if not by the user;
+    `mislabelled` digests which train labels are known to be wrong, if any are; `gradients` is how
+    per-sample gradients are computed, `hooks` or `vmap`, whatever the spec leaves open;
     `activations` are the bytes that the forward pass of an example keeps for the backward pass.
     """
 
@@ -130,12 +171,11 @@ class Plan:
     checkpoints: tuple[Checkpoint, ...]
     targets: tuple[Split, ...]
     ground_truth: GroundTruth = field(default_factory=GroundTruth)
-    truth_files: str = ""
-    truth_of: str = ""
+    imported_truth: ImportedTruth | None = None
     counterfactuals: Counterfactuals = field(default_factory=Counterfactuals)
     self_influence: bool = False
-    lambda_from: str = ""
-    mislabelled: str = ""
+    lambda_from: str | None = None
+    mislabelled: str | None = None
     use: tuple[int, ...] = ()
     gradients: str = field(default="vmap", metadata={"choices": GRADIENTS[1:]})
     activations: int = field(default=0, metadata={"min": 0})
@@ -144,6 +184,11 @@ class Plan:
     def splits(self) -> tuple[Split, ...]:
         """The train split and the target sets."""
         return self.train, *self.targets
+
+    @property
+    def has_problem(self) -> bool:
+        """Whether a problem brings data and checkpoints, rather than calls of `TRAKer`."""
+        return not self.train.streamed
 
     @property
     def store_dim(self) -> int:
@@ -178,7 +223,7 @@ class Plan:
     def with_settings(self, spec: Spec, use: Sequence[int]) -> Plan:
         """The plan with other settings; the cells of other grads are cut as those of a new run."""
         same = spec.reduce == self.spec.reduce
-        said = self.lambda_from if same else ""
+        said = self.lambda_from if same else None
         changed = replace(self, spec=spec, use=tuple(use), lambda_from=said)
         if changed.projection_id == self.projection_id:
             return changed
@@ -263,7 +308,8 @@ class Plan:
 
     def has_truth(self, targets: str) -> bool:
         """Whether there are retrained models to hold the scores of a target set against."""
-        return targets != TRAIN and (bool(self.ground_truth.subsets) or self.truth_of == targets)
+        imported = self.imported_truth is not None and self.imported_truth.targets == targets
+        return targets != TRAIN and (bool(self.ground_truth.subsets) or imported)
 
     def oddities(self) -> Iterator[str]:
         """What of its parts does not go together, a line for each."""
@@ -272,6 +318,8 @@ class Plan:
             yield f"checkpoints: a model_id is there twice: {ids}"
         if len(set(self.use)) < len(self.use) or not set(self.use) <= set(ids):
             yield f"use: {list(self.use)} are not some of the model_ids {ids}"
+        if self.has_problem and any(c.path is None for c in self.checkpoints):
+            yield "checkpoints: one has no path"
         if self.train.name != TRAIN or TRAIN in names or len(set(names)) < len(names):
             yield f"targets: {names} are not names of their own beside {TRAIN!r}"
 

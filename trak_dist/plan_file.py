@@ -1,14 +1,20 @@
-"""The text of a `plan.json`: written from a plan, and read back only as it was written."""
+"""The text of a `plan.json`: written from a plan, and read back only as it was written.
+
+The file is flatter than a plan: the digests of a split's dataset are fields of the split, empty
+where its rows are streamed, and the imported ground truth is `truth_files` and `truth_of`.
+"""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from trak_dist import decoding
 from trak_dist.cells import count
 from trak_dist.errors import ConfigError, PlanMismatch
-from trak_dist.plan import SCHEMA, Plan, digest
-from trak_dist.structuring import structure, unstructure
+from trak_dist.plan import SCHEMA, ImportedTruth, Plan, ProbedDataset, Split, Streamed, digest
+from trak_dist.structuring import converter, structure, unstructure
 from trak_dist.validation import spec_conflicts
 
 MAX_CELLS = 10**7  # what a command that lists them gets through
@@ -71,3 +77,61 @@ def load(text: bytes, *, where: str) -> Plan:
             next="use the version that made it, or another run_dir",
         )
     return plan
+
+
+# The form of the file -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _FlatSplit:
+    name: str
+    rows: int = field(metadata={"min": 1})
+    cell_rows: int = field(metadata={"min": 1})
+    probe: str
+    batch: str | None = None
+
+
+@dataclass(frozen=True)
+class _FlatTruth:
+    truth_files: str = ""
+    truth_of: str = ""
+
+
+_TRUTH = [name.name for name in fields(_FlatTruth)]
+
+
+@converter.register_structure_hook
+def _split(raw: Any, _: Any) -> Split:
+    flat = converter.structure(raw, _FlatSplit)
+    source = ProbedDataset(flat.probe, flat.batch) if flat.probe else Streamed()
+    return Split(flat.name, flat.rows, flat.cell_rows, source)
+
+
+@converter.register_unstructure_hook
+def _flat_split(split: Split) -> dict[str, Any]:
+    source = split.row_source
+    digests = (source.alone, source.together) if isinstance(source, ProbedDataset) else ("", None)
+    return unstructure(_FlatSplit(split.name, split.rows, split.cell_rows, *digests))
+
+
+_plan_by_fields = converter.get_structure_hook(Plan)  # now that a split's hooks are there
+_fields_of_plan = converter.get_unstructure_hook(Plan)
+
+
+@converter.register_structure_hook
+def _plan(raw: Any, _: Any) -> Plan:
+    flat = converter.structure({k: raw[k] for k in _TRUTH if k in raw}, _FlatTruth)
+    plan: Plan = _plan_by_fields({k: v for k, v in raw.items() if k not in _TRUTH}, Plan)
+    if not flat.truth_files:
+        return plan
+    return replace(plan, imported_truth=ImportedTruth(flat.truth_files, flat.truth_of))
+
+
+@converter.register_unstructure_hook
+def _flat_plan(plan: Plan) -> dict[str, Any]:
+    truth = plan.imported_truth
+    flat = _FlatTruth(truth.digest, truth.targets) if truth else _FlatTruth()
+    content: dict[str, Any] = {}
+    for name, value in _fields_of_plan(plan).items():  # in the order of the file
+        content |= unstructure(flat) if name == "imported_truth" else {name: value}
+    return content

@@ -162,10 +162,10 @@ def drawing(problem: Problem, random: str) -> Problem:
     return replace(problem, model_output=SeededByExample(problem.model_output))
 
 
-def flags_digest(problem: Problem) -> str:
-    """Digest of which labels are known to be wrong; empty if that is not known."""
+def flags_digest(problem: Problem) -> str | None:
+    """Digest of which labels are known to be wrong, if that is known."""
     flags = problem.mislabelled
-    return "" if flags is None else digest([bool(flag) for flag in flags])
+    return None if flags is None else digest([bool(flag) for flag in flags])
 
 
 @contextlib.contextmanager

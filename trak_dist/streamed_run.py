@@ -254,7 +254,9 @@ class StreamedRun:
         """Have the worker run what is not done; several processes may."""
         done = run.receipts.done(cells)
         left = [c.split for c in cells if isinstance(c, FeaturizeCell) and c not in done]
-        if not all(run.plan.split(name).fed for name in left):  # a problem's, of the launcher's run
+        if not all(
+            run.plan.split(name).streamed for name in left
+        ):  # a problem's, of the launcher's run
             trust.refuse_foreign(run.plan, run.layout.run_dir)
         ids, run_dir = [cell.id for cell in cells], str(run.layout.run_dir)
         with worker.own_numerics(self._device):

@@ -140,6 +140,13 @@ def _list(hint: Any, _: Converter) -> Hook:
     return several
 
 
+def _is_optional_text(hint: Any) -> bool:
+    return bool(hint == str | None)
+
+
+# A text that is missing is an empty one where it is stored.
+converter.register_structure_hook_func(_is_optional_text, lambda raw, _: scalar(raw, str) or None)
+converter.register_unstructure_hook_func(_is_optional_text, lambda text: text or "")
 for _kind in (bool, int, float, str):
     converter.register_structure_hook(_kind, scalar)
 converter.register_structure_hook_func(is_mapping, mapping)

@@ -145,7 +145,7 @@ def _lacks_what_failed(run: Run, cell: Cell) -> bool:
 def _run_cell(session: Session, cell: Cell) -> None:
     run = session.run
     _fix_numerics(session, cell)
-    if isinstance(cell, FeaturizeCell) and not run.plan.split(cell.split).fed:
+    if isinstance(cell, FeaturizeCell) and not run.plan.split(cell.split).streamed:
         require(run, list(cell.dependencies(run.plan, ())), needed_by=cell)
         session.load(cell.model_id)  # not on the clock: data shards are sized by rows per second
         _fix_numerics(session, cell)  # again: a problem's file may set torch's switches

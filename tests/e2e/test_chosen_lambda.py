@@ -109,7 +109,7 @@ def test_the_second_task_has_the_lambda_with_the_highest_mean_lds(made: Made) ->
     assert plan.spec.reduce.lambda_reg == pytest.approx(value, rel=5e-3)
     assert (plan.spec.reduce.lambda_unit, base.spec.reduce.lambda_reg) == ("mean_diagonal", 1.0)
     assert f"auto: {why(made.run)}\n" in made.out
-    assert (plan.lambda_from, base.lambda_from) == (why(made.run), "")
+    assert (plan.lambda_from, base.lambda_from) == (why(made.run), None)
     # Scores made with it have the LDS that was promised, but for its three digits.
     found = np.mean([figures(made.member, name)["lds"]["mean"] for name in ("val", "test")])
     assert found == pytest.approx(mean, abs=0.05)
@@ -157,7 +157,7 @@ def test_another_lambda_by_hand_is_not_said_to_be_chosen(fork: Made, command) ->
     ended = command("-m", "reduce.lambda_reg=7.5")
     assert ended.code == 0, ended.err
     (other,) = set((fork.run / "sweeps").iterdir()) - {member}
-    assert open_run(other).plan.lambda_from == ""
+    assert open_run(other).plan.lambda_from is None
     assert "λ chosen on these targets" not in ended.out
     ended = command(f"run_dir={member}")
     assert "λ chosen on these targets" in ended.out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -77,8 +78,14 @@ def test_scores_of_traker_equal_those_of_the_reference_implementation(
     case = parity.CASES[name]()
     save_dir = str(tmp_path / "run")
     command = [sys.executable, parity.__file__, name, save_dir]
+    environment = {**os.environ, "PYTHONPATH": str(Path(small_cnn.__file__).parent)}
     processes = [
-        subprocess.Popen([*command, str(part), str(PROCESSES)], stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*command, str(part), str(PROCESSES)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for part in range(PROCESSES)
     ]
     for process in processes:

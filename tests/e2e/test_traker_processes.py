@@ -39,8 +39,8 @@ def checkpoints(tmp_path: Path) -> str:
 
 
 def started(*command: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(feeding.__file__).parent)}
-    environment["OMP_NUM_THREADS"] = "1"
+    homes = [str(Path(module.__file__).parent) for module in (feeding, small_cnn)]
+    environment = {**os.environ, "PYTHONPATH": ":".join(homes), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, *command],
         env=environment,

@@ -19,7 +19,7 @@ from trak_dist import problem as problems
 from trak_dist import source as sources
 from trak_dist.cells import FeaturizeCell, of_stage
 from trak_dist.errors import UntrustedProblem
-from trak_dist.plan import Plan
+from trak_dist.plan import Plan, Streamed
 from trak_dist.store.run import Run
 
 MODULE = "problem_of_theirs"
@@ -271,7 +271,7 @@ def test_a_plan_that_says_its_rows_were_fed_is_asked_about_all_the_same(
     imported()
 
     def fed(plan: Plan) -> Plan:
-        return replace(plan, train=replace(plan.train, probe=""))
+        return replace(plan, train=replace(plan.train, row_source=Streamed()))
 
     at = run_dir.with_name("fed")
     forged(run_dir, at, fed)

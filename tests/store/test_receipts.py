@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from trak_dist.cells import Cell, FeaturizeCell, KernelCell, ScoreCell, of_stage
 from trak_dist.config import Spec
 from trak_dist.coordinates import Rows
-from trak_dist.plan import Checkpoint, Plan, Source, Split, digest
+from trak_dist.plan import Checkpoint, Plan, ProbedDataset, Source, Split, digest
 from trak_dist.store.layout import Layout
 from trak_dist.store.receipts import Failure, Receipt, Receipts
 
@@ -26,9 +26,9 @@ PLAN = Plan(
     spec=Spec(problem={"_target_": "a.b"}, proj_dim=4, store_dim=4),
     source=Source("s", "m", "/"),
     parameters=10,
-    train=Split("train", 10, 4, "p"),
+    train=Split("train", 10, 4, ProbedDataset("p")),
     checkpoints=(Checkpoint(0, "0.pt", False), Checkpoint(1, "1.pt", False)),
-    targets=(Split("val", 3, 4, "q"),),
+    targets=(Split("val", 3, 4, ProbedDataset("q")),),
 )
 FEATURIZE = list(of_stage(PLAN, "featurize"))
 CELLS: list[Cell] = [*FEATURIZE, *of_stage(PLAN, "reduce"), *of_stage(PLAN, "report")]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 from trak_dist.cells.cell import Cell
-from trak_dist.coordinates import Rows, check_name
+from trak_dist.coordinates import AtRandom, HelpfulTo, Rows, Selection, check_name
 from trak_dist.errors import ConfigError
 from trak_dist.plan import Plan
 
@@ -39,7 +39,7 @@ def check_kind(kind: type[Cell]) -> None:
         raise TypeError(f"{name} defines one of arrays and one_per_array without the other")
     for coordinate, hint in _coordinates(kind).items():
         if hint not in _READERS:
-            raise TypeError(f"{name}.{coordinate} is no str, int or Rows")
+            raise TypeError(f"{name}.{coordinate} is no str, int, Rows or Selection")
 
 
 def _found() -> Iterator[type[Cell]]:
@@ -132,6 +132,10 @@ def _rows(text: str) -> Rows:
     return Rows(start, stop)
 
 
+def _selection(text: str) -> Selection:
+    return AtRandom() if text == str(AtRandom()) else HelpfulTo(_number(text))
+
+
 def _name(text: str) -> str:
     return check_name(text, what="the cell coordinate")
 
@@ -141,7 +145,12 @@ def _coordinates(kind: type[Cell]) -> dict[str, type]:
     return {f.name: hints[f.name] for f in fields(kind)}  # type: ignore[arg-type]
 
 
-_READERS: dict[type, Callable[[str], object]] = {int: _number, str: _name, Rows: _rows}
+_READERS: dict[object, Callable[[str], object]] = {
+    int: _number,
+    str: _name,
+    Rows: _rows,
+    Selection: _selection,
+}
 KINDS = in_order(list(_found()))
 STEPS = {
     step: tuple(kind for kind in KINDS if kind.step == step)

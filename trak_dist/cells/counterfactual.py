@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 from trak_dist.cells.cell import Cell
 from trak_dist.cells.score import ScoreCell, scores_identity
 from trak_dist.cells.train import training, training_bytes
-from trak_dist.coordinates import RANDOM
+from trak_dist.coordinates import AtRandom, HelpfulTo, Selection
 from trak_dist.plan import Plan, digest, of_plan
 from trak_dist.spacing import evenly_spaced
 
@@ -18,8 +18,8 @@ from trak_dist.spacing import evenly_spaced
 class CounterfactualCell(Cell):
     """The model outputs on some targets after training without `removed` rows of the train set.
 
-    `whose` most helpful rows they are: a target's row number, or `random` ones. Its outputs are in
-    its receipt.
+    `selection` says which rows: those most helpful to one of the targets, or random ones. Its
+    outputs are in its receipt.
     """
 
     kind: ClassVar[str] = "counterfactual"
@@ -30,7 +30,7 @@ class CounterfactualCell(Cell):
     if_too_large: ClassVar[str] = "a smaller model or batch in train_checkpoint"
 
     targets: str
-    whose: str
+    selection: Selection
     removed: int
     seed: int
 
@@ -43,11 +43,12 @@ class CounterfactualCell(Cell):
     def of_targets(cls, plan: Plan, targets: str) -> Iterator[Self]:
         """Those of one target set, the ones without random rows last."""
         asked = plan.counterfactuals
-        chosen = [str(row) for row in evenly_spaced(plan.split(targets).rows, asked.targets)]
-        for whose in (*chosen, RANDOM) if chosen else ():
+        rows = evenly_spaced(plan.split(targets).rows, asked.targets)
+        selections: list[Selection] = [HelpfulTo(row) for row in rows]
+        for selection in (*selections, AtRandom()) if selections else ():
             for removed in asked.remove:
                 for seed in range(asked.seeds):
-                    yield cls(targets, whose, removed, seed)
+                    yield cls(targets, selection, removed, seed)
 
     @classmethod
     def count(cls, plan: Plan) -> int:
@@ -56,24 +57,29 @@ class CounterfactualCell(Cell):
         return sum(c + 1 for c in chosen if c) * len(asked.remove) * asked.seeds
 
     def identity(self, plan: Plan) -> str:
-        identity = _without_random if self.whose == RANDOM else _without_helpful
+        identity = _without_helpful if self.needs_scores else _without_random
         return identity(plan, self.targets)
 
     @property
+    def needs_scores(self) -> bool:
+        """Whether its rows are selected by scores."""
+        return isinstance(self.selection, HelpfulTo)
+
+    @property
     def per_member(self) -> bool:
-        return self.whose != RANDOM
+        return self.needs_scores
 
     def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
-        if self.whose != RANDOM:
+        if self.needs_scores:
             yield from ScoreCell.of_targets(plan, self.targets)
 
     @property
     def depends_as(self) -> Hashable:
-        return self.targets if self.whose != RANDOM else None
+        return self.targets if self.needs_scores else None
 
     @property
     def chain(self) -> Hashable:
-        return self.targets, self.whose
+        return self.targets, self.selection
 
     @classmethod
     def memory(cls, plan: Plan) -> int:

@@ -91,16 +91,16 @@ class EvaluateCell(Cell):
 
 def evaluated_on(plan: Plan, targets: str) -> list[object]:
     """What determines the figures of one target set."""
-    ground_truth = plan.ground_truth
+    ground_truth, imported = plan.ground_truth, plan.imported_truth
     truth = [
-        *(training_on_subsets(plan), plan.truth_files),
+        *(training_on_subsets(plan), imported.digest if imported else ""),
         *(ground_truth.subsets, ground_truth.seeds),
     ]
     content: list[object] = ["evaluate", scores_identity(plan), plan.cut(targets)]
     content += [truth] if plan.has_truth(targets) else []
     if plan.counterfactuals.targets and targets != TRAIN:
         content += [asdict(plan.counterfactuals)]
-    content += [plan.mislabelled] if targets == TRAIN else []
+    content += [plan.mislabelled or ""] if targets == TRAIN else []
     return content
 
 

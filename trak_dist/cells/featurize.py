@@ -87,7 +87,7 @@ class FeaturizeCell(Cell):
             "row_scale": owned("row_scale", "float32"),
             "out_to_loss": owned("out_to_loss", "float32"),
         }
-        if split.fed:
+        if split.streamed:
             arrays["inputs"] = owned("inputs", "uint8", INPUT_DIGEST_BYTES)
         return arrays
 

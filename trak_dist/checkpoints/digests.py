@@ -39,7 +39,7 @@ def load_into(run: Run, model: nn.Module, checkpoint: Checkpoint) -> str:
         If the checkpoint can't be read or does not fit, if other weights were planned or seen
         under this `model_id`, or the same weights under another.
     """
-    path = run.layout.checkpoint(checkpoint.path)
+    path = run.layout.checkpoint(checkpoint.file)
     fitted = state_dicts.fitted(state_dicts.read(path), model, where=str(path))
     digest = content_digest(fitted.state)
     refuse_other_weights(run, checkpoint.model_id, digest, publish=True)
@@ -54,7 +54,7 @@ def refuse_other_weights(run: Run, model_id: int, digest: str, *, publish: bool)
     The first worker to load a checkpoint publishes its digest; all compare.
     """
     planned = run.plan.checkpoint(model_id).digest
-    publish = publish and planned in ("", digest)
+    publish = publish and planned in (None, digest)
     if publish:
         content = json.dumps({"digest": digest}).encode()
         atomic.write_once(run.layout.checkpoint_digest(model_id), content)
@@ -92,7 +92,8 @@ def refuse_twins(run: Run, model_id: int, digest: str) -> None:
 
 
 def _path(run: Run, model_id: int) -> str:
-    return str(run.layout.checkpoint(run.plan.checkpoint(model_id).path))
+    path = run.plan.checkpoint(model_id).path
+    return f"model_id {model_id}" if path is None else str(run.layout.checkpoint(path))
 
 
 def published(run: Run, model_id: int) -> str | None:

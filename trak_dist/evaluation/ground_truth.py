@@ -88,11 +88,13 @@ def read_truth(run: Run, targets: str) -> Truth:
             ]
         )
         return Truth(trained_masks(plan), margins.astype(np.float64))
+    imported = plan.imported_truth
+    assert imported is not None
     rows = {targets: plan.split(targets).rows}
     found = read_files(plan.ground_truth, plan.train.rows, rows, tell=lambda _: None)
-    if found.digest != plan.truth_files:
+    if found.digest != imported.digest:
         raise EvaluationError(
-            f"the ground truth changed since planning: digest {plan.truth_files} then, "
+            f"the ground truth changed since planning: digest {imported.digest} then, "
             f"{found.digest} now",
             where=plan.ground_truth.margins,
             next="restore the files, or use another run_dir",

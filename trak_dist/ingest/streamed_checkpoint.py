@@ -29,10 +29,10 @@ class FedCheckpoint:
         before: FedCheckpoint | None,
     ) -> None:
         if isinstance(checkpoint, str | Path):
-            self.path = where = str(Path(checkpoint).absolute())
+            self.path: str | None = (where := str(Path(checkpoint).absolute()))
             state = state_dicts.read(Path(checkpoint))
         else:
-            self.path, where = "", f"model_id {model_id}"
+            self.path, where = None, f"model_id {model_id}"
             state = state_dicts.named(checkpoint, where=where)
         fitted = state_dicts.fitted(state, model, where=where)
         if before is not None:

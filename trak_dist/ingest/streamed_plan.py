@@ -10,25 +10,25 @@ from pathlib import Path
 from trak_dist.config import Spec
 from trak_dist.coordinates import TRAIN, check_name
 from trak_dist.errors import ConfigError, PlanMismatch
-from trak_dist.plan import Checkpoint, Plan, Source, Split, planned_cell_rows
+from trak_dist.plan import Checkpoint, Plan, Source, Split, Streamed, planned_cell_rows
 from trak_dist.store.run import Run
 
 
 def new_plan(spec: Spec, *, rows: int, parameters: int, model: str, gradients: str) -> Plan:
-    """A plan without checkpoints and target sets, for a train split whose rows are fed."""
+    """A plan without checkpoints and target sets, for a train split whose rows are streamed."""
     dim = parameters if spec.projection.kind == "identity" else spec.store_dim
     return Plan(
         spec=spec,
         source=Source(file="", model=model, import_root=""),
         parameters=parameters,
-        train=Split(TRAIN, rows, planned_cell_rows(rows, spec, dim), probe=""),
+        train=Split(TRAIN, rows, planned_cell_rows(rows, spec, dim), Streamed()),
         checkpoints=(),
         targets=(),
         gradients=gradients,
     )
 
 
-def with_checkpoint(plan: Plan, model_id: int, path: str) -> Plan:
+def with_checkpoint(plan: Plan, model_id: int, path: str | None) -> Plan:
     """`plan` with a checkpoint, in order of `model_id`; the ensemble is all of them again.
 
     Raises
@@ -38,7 +38,7 @@ def with_checkpoint(plan: Plan, model_id: int, path: str) -> Plan:
     """
     if any(c.model_id == model_id for c in plan.checkpoints):
         return plan
-    if not plan.train.fed:
+    if plan.has_problem:
         raise ConfigError(
             f"model_id {model_id} is not of this run, whose problem brings its checkpoints: "
             f"{[c.model_id for c in plan.checkpoints]}",
@@ -77,7 +77,7 @@ def with_targets(plan: Plan, name: str, rows: int) -> Plan:
         )
     if there:
         return plan
-    split = Split(name, rows, planned_cell_rows(rows, plan.spec, plan.store_dim), probe="")
+    split = Split(name, rows, planned_cell_rows(rows, plan.spec, plan.store_dim), Streamed())
     return replace(plan, targets=(*plan.targets, split))
 
 

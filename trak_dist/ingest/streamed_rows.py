@@ -85,7 +85,7 @@ class Feed:
             What `row_digests` gives of the examples that are brought for them now.
         """
         plan = self._run.plan
-        if not plan.split(self.split).fed:
+        if not plan.split(self.split).streamed:
             return  # read from a dataset, whose digests are of cells, not of rows
         unknown = rows[~self._known[rows]]
         for cell in (

@@ -34,7 +34,7 @@ class Resolved:
     invocation: Invocation
     config: Config
     base: Run | None
-    lambda_from: str
+    lambda_from: str | None
     sweep_dims: Sequence[int] | None
 
     @property
@@ -152,11 +152,11 @@ def gpus(cluster: ClusterConfig) -> int:
 
 def _with_chosen_lambda(
     invocation: Invocation, base: Run | None, note: Note
-) -> tuple[Invocation, str]:
+) -> tuple[Invocation, str | None]:
     """With the λ that `auto` stands for, and why it is that one."""
     plan = base.plan if base else None
     if invocation.values(plan).get(LAMBDA_KEY) != "auto":
-        return invocation, ""
+        return invocation, None
     from trak_dist.planning import lambda_selection as choice
 
     other = invocation.with_explicit(LAMBDA_KEY, 1.0).merged(plan)  # all else has to be valid
@@ -220,7 +220,7 @@ def _with_problem(resolved: Resolved, run: Run | None, plan: Plan | None, note: 
         trust.refuse_foreign(plan, run.layout.run_dir)
     elif why := trust.give_word(spec, import_root):
         note(why)
-    if plan and plan.train.fed:
+    if plan and not plan.has_problem:
         _check_needs_no_problem(invocation, config)
         return plan
     problem, source = problems.build(spec, import_root=import_root)

@@ -46,8 +46,8 @@ def held_names(problem: Problem, checkpoints: Sequence[Checkpoint]) -> set[str]:
     own = model.state_dict(keep_vars=True)
     if first.trained:
         return {name for name, tensor in own.items() if not fit.is_frozen(tensor)}
-    state = state_dicts.read(Path(first.path))
-    return own.keys() - state_dicts.fitted(state, model, where=first.path).absent
+    state = state_dicts.read(Path(first.file))
+    return own.keys() - state_dicts.fitted(state, model, where=first.file).absent
 
 
 def check_checkpoints(
@@ -69,10 +69,11 @@ def check_checkpoints(
     for checkpoint in plan.checkpoints:
         if checkpoint.trained or checkpoint.model_id not in plan.model_ids:
             continue
-        state = state_dicts.read(Path(checkpoint.path))
-        fitted = state_dicts.fitted(state, problem.model, where=checkpoint.path)
+        where = checkpoint.file
+        state = state_dicts.read(Path(where))
+        fitted = state_dicts.fitted(state, problem.model, where=where)
         absent = fitted.absent if absent is None else absent
-        state_dicts.refuse_otherwise_absent(fitted, absent, where=checkpoint.path)
+        state_dicts.refuse_otherwise_absent(fitted, absent, where=where)
         if fitted.said:
             told.add(fitted.said)
         digest = content_digest(fitted.state)
@@ -80,7 +81,7 @@ def check_checkpoints(
             raise CheckpointError(
                 f"model_ids {seen[digest]} and {checkpoint.model_id} have the same weights "
                 f"(digest {digest})",
-                where=checkpoint.path,
+                where=where,
                 next="give each model_id its own checkpoint",
             )
         seen[digest] = checkpoint.model_id
@@ -88,7 +89,7 @@ def check_checkpoints(
         if run and checkpoint in run.plan.checkpoints:
             refuse_other_weights(run, checkpoint.model_id, digest, publish=False)
             refuse_twins(run, checkpoint.model_id, digest)
-            before = before or published(run, checkpoint.model_id) or ""
+            before = before or published(run, checkpoint.model_id)
         if not before:
             new[checkpoint.model_id] = digest
     for said in sorted(told):

@@ -9,7 +9,7 @@ from pathlib import Path
 from trak_dist.config import GroundTruth
 from trak_dist.errors import ConfigError, PlanMismatch
 from trak_dist.evaluation.ground_truth import read_files
-from trak_dist.plan import Plan
+from trak_dist.plan import ImportedTruth, Plan
 from trak_dist.problem import Problem
 
 
@@ -67,7 +67,8 @@ def with_ground_truth(
             next="ground_truth.alpha=0.5",
         )
     if not wanted.masks:
-        return replace(plan, ground_truth=wanted, truth_files="", truth_of="")
+        return replace(plan, ground_truth=wanted, imported_truth=None)
     rows = {split.name: split.rows for split in plan.targets}
     found = read_files(wanted, plan.train.rows, rows, tell=tell)
-    return replace(plan, ground_truth=wanted, truth_files=found.digest, truth_of=found.targets)
+    imported = ImportedTruth(found.digest, found.targets)
+    return replace(plan, ground_truth=wanted, imported_truth=imported)

@@ -30,9 +30,9 @@ def planned_split(name: str, problem: Problem, spec: Spec, dim: int) -> Split:
             where="problem",
             next="switch random augmentation off: an example must be the same every time",
         )
-    rows, alone, together = found
+    rows, source = found
     dry_run(problem, name, limited(problem.dataset(name), spec.limit), spec.featurize)
-    return Split(name, rows, planned_cell_rows(rows, spec, dim), alone, together)
+    return Split(name, rows, planned_cell_rows(rows, spec, dim), source)
 
 
 def target_names(problem: Problem, targets: Sequence[str]) -> list[str]:

@@ -19,7 +19,7 @@ from trak_dist.checks import gradient_audit, pinned_model
 from trak_dist.config import Spec
 from trak_dist.coordinates import TRAIN, Rows
 from trak_dist.errors import DeviceError, ProblemError
-from trak_dist.problem import MapDataset, Problem
+from trak_dist.problem import MapDataset, Problem, Rendered
 from trak_dist.store.run import Run
 
 
@@ -52,9 +52,9 @@ class Session:
         """The problem, rebuilt from the plan and held against it."""
         plan = self.run.plan
         what = plan.spec.problem["_target_"]
-        if plan.train.fed:  # who feeds rows was not asked whether a problem may be executed
+        if not plan.has_problem:  # nobody was asked whether one may be executed
             raise ProblemError(
-                "the plan of a run that is fed names a problem for some of its splits",
+                "the plan of a run whose rows are streamed names a problem for some of its splits",
                 where=str(self.run.layout.run_dir),
                 next="restore the plan, or use another run_dir",
             )
@@ -77,6 +77,18 @@ class Session:
     def dataset(self, split: str) -> MapDataset:
         """The examples of a split, `limit` applied."""
         return datasets.limited(self.problem.dataset(split), self.run.plan.spec.limit)
+
+    def rendered(self, split: str, row: int) -> Rendered | None:
+        """How a row is shown, if there is a dataset to read it from and the problem says.
+
+        Raises
+        ------
+        UnreadableRow, ProblemError
+            If it can't be read or shown.
+        """
+        if self.run.plan.split(split).streamed:
+            return None
+        return datasets.rendered(self.problem, split, row)
 
     def load(self, model_id: int) -> Loaded:
         """The model of one checkpoint, on the device, with its gradients and its projection."""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from trak_dist.cells import CounterfactualCell, ScoreCell
-from trak_dist.coordinates import RANDOM
+from trak_dist.coordinates import AtRandom, HelpfulTo
 from trak_dist.ops import draws, lds
 from trak_dist.runtime.inputs import require
 from trak_dist.runtime.outcome import Outcome
@@ -32,12 +32,13 @@ def counterfactual(session: Session, cell: CounterfactualCell) -> Outcome:
     """
     run, plan = session.run, session.run.plan
     left = torch.ones(plan.train.rows, dtype=torch.bool)
-    if cell.whose == RANDOM:
-        left[draws.some_rows(cell.seed, plan.train.rows, cell.removed)] = False
-    else:
-        require(run, list(ScoreCell.of_targets(plan, cell.targets)), needed_by=cell)
-        (top,) = Results(run).top(cell.targets, [int(cell.whose)], cell.removed)
-        left[torch.from_numpy(top.helpful)] = False
+    match cell.selection:
+        case AtRandom():
+            left[draws.some_rows(cell.seed, plan.train.rows, cell.removed)] = False
+        case HelpfulTo(target):
+            require(run, list(ScoreCell.of_targets(plan, cell.targets)), needed_by=cell)
+            (top,) = Results(run).top(cell.targets, [target], cell.removed)
+            left[torch.from_numpy(top.helpful)] = False
     seed = draws.stream_key("counterfactual", cell.seed) & SEEDS  # one for all that is compared
     state = fit(session, left.nonzero().flatten(), seed, where=cell.id)
     hint = "counterfactuals.targets=0 leaves these models out"
@@ -56,14 +57,18 @@ def summary(run: Run, targets: str) -> list[dict[str, Any]]:
     receipts = run.receipts.done(cells)
     looked_at = evenly_spaced(run.plan.split(targets).rows, asked.targets)
     outputs = {
-        (c.whose, c.removed, c.seed): np.array(receipts[c].fact("outputs", list), dtype=np.float64)
+        (c.selection, c.removed, c.seed): np.array(
+            receipts[c].fact("outputs", list), dtype=np.float64
+        )
         for c in cells
     }
     found = []
     for removed in sorted(asked.remove):
         seeds = range(asked.seeds)
-        random = np.array([outputs[RANDOM, removed, s][looked_at] for s in seeds]).T
-        helpful = np.array([[outputs[str(t), removed, s][t] for s in seeds] for t in looked_at])
+        random = np.array([outputs[AtRandom(), removed, s][looked_at] for s in seeds]).T
+        helpful = np.array(
+            [[outputs[HelpfulTo(t), removed, s][t] for s in seeds] for t in looked_at]
+        )
         found.append(
             {
                 "removed": removed,

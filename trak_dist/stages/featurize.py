@@ -39,7 +39,7 @@ def featurize(session: Session, cell: FeaturizeCell) -> Outcome:
         If the inputs are not the planned ones.
     """
     run, spec = session.run, session.run.plan.spec
-    if run.plan.split(cell.split).fed:
+    if run.plan.split(cell.split).streamed:
         return streamed_rows.gather(run, cell)
     try:
         return _computed(session, cell)

@@ -36,7 +36,7 @@ def gram(session: Session, cell: GramCell) -> Outcome:
     blocks = (read_grads(session, source) for source in cells)
     total = kernel.sum_gram(blocks, plan.proj_dim, session.device)
     digests = contents.write(session.run, cell, {"gram": total.cpu().numpy()})
-    if plan.train.fed:  # several processes may be here at once, and the parts are gone then
+    if plan.train.streamed:  # several processes may be here at once, and the parts are gone then
         parts.discard(session.run.layout.parts(plan, cell.model_id, TRAIN))
     else:
         session.run.receipts.consolidate(cell.model_id)
@@ -96,7 +96,7 @@ def precondition(session: Session, cell: PreconditionCell) -> Outcome:
     train = next(FeaturizeCell.of_split(plan, cell.model_id, TRAIN))
     refuse_mixed(require(run, [train, *targets], needed_by=cell))
     factor = torch.from_numpy(contents.read(run, source, "kernel")).to(session.device)
-    if plan.split(cell.targets).fed:
+    if plan.split(cell.targets).streamed:
         parts.discard(run.layout.parts(plan, cell.model_id, cell.targets))
     dtype = getattr(torch, plan.precondition_dtype)
     result = torch.empty(plan.proj_dim, plan.split(cell.targets).rows, dtype=dtype)

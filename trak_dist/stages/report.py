@@ -17,7 +17,6 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from trak_dist import datasets
 from trak_dist.cells import EvaluateCell, FeaturizeCell, ReportCell
 from trak_dist.cells.score import halves_targets
 from trak_dist.coordinates import TRAIN
@@ -146,9 +145,7 @@ def _line(session: Session, cell: ReportCell, top: Top) -> _Line:
 
 
 def _render(session: Session, split: str, row: int) -> Rendered:
-    fed = session.run.plan.split(split).fed
-    shown = None if fed else datasets.rendered(session.problem, split, row)
-    return shown or Rendered(f"{split} example {row}", "")
+    return session.rendered(split, row) or Rendered(f"{split} example {row}", "")
 
 
 def _grid(lines: list[_Line], *, title: str) -> bytes:

@@ -56,7 +56,7 @@ def verify_run(run: Run, *, repair: bool) -> Verification:
         missing=len(cells) - done,
         damaged=damaged,
         repaired=repair,
-        streamed=any(run.plan.split(name).fed for name in splits),
+        streamed=any(run.plan.split(name).streamed for name in splits),
     )
 
 
