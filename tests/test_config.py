@@ -9,12 +9,19 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from trak_dist.config import STAGES, ClusterConfig, Config, ProjectionConfig, SlurmConfig, Spec
-from trak_dist.dotted import flatten
+from trak_dist.configuration.config import (
+    STAGES,
+    ClusterConfig,
+    Config,
+    ProjectionConfig,
+    SlurmConfig,
+    Spec,
+)
+from trak_dist.configuration.dotted import flatten
+from trak_dist.configuration.structuring import nearest, structure, unstructure
+from trak_dist.configuration.validation import config_from_mapping
 from trak_dist.errors import ConfigError
 from trak_dist.settings import CONF
-from trak_dist.structuring import nearest, structure, unstructure
-from trak_dist.validation import config_from_mapping
 
 SETTINGS = (
     "accept_source, checkpoints, cluster, counterfactuals, featurize, force, ground_truth, limit, "

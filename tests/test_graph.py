@@ -20,7 +20,7 @@ from trak_dist.cells import (
     of_step,
     parse_cell,
 )
-from trak_dist.config import Counterfactuals, GroundTruth
+from trak_dist.configuration.config import Counterfactuals, GroundTruth
 from trak_dist.plan import Plan
 
 

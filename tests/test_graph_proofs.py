@@ -21,10 +21,11 @@ from trak_dist.cells import (
     parse_cell,
 )
 from trak_dist.cells.score import columns, halves_targets
-from trak_dist.config import Counterfactuals, GroundTruth
+from trak_dist.configuration.config import Counterfactuals, GroundTruth
 from trak_dist.coordinates import AtRandom, HelpfulTo, Rows
 from trak_dist.errors import ConfigError
-from trak_dist.plan import Checkpoint, Plan, ProbedDataset, Split
+from trak_dist.plan import Plan
+from trak_dist.plan_inputs import Checkpoint, ProbedDataset, Split
 
 ASKED = Counterfactuals(targets=2, remove=(2, 4), seeds=2)
 WITHOUT = replace(PLAN, counterfactuals=ASKED)

@@ -21,8 +21,9 @@ from trak_dist.cells import (
     parse_cell,
 )
 from trak_dist.cells.train import retrained
-from trak_dist.config import GroundTruth
-from trak_dist.plan import Checkpoint, ImportedTruth, Plan, ProbedDataset, Split
+from trak_dist.configuration.config import GroundTruth
+from trak_dist.plan import Plan
+from trak_dist.plan_inputs import Checkpoint, ImportedTruth, ProbedDataset, Split
 
 TRAINED = replace(PLAN, ground_truth=GroundTruth(subsets=3, seeds=2))
 BROUGHT = replace(

@@ -67,7 +67,9 @@ def test_the_public_names_are_listed_before_they_are_loaded() -> None:
 
 
 def test_plan_and_config_load_neither_torch_nor_numpy() -> None:
-    assert not loaded("import trak_dist.plan, trak_dist.cells, trak_dist.config") & HEAVY
+    assert (
+        not loaded("import trak_dist.plan, trak_dist.cells, trak_dist.configuration.config") & HEAVY
+    )
 
 
 def test_opening_a_run_loads_no_torch() -> None:

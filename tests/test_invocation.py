@@ -14,10 +14,10 @@ from omegaconf import OmegaConf
 from test_plan import PLAN
 
 from trak_dist import settings
+from trak_dist.configuration.validation import config_from_mapping
 from trak_dist.errors import ConfigError, ProblemError
 from trak_dist.interface import keywords, options
 from trak_dist.interface.invocation import Invocation
-from trak_dist.validation import config_from_mapping
 
 TARGET = PLAN.spec.problem["_target_"]
 

@@ -13,7 +13,7 @@ from torch import nn
 from trak_dist import ImageClassification
 from trak_dist.checks import pinned_model
 from trak_dist.errors import ProblemError
-from trak_dist.plan import Source
+from trak_dist.plan_inputs import Source
 
 
 class Net(nn.Module):

@@ -15,21 +15,12 @@ from hypothesis import strategies as st
 
 from trak_dist import plan_file
 from trak_dist.cells import Cell, KernelCell, of_run
-from trak_dist.config import Spec
+from trak_dist.configuration.config import Spec
+from trak_dist.configuration.dotted import differences
 from trak_dist.coordinates import Rows
-from trak_dist.dotted import differences
 from trak_dist.errors import PlanMismatch
-from trak_dist.plan import (
-    CHUNK_BYTES,
-    Checkpoint,
-    Plan,
-    ProbedDataset,
-    Source,
-    Split,
-    Streamed,
-    cell_rows,
-    digest,
-)
+from trak_dist.plan import CHUNK_BYTES, Plan, cell_rows, digest
+from trak_dist.plan_inputs import Checkpoint, ProbedDataset, Source, Split, Streamed
 from trak_dist.store.layout import Layout
 
 PLAN = Plan(

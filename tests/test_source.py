@@ -18,7 +18,8 @@ from torch.utils.data import Subset
 from trak_dist import ImageClassification
 from trak_dist import problem as problems
 from trak_dist.errors import ProblemError, UnreadableRow
-from trak_dist.plan import Source, digest
+from trak_dist.plan import digest
+from trak_dist.plan_inputs import Source
 from trak_dist.source import accepting, model_digest, modules, refuse_changed
 
 SPEC = {"_target_": "made.problem"}

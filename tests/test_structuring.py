@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from trak_dist.configuration.structuring import attempt, structure, unstructure
 from trak_dist.errors import ConfigError
-from trak_dist.structuring import attempt, structure, unstructure
 
 
 @dataclass(frozen=True)

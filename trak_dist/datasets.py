@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import Subset, default_collate
 
-from trak_dist.config import Spec
+from trak_dist.configuration.config import Spec
 from trak_dist.errors import DatasetError, ProblemError, UnreadableRow
 from trak_dist.hashing import truncated
-from trak_dist.plan import ProbedDataset, Split, Streamed
+from trak_dist.plan_inputs import ProbedDataset, Split, Streamed
 from trak_dist.problem import MapDataset, Problem, Rendered, told
 from trak_dist.spacing import evenly_spaced
 

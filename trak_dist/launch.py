@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 
 from trak_dist import console, settings, sweep
 from trak_dist.cells import of_stage
-from trak_dist.config import Config
+from trak_dist.configuration.config import Config
 from trak_dist.errors import ConfigError, ProblemError, TrakDistError
 from trak_dist.interface import execution, options, preparation
 from trak_dist.interface.planned_run import LOOKS

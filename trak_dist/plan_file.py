@@ -12,10 +12,11 @@ from typing import Any
 
 from trak_dist import decoding
 from trak_dist.cells import count
+from trak_dist.configuration.structuring import converter, structure, unstructure
+from trak_dist.configuration.validation import spec_conflicts
 from trak_dist.errors import ConfigError, PlanMismatch
-from trak_dist.plan import SCHEMA, ImportedTruth, Plan, ProbedDataset, Split, Streamed, digest
-from trak_dist.structuring import converter, structure, unstructure
-from trak_dist.validation import spec_conflicts
+from trak_dist.plan import SCHEMA, Plan, digest
+from trak_dist.plan_inputs import ImportedTruth, ProbedDataset, Split, Streamed
 
 MAX_CELLS = 10**7  # what a command that lists them gets through
 

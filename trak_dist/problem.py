@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from trak_dist import in_process, source
 from trak_dist.errors import ProblemError, TrakDistError
-from trak_dist.plan import Source, digest
+from trak_dist.plan import digest
+from trak_dist.plan_inputs import Source
 
 if TYPE_CHECKING:
     import numpy as np

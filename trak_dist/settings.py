@@ -20,13 +20,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trak_dist import commands
-from trak_dist.dotted import flatten
+from trak_dist.configuration.dotted import flatten
+from trak_dist.configuration.structuring import nearest
+from trak_dist.configuration.validation import refuse_other_shape
 from trak_dist.errors import ConfigError, TrakDistError
 from trak_dist.interface import invocation, options
 from trak_dist.interface.invocation import Invocation
 from trak_dist.interface.options import CONF, is_group
-from trak_dist.structuring import nearest
-from trak_dist.validation import refuse_other_shape
 
 # Hydra takes its other defaults from its own package first, these from a user's directory first.
 _HYDRAS_OWN = ("hydra/config.yaml", "hydra/launcher/basic.yaml", "hydra/sweeper/basic.yaml")

@@ -16,7 +16,8 @@ from types import FunctionType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from trak_dist.errors import ProblemError
-from trak_dist.plan import Source, digest
+from trak_dist.plan import digest
+from trak_dist.plan_inputs import Source
 
 if TYPE_CHECKING:
     import torch

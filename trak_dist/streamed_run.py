@@ -21,7 +21,7 @@ from trak_dist.cells import Cell, FeaturizeCell, GramCell, KernelCell, Precondit
 from trak_dist.checkpoints import digests
 from trak_dist.checkpoints.featurizer import Loaded
 from trak_dist.checks.gradient_audit import Audit
-from trak_dist.config import Spec
+from trak_dist.configuration.config import Spec
 from trak_dist.coordinates import TRAIN
 from trak_dist.errors import CellsFailed, ModelIDException, SingularGram
 from trak_dist.ingest import arguments, streamed_plan, streamed_rows

@@ -25,12 +25,12 @@ from pathlib import Path
 
 from trak_dist import machine, trust
 from trak_dist.cells import STAGE_STEPS, STEPS, Cell
-from trak_dist.config import DEVICES, SlurmConfig
+from trak_dist.configuration.config import DEVICES, SlurmConfig
+from trak_dist.configuration.validation import cluster_from_mapping
 from trak_dist.errors import ConfigError, PlanMismatch, TrakDistError, WorkerLost
 from trak_dist.store.jobs import GO_ON, Job, Jobs
 from trak_dist.store.receipts import Failure
 from trak_dist.store.run import Run
-from trak_dist.validation import cluster_from_mapping
 
 log = logging.getLogger(__name__)
 

@@ -21,7 +21,8 @@ from trak_dist import commands, in_process
 from trak_dist import problem as problems
 from trak_dist import source as sources
 from trak_dist.errors import UnreadableProblem, UntrustedProblem
-from trak_dist.plan import Plan, Source, digest
+from trak_dist.plan import Plan, digest
+from trak_dist.plan_inputs import Source
 from trak_dist.store import atomic
 
 NO_CODE = {"_target_": "trak_dist.TRAKer"}  # of a run that is fed: nothing is built from it

@@ -10,7 +10,7 @@ import torch
 from devices import DEVICE
 from torch import Tensor
 
-from trak_dist.config import PROJECTIONS
+from trak_dist.configuration.config import PROJECTIONS
 from trak_dist.ops import segments
 from trak_dist.ops.projection import Projector, make_projector
 

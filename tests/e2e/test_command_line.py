@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from trak_dist import commands
-from trak_dist.config import SlurmConfig
+from trak_dist.configuration.config import SlurmConfig
+from trak_dist.configuration.validation import cluster_from_mapping
 from trak_dist.errors import ConfigError
 from trak_dist.interface import preparation
-from trak_dist.validation import cluster_from_mapping
 
 STUMBLES = {
     "problem=0": "problem: 0 is not the name of an option\n  where: the command line\n"

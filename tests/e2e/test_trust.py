@@ -19,7 +19,8 @@ from trak_dist import problem as problems
 from trak_dist import source as sources
 from trak_dist.cells import FeaturizeCell, of_stage
 from trak_dist.errors import UntrustedProblem
-from trak_dist.plan import Plan, Streamed
+from trak_dist.plan import Plan
+from trak_dist.plan_inputs import Streamed
 from trak_dist.store.run import Run
 
 MODULE = "problem_of_theirs"

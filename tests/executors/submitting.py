@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from trak_dist.cells import Cell, parse_cell
-from trak_dist.config import SlurmConfig
+from trak_dist.configuration.config import SlurmConfig
 from trak_dist.store.jobs import Job, Jobs
 from trak_dist.store.receipts import Failure, Receipt
 from trak_dist.store.run import Run

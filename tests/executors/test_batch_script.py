@@ -12,7 +12,7 @@ import pytest
 from fake_slurm import FakeSlurm, Queued
 from submitting import opened
 
-from trak_dist.config import CpuJobsConfig, SlurmConfig
+from trak_dist.configuration.config import CpuJobsConfig, SlurmConfig
 from trak_dist.executors import batch
 from trak_dist.executors.batch import Batch
 from trak_dist.store.run import Run

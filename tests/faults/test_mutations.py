@@ -35,7 +35,12 @@ from trak_dist import console, open_run
 from trak_dist.cells import KernelCell, ReportCell, ScoreCell, of_stage
 from trak_dist.checkpoints import state_dicts
 from trak_dist.checkpoints.digests import content_digest
-from trak_dist.config import SlurmConfig
+from trak_dist.configuration.config import SlurmConfig
+from trak_dist.configuration.validation import (
+    cluster_from_mapping,
+    config_from_mapping,
+    refuse_other_shape,
+)
 from trak_dist.errors import CorruptChunk
 from trak_dist.interface import options
 from trak_dist.launch import main
@@ -46,7 +51,6 @@ from trak_dist.store import parts
 from trak_dist.store.jobs import Job, Jobs
 from trak_dist.store.prepare import prepare
 from trak_dist.store.run import Run
-from trak_dist.validation import cluster_from_mapping, config_from_mapping, refuse_other_shape
 
 SEED = int(os.environ.get("SEED", "1"))
 FEW = int(os.environ.get("MUTATIONS", "30"))

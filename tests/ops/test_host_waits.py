@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trak_dist import ImageClassification
-from trak_dist.config import FeaturizeConfig, ProjectionConfig, Spec
+from trak_dist.configuration.config import FeaturizeConfig, ProjectionConfig, Spec
 from trak_dist.ingest.streamed_plan import new_plan
 from trak_dist.ops import projection as projections
 from trak_dist.ops.gradients import select_params

@@ -15,7 +15,7 @@ from test_layers import BARE, Bare, Weighed, inputs, moved
 from torch import Tensor, nn
 
 from trak_dist import ImageClassification
-from trak_dist.config import PROJECTIONS
+from trak_dist.configuration.config import PROJECTIONS
 from trak_dist.ops import kernel
 from trak_dist.ops import rows as row_format
 from trak_dist.ops.gradients import GradientComputer, LoopGradients, VmapGradients, select_params

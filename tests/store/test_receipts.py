@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from trak_dist.cells import Cell, FeaturizeCell, KernelCell, ScoreCell, of_stage
-from trak_dist.config import Spec
+from trak_dist.configuration.config import Spec
 from trak_dist.coordinates import Rows
-from trak_dist.plan import Checkpoint, Plan, ProbedDataset, Source, Split, digest
+from trak_dist.plan import Plan, digest
+from trak_dist.plan_inputs import Checkpoint, ProbedDataset, Source, Split
 from trak_dist.store.layout import Layout
 from trak_dist.store.receipts import Failure, Receipt, Receipts
 

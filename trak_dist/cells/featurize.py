@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 from trak_dist.cells.cell import Cell
 from trak_dist.cells.ownership import ArraySpec, OwnedRows
 from trak_dist.cells.train import TrainCell
-from trak_dist.config import CACHE_BYTES
+from trak_dist.configuration.config import CACHE_BYTES
 from trak_dist.coordinates import FULL, Rows
 from trak_dist.plan import Plan, digest, of_plan
 

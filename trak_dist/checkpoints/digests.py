@@ -13,7 +13,7 @@ from trak_dist import decoding
 from trak_dist.checkpoints import state_dicts
 from trak_dist.errors import CheckpointError
 from trak_dist.hashing import truncated
-from trak_dist.plan import Checkpoint
+from trak_dist.plan_inputs import Checkpoint
 from trak_dist.store import atomic
 from trak_dist.store.run import Run
 

@@ -24,7 +24,7 @@ from trak_dist.errors import ProblemError
 from trak_dist.listing import first_few
 from trak_dist.ops.gradients import LoopGradients
 from trak_dist.ops.model_outputs import ModelOutput, out_to_loss
-from trak_dist.plan import Source
+from trak_dist.plan_inputs import Source
 from trak_dist.problem import own_draws
 
 log = logging.getLogger(__name__)

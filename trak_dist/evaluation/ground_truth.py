@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trak_dist.cells import MarginsCell, of_stage
-from trak_dist.config import MIN_SUBSETS, GroundTruth
+from trak_dist.configuration.config import MIN_SUBSETS, GroundTruth
 from trak_dist.errors import (
     ConfigError,
     EvaluationError,

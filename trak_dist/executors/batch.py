@@ -20,7 +20,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from trak_dist import slurm
 from trak_dist.cells import STEPS
-from trak_dist.config import SlurmConfig
+from trak_dist.configuration.config import SlurmConfig
 from trak_dist.errors import QueueFull, SlurmError, SlurmRefused, SlurmTimeout
 from trak_dist.machine import LOG_VARIABLE
 from trak_dist.plan import Plan

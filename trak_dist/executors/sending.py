@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 from trak_dist import graph, slurm
 from trak_dist.cells import STAGE_STEPS, STEPS, Cell, FeaturizeCell, of_run, of_step
-from trak_dist.config import SlurmConfig
+from trak_dist.configuration.config import SlurmConfig
 from trak_dist.errors import QueueFull, SlurmError, SlurmRefused
 from trak_dist.executors import batch
 from trak_dist.store.jobs import GO_ON, Job, Jobs

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 from trak_dist import graph, machine, slurm
 from trak_dist.cells import STEPS, Cell, of_run
-from trak_dist.config import SlurmConfig
+from trak_dist.configuration.config import SlurmConfig
+from trak_dist.configuration.validation import cluster_from_mapping
 from trak_dist.errors import ConfigError, MissingInputs, QueueFull, SlurmError, SlurmRefused
 from trak_dist.executors import batch
 from trak_dist.executors.sending import (
@@ -29,7 +30,6 @@ from trak_dist.executors.sending import (
 from trak_dist.status.queue import Queue, cells_of, read_queue
 from trak_dist.store.jobs import GO_ON, Job, Jobs
 from trak_dist.store.run import Run
-from trak_dist.validation import cluster_from_mapping
 
 ROOM_SECONDS = 30.0  # between two looks whether the queue has room
 

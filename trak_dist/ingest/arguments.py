@@ -17,8 +17,8 @@ from trak_dist.compat import (
     IterativeGradientComputer,
     NoOpProjector,
 )
-from trak_dist.config import FeaturizeConfig, ReduceConfig, Spec
-from trak_dist.dotted import differences
+from trak_dist.configuration.config import FeaturizeConfig, ReduceConfig, Spec
+from trak_dist.configuration.dotted import differences
 from trak_dist.errors import ConfigError, PlanMismatch
 from trak_dist.ops.model_outputs import (
     ImageClassification,
@@ -26,7 +26,8 @@ from trak_dist.ops.model_outputs import (
     OfBatches,
     TextClassification,
 )
-from trak_dist.plan import Plan, Split
+from trak_dist.plan import Plan
+from trak_dist.plan_inputs import Split
 from trak_dist.store.run import Run
 
 PROBLEM = {"_target_": "trak_dist.TRAKer"}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from trak_dist import commands, graph, machine
 from trak_dist.cells import STAGE_STEPS, Cell, of_run, of_stage
-from trak_dist.config import ClusterConfig, Config, SlurmConfig
+from trak_dist.configuration.config import ClusterConfig, Config, SlurmConfig
 from trak_dist.errors import CellsFailed, MissingInputs
 from trak_dist.interface.preparation import Prepared, gpus
 from trak_dist.interface.progress import Counter, OnProgress, Progress

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trak_dist.config import Config, Spec
-from trak_dist.dotted import differences, flatten
+from trak_dist.configuration.config import Config, Spec
+from trak_dist.configuration.dotted import differences, flatten
+from trak_dist.configuration.field_checks import control_character
+from trak_dist.configuration.validation import config_from_mapping
 from trak_dist.errors import ConfigError
-from trak_dist.field_checks import control_character
 from trak_dist.plan import Plan
-from trak_dist.validation import config_from_mapping
 
 MISSING = "???"  # a default that says: to be named by the user
 _SPEC_KEYS = frozenset(Spec.__dataclass_fields__)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from trak_dist import in_process
-from trak_dist.config import Config, Spec
+from trak_dist.configuration.config import Config, Spec
 from trak_dist.errors import ConfigError, ProblemError
 from trak_dist.interface import options
 from trak_dist.interface.invocation import MISSING, Invocation

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from trak_dist.configuration.structuring import nearest
 from trak_dist.errors import ConfigError
-from trak_dist.structuring import nearest
 
 _PACKAGE = Path(__file__).parents[1]
 CONF = next(p for p in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if p.is_dir())

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from trak_dist import in_process
 from trak_dist.cells import STAGE_STEPS
-from trak_dist.config import STAGES
+from trak_dist.configuration.config import STAGES
 from trak_dist.errors import ConfigError
 from trak_dist.interface import execution, keywords, preparation, summary
 from trak_dist.interface.execution import Outcome

@@ -10,8 +10,14 @@ from pathlib import Path
 
 from trak_dist import machine, resources, trust
 from trak_dist.cells import FeaturizeCell, MarginsCell, TrainCell
-from trak_dist.config import ClusterConfig, Config, Counterfactuals, GroundTruth, SlurmConfig
-from trak_dist.dotted import differences
+from trak_dist.configuration.config import (
+    ClusterConfig,
+    Config,
+    Counterfactuals,
+    GroundTruth,
+    SlurmConfig,
+)
+from trak_dist.configuration.dotted import differences
 from trak_dist.errors import ConfigError, PlanMismatch, StoreError
 from trak_dist.interface import members
 from trak_dist.interface.invocation import Invocation

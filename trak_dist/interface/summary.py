@@ -9,7 +9,7 @@ from statistics import median
 
 from trak_dist import graph, resources
 from trak_dist.cells import KINDS, STAGE_STEPS, Cell, FeaturizeCell, count, of_stage
-from trak_dist.config import ClusterConfig, SlurmConfig
+from trak_dist.configuration.config import ClusterConfig, SlurmConfig
 from trak_dist.store.receipts import Receipt, rows_per_second
 from trak_dist.store.run import Run
 

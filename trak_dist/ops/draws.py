@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from trak_dist.config import DRAW_VERSION
+from trak_dist.configuration.config import DRAW_VERSION
 
 SIGNS_PER_DRAW = 64
 NORMALS_PER_DRAW = 4

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from trak_dist.config import CACHE_BYTES
+from trak_dist.configuration.config import CACHE_BYTES
 from trak_dist.ops import draws, segments
 from trak_dist.ops.bundles import Bundles, has_bundles
 from trak_dist.ops.segments import Segments

@@ -15,7 +15,8 @@ from trak_dist.checkpoints.digests import (
     refuse_twins,
 )
 from trak_dist.errors import CheckpointError
-from trak_dist.plan import Checkpoint, Plan
+from trak_dist.plan import Plan
+from trak_dist.plan_inputs import Checkpoint
 from trak_dist.problem import Problem
 from trak_dist.store.run import Run
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from trak_dist.config import Counterfactuals
+from trak_dist.configuration.config import Counterfactuals
 from trak_dist.errors import ConfigError
 from trak_dist.plan import Plan
 from trak_dist.problem import Problem

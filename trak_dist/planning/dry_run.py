@@ -10,7 +10,7 @@ import torch
 from trak_dist import datasets
 from trak_dist import problem as problems
 from trak_dist.checkpoints.featurizer import adding, batch_in, gradients, model_in, projector
-from trak_dist.config import FeaturizeConfig
+from trak_dist.configuration.config import FeaturizeConfig
 from trak_dist.coordinates import TRAIN
 from trak_dist.errors import ProblemError
 from trak_dist.ops.batches import examples_in

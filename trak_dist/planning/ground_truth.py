@@ -6,10 +6,11 @@ from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 
-from trak_dist.config import GroundTruth
+from trak_dist.configuration.config import GroundTruth
 from trak_dist.errors import ConfigError, PlanMismatch
 from trak_dist.evaluation.ground_truth import read_files
-from trak_dist.plan import ImportedTruth, Plan
+from trak_dist.plan import Plan
+from trak_dist.plan_inputs import ImportedTruth
 from trak_dist.problem import Problem
 
 

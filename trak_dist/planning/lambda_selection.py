@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trak_dist.cells import EvaluateCell
-from trak_dist.config import Spec
+from trak_dist.configuration.config import Spec
 from trak_dist.errors import EvaluationError
 from trak_dist.store.results import Results
 from trak_dist.store.run import Run

@@ -11,13 +11,14 @@ import torch
 from trak_dist import datasets
 from trak_dist.checkpoints.featurizer import batch_in, model_in
 from trak_dist.checks import pinned_model
-from trak_dist.config import Config, Spec
+from trak_dist.configuration.config import Config, Spec
 from trak_dist.coordinates import TRAIN
 from trak_dist.datasets import check_split, limited
 from trak_dist.errors import PlanMismatch
 from trak_dist.ops.batches import Batch
 from trak_dist.ops.gradients import activation_bytes, select_params
-from trak_dist.plan import Plan, Source, Split
+from trak_dist.plan import Plan
+from trak_dist.plan_inputs import Source, Split
 from trak_dist.planning import gradient_method
 from trak_dist.planning.checkpoints import held_names, planned_checkpoints
 from trak_dist.planning.dry_run import first_batch

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trak_dist.config import Spec
+from trak_dist.configuration.config import Spec
 from trak_dist.coordinates import TRAIN, check_name
 from trak_dist.datasets import limited, probe
 from trak_dist.errors import ConfigError, DatasetError
-from trak_dist.plan import Split, planned_cell_rows
+from trak_dist.plan import planned_cell_rows
+from trak_dist.plan_inputs import Split
 from trak_dist.planning.dry_run import dry_run
 from trak_dist.problem import Problem
 

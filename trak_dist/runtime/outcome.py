@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from trak_dist.config import PROJECTION_VERSION
+from trak_dist.configuration.config import PROJECTION_VERSION
 from trak_dist.plan import Plan
 
 

@@ -16,7 +16,7 @@ from trak_dist import problem as problems
 from trak_dist.checkpoints import digests
 from trak_dist.checkpoints.featurizer import Loaded, batch_in, model_in
 from trak_dist.checks import gradient_audit, pinned_model
-from trak_dist.config import Spec
+from trak_dist.configuration.config import Spec
 from trak_dist.coordinates import TRAIN, Rows
 from trak_dist.errors import DeviceError, ProblemError
 from trak_dist.problem import MapDataset, Problem, Rendered

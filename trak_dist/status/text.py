@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from trak_dist.cells import Cell, FeaturizeCell
-from trak_dist.plan import Split
+from trak_dist.plan_inputs import Split
 from trak_dist.status.state import MARKS, SHOWN, StageStatus, Status
 from trak_dist.store.receipts import Failure, audited, rows_per_second
 from trak_dist.store.run import Run

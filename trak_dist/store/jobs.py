@@ -15,14 +15,14 @@ from typing import Any
 
 from trak_dist import decoding
 from trak_dist.cells import STAGE_STEPS, STEPS, Cell, of_run, parse_cell
-from trak_dist.config import DEVICES
+from trak_dist.configuration.config import DEVICES
+from trak_dist.configuration.structuring import structure, unstructure
 from trak_dist.coordinates import check_name
 from trak_dist.errors import PlanMismatch, StoreError
 from trak_dist.plan import digest
 from trak_dist.store import atomic
 from trak_dist.store.layout import Layout
 from trak_dist.store.run import Run
-from trak_dist.structuring import structure, unstructure
 
 log = logging.getLogger(__name__)
 

@@ -20,11 +20,11 @@ import numpy as np
 
 from trak_dist import decoding
 from trak_dist.cells import Cell, FeaturizeCell
+from trak_dist.configuration.structuring import structure, unstructure
 from trak_dist.errors import CorruptChunk, StoreError
 from trak_dist.plan import Plan, digest
 from trak_dist.store import atomic
 from trak_dist.store.layout import Layout
-from trak_dist.structuring import structure, unstructure
 
 Fact = TypeVar("Fact")
 log = logging.getLogger(__name__)

@@ -16,8 +16,7 @@ from cattrs.cols import homogenous_tuple_structure_factory, is_mapping, is_seque
 from cattrs.errors import AttributeValidationNote, IterableValidationNote
 from cattrs.gen import make_dict_structure_fn, override
 
-from trak_dist.errors import ConfigError, TrakDistError
-from trak_dist.field_checks import (
+from trak_dist.configuration.field_checks import (
     Misfit,
     check_limits,
     is_list,
@@ -25,6 +24,7 @@ from trak_dist.field_checks import (
     names_or_numbers,
     scalar,
 )
+from trak_dist.errors import ConfigError, TrakDistError
 
 Kind = TypeVar("Kind")
 Hook = Callable[[Any, Any], Any]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from trak_dist.config import Spec
+from trak_dist.configuration.config import Spec
 
 
 def distinct(spec: Spec) -> dict[str, Any]:

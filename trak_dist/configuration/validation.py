@@ -7,7 +7,7 @@ from dataclasses import fields, is_dataclass
 from typing import Any
 
 from trak_dist import commands
-from trak_dist.config import (
+from trak_dist.configuration.config import (
     MIN_SUBSETS,
     SET_BY_US,
     ClusterConfig,
@@ -17,8 +17,8 @@ from trak_dist.config import (
     SlurmConfig,
     Spec,
 )
+from trak_dist.configuration.structuring import attempt, converter, nearest, structure
 from trak_dist.errors import ConfigError
-from trak_dist.structuring import attempt, converter, nearest, structure
 
 _INVALID = "the configuration is not valid:"
 _HELP = f"{commands.HELP} lists the keys"

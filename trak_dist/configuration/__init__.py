@@ -1,0 +1,1 @@
+"""Settings: their types and limits, their validation, mappings to dataclasses and back."""
