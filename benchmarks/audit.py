@@ -17,7 +17,7 @@ from featurize import DIM, featurizing
 from models import CASES, Case
 from rounds import medians, take_turns
 
-from trak_dist.checkpoints.featurizer import adding
+from trak_dist.checkpoints.featurizer import projecting_sink
 from trak_dist.checks.gradient_audit import BATCHES, ROWS
 from trak_dist.ops import audit
 from trak_dist.ops.batches import rows_of
@@ -45,13 +45,13 @@ def measure(case: Case) -> dict:
     loop = LoopGradients(case.model, case.output, ["*"])
 
     def alone() -> None:
-        loop(rows_of(batch, slice(1)), adding(project, torch.zeros(1, DIM)))
+        loop(rows_of(batch, slice(1)), projecting_sink(project, torch.zeros(1, DIM)))
         audit.out_to_loss_alone(case.model, case.output, batch, [0])
 
     def whole() -> None:
         weights = audit.random_weights(case.rows, seed=0)
-        take = adding(project, torch.zeros(1, DIM))
-        audit.summed(case.model, case.output, ["*"], batch, weights, take)
+        take = projecting_sink(project, torch.zeros(1, DIM))
+        audit.weighted_sum_gradient(case.model, case.output, ["*"], batch, weights, take)
 
     ways: dict[str, Callable[[], object]] = {
         "a batch": featurizing(case, batch, DIM),

@@ -23,7 +23,7 @@ from models import CASES, Case
 from rounds import Seconds, medians, ratios, take_turns
 from torch import Tensor
 
-from trak_dist.checkpoints.featurizer import adding
+from trak_dist.checkpoints.featurizer import projecting_sink
 from trak_dist.ops import numerics
 from trak_dist.ops.gradients import GradientComputer, VmapGradients, select_params
 from trak_dist.ops.hooks import HookGradients
@@ -46,7 +46,7 @@ def main(names: Sequence[str] = tuple(CASES), device: str = "cpu") -> dict[str, 
     found = {}
     for name in names:
         torch.manual_seed(0)
-        with numerics.kept():
+        with numerics.preserve():
             numerics.fix(on)
             found[name] = measure(CASES[name](), on)
         report(name, found[name])
@@ -91,7 +91,7 @@ def featurizing(
 
     def featurize() -> Tensor:
         into = torch.zeros(case.rows, dim, device=batch[0].device)
-        f = compute(batch, adding(project, into))
+        f = compute(batch, projecting_sink(project, into))
         return out_to_loss(case.output, case.model, batch, f)
 
     return featurize

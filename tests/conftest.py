@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from command_result import Ended, Launch
 from devices import DEVICE
-from launching import Ended, Launch
 
 from trak_dist import worker
 from trak_dist.cells import KINDS
@@ -41,7 +41,7 @@ def _compute_as_a_cell_does(request: pytest.FixtureRequest) -> object:
     if DEVICE.type == "cpu" or not request.node.get_closest_marker("device"):
         yield
         return
-    with worker.own_numerics(DEVICE):
+    with worker.cell_numerics(DEVICE):
         yield
 
 

@@ -18,7 +18,7 @@ from trak_dist.configuration.config import (
     Spec,
 )
 from trak_dist.configuration.dotted import flatten
-from trak_dist.configuration.structuring import nearest, structure, unstructure
+from trak_dist.configuration.structuring import did_you_mean, structure, unstructure
 from trak_dist.configuration.validation import config_from_mapping
 from trak_dist.errors import ConfigError
 from trak_dist.settings import CONF
@@ -93,7 +93,7 @@ def test_every_bad_field_is_named_at_once_with_its_path() -> None:
 @pytest.mark.parametrize(
     ("name", "meant"), [("proj_dims", "proj_dim"), ("stor_dim", "store_dim"), ("targts", "targets")]
 )
-def test_an_unknown_setting_is_told_with_the_nearest_valid_one(name: str, meant: str) -> None:
+def test_an_unknown_setting_is_reported_with_the_nearest_valid_one(name: str, meant: str) -> None:
     assert faults({**GOOD, name: 1}) == [f"{name}: unknown; did you mean {meant!r}?"]
 
 
@@ -147,7 +147,7 @@ def test_settings_that_do_not_go_together_are_refused(given: dict[str, Any], fau
     assert faults({**GOOD, **given}) == [fault]
 
 
-def test_settings_that_do_not_go_together_are_all_told_at_once() -> None:
+def test_settings_that_do_not_go_together_are_all_reported_at_once() -> None:
     bad = {"problem": {}, "proj_dim": 3, "store_dim": 16, "featurize": {"cell_rows": 65}}
     assert [f.split(":")[0] for f in faults({**GOOD, **bad})] == [
         "problem._target_",
@@ -175,8 +175,8 @@ def test_a_spec_comes_back_from_its_own_mapping() -> None:
 
 
 def test_the_nearest_name_is_only_offered_if_it_is_near() -> None:
-    assert nearest("seeed", ["seed", "kind"]) == "did you mean 'seed'?"
-    assert nearest("xyz", ["seed", "kind"]) == "valid: kind, seed"
+    assert did_you_mean("seeed", ["seed", "kind"]) == "did you mean 'seed'?"
+    assert did_you_mean("xyz", ["seed", "kind"]) == "valid: kind, seed"
 
 
 def test_nested_settings_flatten_to_dotted_keys() -> None:

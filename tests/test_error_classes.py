@@ -98,9 +98,9 @@ def test_a_full_disk_is_an_oserror_with_its_number(
     assert raised.value.errno == code
 
 
-def test_a_refusal_is_told_once(tmp_path: Path) -> None:
+def test_a_refusal_is_reported_once(tmp_path: Path) -> None:
     refused = StoreError("no disk space", errno=errno.ENOSPC)
-    for wrapped in (atomic.told, atomic.told_reading):
+    for wrapped in (atomic.write_errors, atomic.read_errors):
         with pytest.raises(StoreError) as raised, wrapped(tmp_path):
             raise refused
         assert raised.value is refused

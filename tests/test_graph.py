@@ -32,19 +32,19 @@ def everything(plan: Plan) -> list[Cell]:
     return [cell for step in STEPS for cell in of_step(plan, step)]
 
 
-def submit(plan: Plan, done: Collection[Cell], **changed: object) -> list[graph.Array]:
+def submit(plan: Plan, done: Collection[Cell], **changed: object) -> list[graph.TaskGroup]:
     """The arrays of all steps, each task owned under the name `step.array.task` once it is seen."""
     owners: dict[Cell, str] = {}
     seen = []
     settings = {"done": done, "owners": owners, "skip": (), "rows_per_task": 8, **changed}
-    for array in graph.arrays(plan, list(STEPS), **settings):  # type: ignore[arg-type]
+    for array in graph.task_groups(plan, list(STEPS), **settings):  # type: ignore[arg-type]
         seen.append(array)
-        for index, task in enumerate(() if array.lacks else array.tasks):
+        for index, task in enumerate(() if array.missing_inputs else array.tasks):
             owners.update(dict.fromkeys(task, f"{array.step}.{len(seen)}.{index}"))
     return seen
 
 
-def made_by(arrays: list[graph.Array]) -> dict[Cell, str]:
+def made_by(arrays: list[graph.TaskGroup]) -> dict[Cell, str]:
     """The name, as `submit` gives it, of the task that makes each cell."""
     return {
         cell: f"{array.step}.{number}.{index}"
@@ -100,7 +100,7 @@ def test_of_any_plan_and_progress_all_is_submitted_once(plan: Plan, data: st.Dat
     submitted = [c for array in arrays for task in array.tasks for c in task]
     assert len(submitted) == len(set(submitted))
     assert set(submitted) == set(every) - done
-    assert not any(array.lacks for array in arrays)
+    assert not any(array.missing_inputs for array in arrays)
     made = made_by(arrays)
     for array in arrays:
         for task in array.tasks:
@@ -125,7 +125,7 @@ def test_without_training_featurize_is_one_array_and_a_kernel_waits_for_its_own_
     assert score.after == {"kernel.2.0", "kernel.3.0"}
 
 
-def test_a_cell_taken_back_is_made_again_and_what_reads_it_waits() -> None:
+def test_a_cell_revoked_is_made_again_and_what_reads_it_waits() -> None:
     """`verify repair=true` took one featurize cell; what was made of it before stays valid."""
     cell = parse_cell("featurize/1/train/4-8")
     scored = [c for c in everything(PLAN) if isinstance(c, ScoreCell)]
@@ -138,11 +138,11 @@ def test_a_cell_taken_back_is_made_again_and_what_reads_it_waits() -> None:
 def test_what_lacks_an_input_that_nobody_makes_says_so() -> None:
     lost = parse_cell("featurize/1/train/4-8")
     arrays = submit(PLAN, {c for c in everything(PLAN) if c.kind == "train"}, skip={lost})
-    lacking = {array.step: array.lacks for array in arrays if array.lacks}
+    lacking = {array.step: array.missing_inputs for array in arrays if array.missing_inputs}
     assert set(lacking) == {"kernel", "score", "report"}
     assert lacking["kernel"] == (lost,)
     assert any(isinstance(c, PreconditionCell) and c.model_id == 1 for c in lacking["score"])
-    made = [t for a in arrays if not a.lacks for t in a.tasks]
+    made = [t for a in arrays if not a.missing_inputs for t in a.tasks]
     assert all(c != lost for t in made for c in t)
     assert all(isinstance(c, FeaturizeCell) or c.model_id == 0 for t in made for c in t)
 
@@ -152,8 +152,10 @@ def test_a_task_that_begins_with_a_kernel_waits_beside_the_one_that_makes_its_gr
     done = {c for c in everything(PLAN) if c.kind in ("train", "featurize")}
     owners = {parse_cell("gram/0"): "7_0", parse_cell("gram/1"): "7_1"}
     steps = ("kernel",)
-    arrays = list(graph.arrays(PLAN, steps, done=done, owners=owners, skip=(), rows_per_task=1))
-    assert [(a.after, a.beside, a.lacks) for a in arrays] == [
+    arrays = list(
+        graph.task_groups(PLAN, steps, done=done, owners=owners, skip=(), rows_per_task=1)
+    )
+    assert [(a.after, a.after_any, a.missing_inputs) for a in arrays] == [
         (frozenset(), frozenset({name}), ()) for name in ("7_0", "7_1")
     ]
     assert all(array.tasks[0][0].kind == "kernel" for array in arrays)

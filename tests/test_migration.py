@@ -13,7 +13,7 @@ import pytest
 import small_cnn
 import test_traker
 import trak
-from feeding import traker
+from streaming_process import traker
 
 import trak_dist
 from trak_dist import open_run
@@ -48,10 +48,10 @@ TESTS = {
     "model_id": "test_other_weights_under_a_known_id_are_refused",
     "batch": "test_a_batch_may_be_a_mapping",
     "inds": "test_rows_in_any_order_and_batch_give_the_same_scores",
-    "num_samples": "test_num_samples_counts_on_and_each_checkpoint_begins_anew",
+    "num_samples": "test_num_samples_counts_on_and_each_checkpoint_starts_over",
     "model_ids": "test_scores_of_some_checkpoints_are_those_of_a_run_of_them",
     "del_grads": "test_del_grads_destroys_nothing",
-    "exp_name": "test_mistakes_in_calls_are_told",
+    "exp_name": "test_mistakes_in_calls_are_reported",
     "num_targets": "test_missing_targets_are_named_or_their_checkpoint_skipped",
     "allow_skip": "test_missing_targets_are_named_or_their_checkpoint_skipped",
 }

@@ -20,7 +20,7 @@ from trak_dist import problem as problems
 from trak_dist.errors import ProblemError, UnreadableRow
 from trak_dist.plan import digest
 from trak_dist.plan_inputs import Source
-from trak_dist.source import accepting, model_digest, modules, refuse_changed
+from trak_dist.source import accept_changes, check_unchanged, model_digest, modules
 
 SPEC = {"_target_": "made.problem"}
 
@@ -87,18 +87,18 @@ def test_changed_files_are_named_and_may_be_accepted() -> None:
     with pytest.raises(
         ProblemError, match=r"the file of its module inner\.scale has digest a then"
     ):
-        refuse_changed(SPEC, planned, now)
-    accepted = accepting(planned, now)
-    refuse_changed(SPEC, accepted, now)
-    refuse_changed(SPEC, accepted, planned)  # and back
+        check_unchanged(SPEC, planned, now)
+    accepted = accept_changes(planned, now)
+    check_unchanged(SPEC, accepted, now)
+    check_unchanged(SPEC, accepted, planned)  # and back
     with pytest.raises(ProblemError, match="module later"):
-        refuse_changed(SPEC, accepted, replace(now, modules={"later": "d"}))
+        check_unchanged(SPEC, accepted, replace(now, modules={"later": "d"}))
 
 
-def test_plans_of_earlier_versions_go_on_without_their_files_pinned() -> None:
+def test_plans_of_earlier_versions_resume_without_their_files_pinned() -> None:
     old = Source("f", "m", "/")
-    refuse_changed(SPEC, old, replace(old, modules={"made": "f"}))
-    assert accepting(old, replace(old, file="g", modules={"made": "g"})).modules == {}
+    check_unchanged(SPEC, old, replace(old, modules={"made": "f"}))
+    assert accept_changes(old, replace(old, file="g", modules={"made": "g"})).modules == {}
 
 
 DRAWS = """
@@ -157,15 +157,15 @@ def test_what_can_not_be_shown_is_refused(content: object) -> None:
 
 
 @pytest.mark.parametrize("ends", [SystemExit(0), KeyError("x")])
-def test_what_the_users_code_raises_is_told_with_its_place(ends: BaseException) -> None:
+def test_what_the_users_code_raises_is_reported_with_its_place(ends: BaseException) -> None:
     with (
         pytest.raises(UnreadableRow, match=f"reading row 3 raised {type(ends).__name__}") as caught,
-        problems.told("reading row 3", UnreadableRow),
+        problems.user_code_errors("reading row 3", UnreadableRow),
     ):
         raise ends
     assert caught.value.where.startswith(__file__)
 
 
 def test_an_interrupt_is_none_of_the_users_code() -> None:
-    with pytest.raises(KeyboardInterrupt), problems.told("reading row 3"):
+    with pytest.raises(KeyboardInterrupt), problems.user_code_errors("reading row 3"):
         raise KeyboardInterrupt

@@ -86,11 +86,11 @@ def test_no_value_is_converted(name: str, value: object) -> None:
         ),
     ],
 )
-def test_what_is_bad_is_told_by_its_dotted_key(raw: Mapping[str, Any], line: str) -> None:
+def test_what_is_bad_is_reported_by_its_dotted_key(raw: Mapping[str, Any], line: str) -> None:
     assert bad(raw)[0].startswith(line)
 
 
-def test_all_that_is_bad_is_told_at_once() -> None:
+def test_all_that_is_bad_is_reported_at_once() -> None:
     raw = {"flag": 1, "inner": {"rows": "x", "z": 0}, "several": [{"rows": 0}, {}], "zz": 0}
     assert [line.partition(":")[0] for line in bad(raw)] == [
         *("flag", "inner.rows", "inner.z", "several.0.rows", "several.1.rows", "zz"),

@@ -9,15 +9,15 @@ import random
 import re
 from pathlib import Path
 
-import feeding
 import numpy as np
 import oracle
 import pytest
 import small_cnn
+import streaming_process
 import torch
 import zarr
-from feeding import batch, traker
-from launching import Launch
+from command_result import Launch
+from streaming_process import batch, traker
 from torch import nn
 
 from trak_dist import (
@@ -42,7 +42,7 @@ from trak_dist.errors import (
     ProblemError,
 )
 
-TRAIN, TARGETS = feeding.TRAIN, 7
+TRAIN, TARGETS = streaming_process.TRAIN, 7
 
 
 @pytest.fixture
@@ -173,7 +173,7 @@ def test_a_batch_that_is_there_in_part_skips_only_those_rows(
     assert oracle.column_errors(scored(fed, checkpoints), wanted.astype(float)).max() < 1e-4
 
 
-def test_num_samples_counts_on_and_each_checkpoint_begins_anew(
+def test_num_samples_counts_on_and_each_checkpoint_starts_over(
     checkpoints: str, tmp_path: Path
 ) -> None:
     fed, train = traker(checkpoints, str(tmp_path / "run")), small_cnn.problem(checkpoints).train
@@ -289,7 +289,7 @@ def test_other_weights_under_a_known_id_are_refused(checkpoints: str, tmp_path: 
         traker(checkpoints, str(tmp_path / "run")).start_scoring_checkpoint("a", second, 0, 3)
 
 
-def test_after_a_refusal_nothing_is_fed_until_a_checkpoint_is_loaded(
+def test_after_a_refusal_nothing_is_streamed_until_a_checkpoint_is_loaded(
     checkpoints: str, tmp_path: Path
 ) -> None:
     fed = featurized(traker(checkpoints, str(tmp_path / "run")), checkpoints, range(10))
@@ -350,7 +350,7 @@ def test_a_checkpoint_that_another_process_brings_meanwhile_does_no_harm(
     assert not interruptions
 
 
-def test_the_same_weights_under_two_ids_are_told(
+def test_the_same_weights_under_two_ids_are_reported(
     checkpoints: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     fed = featurized(traker(checkpoints, str(tmp_path / "run")), checkpoints)
@@ -455,7 +455,7 @@ SAYS = {
 
 
 @pytest.mark.parametrize("mistake", SAYS)
-def test_mistakes_in_calls_are_told(mistake: str, checkpoints: str, tmp_path: Path) -> None:
+def test_mistakes_in_calls_are_reported(mistake: str, checkpoints: str, tmp_path: Path) -> None:
     fed, train = traker(checkpoints, str(tmp_path / "run")), small_cnn.problem(checkpoints).train
     fed.load_checkpoint(states(checkpoints)[0], 0)
     fed.featurize(batch(train, np.arange(4)), num_samples=4)
@@ -529,7 +529,7 @@ def test_a_task_that_is_none_is_refused(tmp_path: Path) -> None:
         TRAKer(model=small_cnn.net(), task="clip", train_set_size=3, save_dir=tmp_path)
 
 
-def test_a_singular_gram_is_told_with_a_lambda_to_try(checkpoints: str, tmp_path: Path) -> None:
+def test_a_singular_gram_is_reported_with_a_lambda_to_try(checkpoints: str, tmp_path: Path) -> None:
     fed = traker(checkpoints, str(tmp_path / "run"), lambda_reg=0.0)
     featurized(fed, checkpoints)
     with pytest.raises(CellsFailed, match="λ = 0 with proj_dim 64 > 60 train rows") as told:
@@ -627,7 +627,7 @@ def test_an_output_written_for_traks_iterative_computer_runs_as_it_is(
     assert oracle.column_errors(found, wanted.astype(float)).max() < 1e-3
 
 
-def test_a_model_that_can_not_be_traced_is_looped_over_and_that_is_told(
+def test_a_model_that_can_not_be_traced_is_looped_over_and_that_is_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = Branching()
@@ -725,7 +725,7 @@ def test_the_command_line_says_what_rows_are_missing(
     assert "5 of 60 rows of 'train' are not featurized for model_id 0: 0-4" in ended.out + ended.err
 
 
-def test_what_takes_a_problem_is_refused_for_a_fed_run(
+def test_what_takes_a_problem_is_refused_for_a_streamed_run(
     launch: Launch, checkpoints: str, tmp_path: Path
 ) -> None:
     featurized(traker(checkpoints, str(tmp_path / "run")), checkpoints)

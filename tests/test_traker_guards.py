@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import small_cnn
 import torch
-from feeding import batch, traker
-from launching import Launch
+from command_result import Launch
+from streaming_process import batch, traker
 from test_traker import TARGETS, TRAIN, featurized, scored, states, whole
 from torch import nn
 
@@ -200,7 +200,7 @@ def test_wrappers_are_taken_off(wrap, checkpoints: str, tmp_path: Path) -> None:
     assert np.array_equal(found, wanted)
 
 
-def test_rows_that_were_damaged_are_to_be_fed_again(
+def test_rows_that_were_damaged_are_to_be_streamed_again(
     launch: Launch, checkpoints: str, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"

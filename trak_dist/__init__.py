@@ -51,7 +51,7 @@ __all__ = [
     "plan_run",
 ]
 
-_HOME = {
+_EXPORTED_FROM = {
     **dict.fromkeys(
         (
             *("AbstractModelOutput", "BasicProjector", "FunctionalGradientComputer"),
@@ -77,9 +77,9 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _EXPORTED_FROM:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name]), name)
+    return getattr(importlib.import_module(_EXPORTED_FROM[name]), name)
 
 
 def __dir__() -> list[str]:

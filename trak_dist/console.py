@@ -28,7 +28,7 @@ from trak_dist.status.verification import Verification
 from trak_dist.store.run import Run
 
 if TYPE_CHECKING:
-    from trak_dist.executors.sending import Submitted
+    from trak_dist.executors.submission import SubmissionResult
 
 WATCH_SECONDS = 5.0
 LINE_SECONDS = 10.0  # between two lines of progress, where there is no terminal
@@ -139,29 +139,32 @@ def results(run: Run) -> None:
         print(line)
 
 
-def submitted(run: Run, done: Submitted, scripts: Iterable[str] = ()) -> None:
+def submitted(run: Run, done: SubmissionResult, scripts: Iterable[str] = ()) -> None:
     """Print what was submitted, what to type next, and of a dry run the batch scripts."""
-    if done.lines:
+    if done.jobs:
         print(f"{'step':<15}{'job':>10}{'tasks':>8}{'cells':>8}  after")
-    for line in done.lines:
+    for line in done.jobs:
         after = line.dependency if len(line.dependency) < 60 else f"{line.dependency[:59]}…"
         counts = f"{line.job_id:>10}{line.tasks:>8}{line.cells:>8}"
         print(f"{line.step:<15}{counts}  {after}".rstrip())
-    if done.queued_before:
-        print(f"in the queue before, left alone: {done.queued_before} cells")
-    if done.left and done.goes_on:
-        print(f"no room in the queue for {done.left} cells: job {done.goes_on} submits them")
-    elif done.left:
+    if done.already_queued:
+        print(f"in the queue before, left alone: {done.already_queued} cells")
+    if done.deferred_cells and done.continuation_job:
         print(
-            f"no room in the queue for {done.left} cells: run the same command again when some "
-            "jobs have ended"
+            f"no room in the queue for {done.deferred_cells} cells: job {done.continuation_job} "
+            "submits them"
+        )
+    elif done.deferred_cells:
+        print(
+            f"no room in the queue for {done.deferred_cells} cells: run the same command again "
+            "when some jobs have ended"
         )
     if done.blocked:
         print(
             f"not submitted, since what they need failed or is missing: {len(done.blocked)} cells, "
             f"{done.blocked[0].id} first"
         )
-    if not (done.lines or done.queued_before or done.left or done.blocked):
+    if not (done.jobs or done.already_queued or done.deferred_cells or done.blocked):
         print("nothing to submit: all cells are done")
     print(f"next:   {_status_command(run)}")
     for number, script in enumerate(scripts, 1):

@@ -19,7 +19,7 @@ from trak_dist.configuration.config import Spec
 from trak_dist.errors import DatasetError, ProblemError, UnreadableRow
 from trak_dist.hashing import truncated
 from trak_dist.plan_inputs import ProbedDataset, Split, Streamed
-from trak_dist.problem import MapDataset, Problem, Rendered, told
+from trak_dist.problem import MapDataset, Problem, Rendered, user_code_errors
 from trak_dist.spacing import evenly_spaced
 
 PROBE_ROWS = 16
@@ -33,11 +33,11 @@ def length(dataset: MapDataset, name: str) -> int:
     DatasetError
         If it can't tell.
     """
-    with told(f"len() of the dataset {name!r}", DatasetError):
+    with user_code_errors(f"len() of the dataset {name!r}", DatasetError):
         return len(dataset)
 
 
-def limited(dataset: MapDataset, limit: int) -> MapDataset:
+def apply_limit(dataset: MapDataset, limit: int) -> MapDataset:
     """The first `limit` examples; all of them if it is 0."""
     if limit == 0 or limit >= len(dataset):
         return dataset
@@ -56,13 +56,13 @@ def examples(dataset: MapDataset, rows: Sequence[int], *, name: str) -> list[Any
 
     def one_by_one() -> Iterator[Any]:
         for row in rows:
-            with told(f"reading row {row} of {name!r}", UnreadableRow):
+            with user_code_errors(f"reading row {row} of {name!r}", UnreadableRow):
                 yield dataset[row]
 
     at_once = getattr(dataset, "__getitems__", None)
     if at_once is None or len(rows) == 1:
         return list(one_by_one())
-    with told(f"reading rows {rows[0]} to {rows[-1]} of {name!r}", UnreadableRow):
+    with user_code_errors(f"reading rows {rows[0]} to {rows[-1]} of {name!r}", UnreadableRow):
         try:
             return list(at_once(list(rows)))
         except Exception:
@@ -70,7 +70,7 @@ def examples(dataset: MapDataset, rows: Sequence[int], *, name: str) -> list[Any
             raise
 
 
-def collated(problem: Problem, dataset: MapDataset, rows: Sequence[int], *, name: str) -> Any:
+def collate_rows(problem: Problem, dataset: MapDataset, rows: Sequence[int], *, name: str) -> Any:
     """What collate gives of some rows of a dataset.
 
     Raises
@@ -80,7 +80,7 @@ def collated(problem: Problem, dataset: MapDataset, rows: Sequence[int], *, name
     """
     found = examples(dataset, rows, name=name)
     which = f"row {rows[0]}" if len(rows) == 1 else f"rows {rows[0]} to {rows[-1]}"
-    with told(f"collate of {which} of {name!r}", UnreadableRow):
+    with user_code_errors(f"collate of {which} of {name!r}", UnreadableRow):
         return (problem.collate or default_collate)(found)
 
 
@@ -88,7 +88,7 @@ def batch(
     problem: Problem, dataset: MapDataset, rows: Sequence[int], *, name: str
 ) -> tuple[Any, ...]:
     """Some rows of a dataset, as the arguments of a model output; fails as `collated` does."""
-    return as_batch(collated(problem, dataset, rows, name=name))
+    return as_batch(collate_rows(problem, dataset, rows, name=name))
 
 
 def as_batch(collated: Any) -> tuple[Any, ...]:
@@ -98,7 +98,7 @@ def as_batch(collated: Any) -> tuple[Any, ...]:
     return tuple(collated) if isinstance(collated, list | tuple) else (collated,)
 
 
-def rendered(problem: Problem, name: str, row: int) -> Rendered | None:
+def render_row(problem: Problem, name: str, row: int) -> Rendered | None:
     """How a row is shown, if the problem says.
 
     Raises
@@ -109,7 +109,7 @@ def rendered(problem: Problem, name: str, row: int) -> Rendered | None:
     if problem.render is None:
         return None
     (example,) = examples(problem.dataset(name), [row], name=name)
-    with told(f"render of row {row} of {name!r}", UnreadableRow):
+    with user_code_errors(f"render of row {row} of {name!r}", UnreadableRow):
         shown = problem.render(example)
     if not isinstance(shown, Rendered):
         raise ProblemError(
@@ -120,7 +120,7 @@ def rendered(problem: Problem, name: str, row: int) -> Rendered | None:
     return shown
 
 
-def content(batch: Any, *, where: str) -> Iterator[bytes | memoryview]:
+def content_bytes(batch: Any, *, where: str) -> Iterator[bytes | memoryview]:
     """The bytes that tell one batch from another.
 
     Raises
@@ -156,16 +156,18 @@ def probe(problem: Problem, name: str, spec: Spec) -> tuple[int, ProbedDataset]:
         raise DatasetError(
             f"the dataset {name!r} is empty", where="problem", next="see that its files are found"
         )
-    dataset = limited(problem.dataset(name), spec.limit)
+    dataset = apply_limit(problem.dataset(name), spec.limit)
     rows = evenly_spaced(len(dataset), PROBE_ROWS)
-    alone, together = hashlib.sha256(), hashlib.sha256()
+    row_digests, batch_digest = hashlib.sha256(), hashlib.sha256()
     batch = rows[: spec.featurize.batch_rows]
-    for sha, groups in ((alone, [[row] for row in rows]), (together, [batch])):
+    for sha, groups in ((row_digests, [[row] for row in rows]), (batch_digest, [batch])):
         for group in groups:
             where = f"problem.collate, row {group[0]} of {name!r}"
-            for piece in content(collated(problem, dataset, group, name=name), where=where):
+            for piece in content_bytes(
+                collate_rows(problem, dataset, group, name=name), where=where
+            ):
                 sha.update(piece)
-    return len(dataset), ProbedDataset(truncated(alone), truncated(together))
+    return len(dataset), ProbedDataset(truncated(row_digests), truncated(batch_digest))
 
 
 def check_split(problem: Problem, split: Split, spec: Spec) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-DEEPEST = 100  # more would overflow the stack of those that walk through it
+MAX_DEPTH = 100  # more would overflow the stack of those that walk through it
 
 
 def mapping(text: bytes | str) -> dict[str, Any]:
@@ -18,7 +18,7 @@ def mapping(text: bytes | str) -> dict[str, Any]:
     """
     try:
         found = json.loads(text)
-        if _reaches(found, DEEPEST):
+        if _is_deeper_than(found, MAX_DEPTH):
             raise RecursionError
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
@@ -27,8 +27,8 @@ def mapping(text: bytes | str) -> dict[str, Any]:
     return found
 
 
-def _reaches(value: Any, depth: int) -> bool:
+def _is_deeper_than(value: Any, depth: int) -> bool:
     if not isinstance(value, dict | list):
         return False
     inner = value.values() if isinstance(value, dict) else value
-    return depth == 0 or any(_reaches(v, depth - 1) for v in inner)
+    return depth == 0 or any(_is_deeper_than(v, depth - 1) for v in inner)

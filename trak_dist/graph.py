@@ -46,31 +46,31 @@ def _continues(shard: list[Cell], cell: Cell, rows_per_task: int) -> bool:
 
 def upstream(plan: Plan, cells: Collection[Cell], done: Collection[Cell]) -> set[Cell]:
     """All that `cells` depend on; what of it is not done depends on others in its turn."""
-    found, asking = set[Cell](), set(cells)
-    while asking:
-        new = {needed for cell in asking for needed in cell.dependencies(plan, done)} - found
+    found, frontier = set[Cell](), set(cells)
+    while frontier:
+        new = {needed for cell in frontier for needed in cell.dependencies(plan, done)} - found
         found |= new
-        asking = new.difference(done)
+        frontier = new.difference(done)
     return found
 
 
 @dataclass(frozen=True)
-class Array:
+class TaskGroup:
     """Tasks of one step that wait for the same tasks of earlier ones.
 
-    `after` are the names of those tasks; `beside` are those of tasks of this step, of another run
-    of the same sweep, that make a Gram or a kernel first, and may fail at what comes next; `lacks`
-    are cells that the array needs and nobody makes.
+    `after` are the names of those tasks; `after_any` are those of tasks of this step, of another
+    run of the same sweep, that make a Gram or a kernel first, and may fail at what comes next;
+    `missing_inputs` are cells that the array needs and nobody makes.
     """
 
     step: str
     tasks: tuple[Task, ...]
     after: frozenset[str]
-    beside: frozenset[str]
-    lacks: tuple[Cell, ...]
+    after_any: frozenset[str]
+    missing_inputs: tuple[Cell, ...]
 
 
-def arrays(
+def task_groups(
     plan: Plan,
     steps: Sequence[str],
     *,
@@ -78,7 +78,7 @@ def arrays(
     owners: Mapping[Cell, str],
     skip: Collection[Cell],
     rows_per_task: int,
-) -> Iterator[Array]:
+) -> Iterator[TaskGroup]:
     """The arrays that make what is neither done nor owned nor to be skipped, upstream first.
 
     Parameters
@@ -92,15 +92,19 @@ def arrays(
         groups: dict[frozenset[Hashable], list[Task]] = {}
         for task in waiting:
             groups.setdefault(frozenset(cell.depends_as for cell in task), []).append(task)
-        alike: dict[tuple[frozenset[str], frozenset[str], tuple[Cell, ...]], list[Task]] = {}
+        by_dependencies: dict[
+            tuple[frozenset[str], frozenset[str], tuple[Cell, ...]], list[Task]
+        ] = {}
         for group in groups.values():
-            unlike = {c.depends_as: c for c in reversed(group[0])}.values()
-            needed = dict.fromkeys(c for cell in unlike for c in cell.dependencies(plan, done))
+            representatives = {c.depends_as: c for c in reversed(group[0])}.values()
+            needed = dict.fromkeys(
+                c for cell in representatives for c in cell.dependencies(plan, done)
+            )
             missing = [c for c in needed if c not in done and c not in group[0]]
             owned = [c for c in missing if c in owners]
-            beside = frozenset(owners[c] for c in owned if type(c) in STEPS[step])
-            after = frozenset(owners[c] for c in owned) - beside
-            lacks = tuple(c for c in missing if c not in owners)
-            alike.setdefault((after, beside, lacks), []).extend(group)
-        for (after, beside, lacks), grouped in alike.items():
-            yield Array(step, tuple(grouped), after, beside, lacks)
+            after_any = frozenset(owners[c] for c in owned if type(c) in STEPS[step])
+            after = frozenset(owners[c] for c in owned) - after_any
+            missing_inputs = tuple(c for c in missing if c not in owners)
+            by_dependencies.setdefault((after, after_any, missing_inputs), []).extend(group)
+        for (after, after_any, missing_inputs), grouped in by_dependencies.items():
+            yield TaskGroup(step, tuple(grouped), after, after_any, missing_inputs)

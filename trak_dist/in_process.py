@@ -14,17 +14,17 @@ from trak_dist.errors import ProblemError
 TARGET = "trak_dist.Problem"  # what the plan names in place of an import path
 
 
-_held: ContextVar[Any] = ContextVar("in_process", default=None)
+_saved_names: ContextVar[Any] = ContextVar("in_process", default=None)
 
 
 @contextlib.contextmanager
 def holding(problem: Any) -> Iterator[None]:
     """While this lasts, `problem`, a `trak_dist.Problem` or None, is what cells are made of."""
-    before = _held.set(problem)
+    before = _saved_names.set(problem)
     try:
         yield
     finally:
-        _held.reset(before)
+        _saved_names.reset(before)
 
 
 def build() -> Any:
@@ -35,7 +35,7 @@ def build() -> Any:
     ProblemError
         If none is, or its model can't be copied.
     """
-    problem = _held.get()
+    problem = _saved_names.get()
     if problem is None:
         raise ProblemError(
             "the problem of this run is an object of the Python process that planned it",

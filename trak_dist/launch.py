@@ -25,7 +25,7 @@ from trak_dist.errors import ConfigError, ProblemError, TrakDistError
 from trak_dist.interface import execution, options, preparation
 from trak_dist.interface.planned_run import LOOKS
 from trak_dist.interface.preparation import Prepared
-from trak_dist.store.jobs import Jobs
+from trak_dist.store.jobs import JobRecords
 from trak_dist.store.run import Run
 from trak_dist.sweep import Combination
 
@@ -53,19 +53,19 @@ def main() -> None:
     def launched(config: DictConfig) -> None:
         if swept is None:
             try:
-                code = _guarded(config, overrides)
+                code = _run_guarded(config, overrides)
             except Exception:
                 console.unforeseen()
                 code = FAILED
             if code:
                 sys.exit(code)
-        elif swept.run(lambda one: _guarded(config, overrides, one)) == INTERRUPTED:
+        elif swept.run(lambda one: _run_guarded(config, overrides, one)) == INTERRUPTED:
             raise KeyboardInterrupt
 
     start = hydra.main(version_base="1.3", config_path=str(options.CONF), config_name="config")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # what it raises is told here, not there
     try:
-        with settings.told():
+        with settings.hydra_errors():
             start(launched)()
     except ConfigError as error:
         console.error(error)
@@ -81,7 +81,7 @@ def main() -> None:
         sys.exit(swept.code)
 
 
-def _guarded(
+def _run_guarded(
     composed: DictConfig, overrides: Sequence[str], combination: Combination | None = None
 ) -> int:
     try:
@@ -90,8 +90,8 @@ def _guarded(
         console.error(error)
         return MISTAKE
     except SystemExit as error:  # nothing of ours ends so
-        mend = "mend the model, its output or the data: they may raise errors, not end the process"
-        console.error(ProblemError(f"the problem's code raised SystemExit: {error}", next=mend))
+        hint = "mend the model, its output or the data: they may raise errors, not end the process"
+        console.error(ProblemError(f"the problem's code raised SystemExit: {error}", next=hint))
         return MISTAKE
     except KeyboardInterrupt:
         console.interrupted()
@@ -106,7 +106,7 @@ def _launch(composed: DictConfig, overrides: Sequence[str], combination: Combina
         run = preparation.open_existing(resolved, console.note)
         if combination:
             combination.run_dir = run.layout.run_dir
-        return _look(run, resolved.config)
+        return _inspect(run, resolved.config)
     prepared = preparation.prepare_run(resolved, console.note)
     if combination:
         combination.run_dir = prepared.run.layout.run_dir
@@ -137,11 +137,11 @@ def _execute(prepared: Prepared, combination: Combination | None) -> int:
     return DONE
 
 
-def _look(run: Run, config: Config) -> int:
+def _inspect(run: Run, config: Config) -> int:
     if config.stage == "cancel":
         from trak_dist.status.queue import cancel
 
-        console.cancelled(cancel(Jobs(run)))
+        console.cancelled(cancel(JobRecords(run)))
         return DONE
     if config.stage == "verify":
         from trak_dist.status.verification import verify_run

@@ -20,7 +20,7 @@ from trak_dist.configuration.config import (
     GroundTruth,
     Spec,
 )
-from trak_dist.configuration.dotted import distinct
+from trak_dist.configuration.dotted import non_default_settings
 from trak_dist.coordinates import TRAIN
 from trak_dist.hashing import digest_of
 from trak_dist.plan_inputs import Checkpoint, ImportedTruth, Source, Split
@@ -107,8 +107,8 @@ class Plan:
     def with_settings(self, spec: Spec, use: Sequence[int]) -> Plan:
         """The plan with other settings; the cells of other grads are cut as those of a new run."""
         same = spec.reduce == self.spec.reduce
-        said = self.lambda_from if same else None
-        changed = replace(self, spec=spec, use=tuple(use), lambda_from=said)
+        lambda_from = self.lambda_from if same else None
+        changed = replace(self, spec=spec, use=tuple(use), lambda_from=lambda_from)
         if changed.projection_id == self.projection_id:
             return changed
         train, *targets = (
@@ -168,7 +168,7 @@ class Plan:
         """The settings of some sections that are not at their defaults, as they enter digests."""
         return {
             k: v
-            for k, v in distinct(self.spec).items()
+            for k, v in non_default_settings(self.spec).items()
             if any(k == s or k.startswith(f"{s}.") for s in sections)
             and k != "featurize.gradients"  # what was asked for; the plan's own field is what is
         }
@@ -180,22 +180,22 @@ class Plan:
 
     # What is asked of it -------------------------------------------------------------------
 
-    def scored(self) -> Iterator[str]:
+    def scored_names(self) -> Iterator[str]:
         """The target sets, and the train split if its self-influence is asked for."""
         yield from (split.name for split in self.targets)
         if self.self_influence:
             yield TRAIN
 
-    def evaluated(self, name: str) -> bool:
+    def is_evaluated(self, name: str) -> bool:
         """Whether a target set's scores, or self-influence, are held against anything."""
-        return name == TRAIN or self.has_truth(name) or bool(self.counterfactuals.targets)
+        return name == TRAIN or self.has_ground_truth(name) or bool(self.counterfactuals.targets)
 
-    def has_truth(self, targets: str) -> bool:
+    def has_ground_truth(self, targets: str) -> bool:
         """Whether there are retrained models to hold the scores of a target set against."""
         imported = self.imported_truth is not None and self.imported_truth.targets == targets
         return targets != TRAIN and (bool(self.ground_truth.subsets) or imported)
 
-    def oddities(self) -> Iterator[str]:
+    def inconsistencies(self) -> Iterator[str]:
         """What of its parts does not go together, a line for each."""
         ids, names = [c.model_id for c in self.checkpoints], [s.name for s in self.targets]
         if len(set(ids)) < len(ids):
@@ -218,10 +218,10 @@ def of_plan(compute: Callable[Concatenate[Plan, P], T]) -> Callable[Concatenate[
     @functools.wraps(compute)
     def remembered(plan: Plan, /, *args: P.args, **kwargs: P.kwargs) -> T:
         values = vars(plan).setdefault("_remembered", {})
-        asked = compute, args, tuple(kwargs.items())
-        if asked not in values:
-            values[asked] = compute(plan, *args, **kwargs)
-        found: T = values[asked]
+        requested = compute, args, tuple(kwargs.items())
+        if requested not in values:
+            values[requested] = compute(plan, *args, **kwargs)
+        found: T = values[requested]
         return found
 
     return remembered
@@ -236,8 +236,8 @@ def digest(value: Any) -> str:
 def cell_rows(rows: int, *, row_bytes: int, batch_rows: int) -> int:
     """Rows of a cell: a multiple of `batch_rows` that fills no more than `CHUNK_BYTES`."""
     cap = max(1, CHUNK_BYTES // row_bytes // batch_rows)
-    wanted = -(-rows // (MIN_CELLS * batch_rows))
-    return max(1, min(cap, wanted)) * batch_rows
+    target_rows = -(-rows // (MIN_CELLS * batch_rows))
+    return max(1, min(cap, target_rows)) * batch_rows
 
 
 def planned_cell_rows(rows: int, spec: Spec, dim: int) -> int:

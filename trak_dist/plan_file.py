@@ -37,7 +37,7 @@ def load(text: bytes, *, where: str) -> Plan:
     """
     try:
         raw = decoding.mapping(text)
-        schema, said, found = raw["schema"], raw.pop("digest"), digest(raw)
+        schema, recorded, found = raw["schema"], raw.pop("digest"), digest(raw)
     except (ValueError, KeyError, RecursionError) as error:
         raise PlanMismatch(
             f"the plan can't be read ({error})",
@@ -50,20 +50,20 @@ def load(text: bytes, *, where: str) -> Plan:
             where=where,
             next="use the version that made it, or another run_dir",
         )
-    if said != found:
+    if recorded != found:
         raise PlanMismatch(
-            f"the plan says digest {said}, its content has {found}",
+            f"the plan says digest {recorded}, its content has {found}",
             where=where,
             next="restore the file, or use another run_dir: a plan is never edited by hand",
         )
     try:
         fingerprint, _ = raw.pop("fingerprint"), raw.pop("schema")
         plan = structure(Plan, raw, "the plan is not valid:")
-        odd = [*spec_conflicts(plan.spec), *plan.oddities()]
-        if not odd and (cells := count(plan)) > MAX_CELLS:
-            odd = [f"{cells:.2g} cells are more than the {MAX_CELLS:.0e} that one run may have"]
-        if odd:
-            raise ConfigError("\n  ".join(["the plan is not valid:", *odd]))
+        invalid = [*spec_conflicts(plan.spec), *plan.inconsistencies()]
+        if not invalid and (cells := count(plan)) > MAX_CELLS:
+            invalid = [f"{cells:.2g} cells are more than the {MAX_CELLS:.0e} that one run may have"]
+        if invalid:
+            raise ConfigError("\n  ".join(["the plan is not valid:", *invalid]))
     except (ConfigError, KeyError) as error:
         raise PlanMismatch(
             getattr(error, "what", f"the plan can't be read ({error})"),

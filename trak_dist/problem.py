@@ -154,7 +154,7 @@ class Problem:
         return self.train if split == "train" else self.targets[split]
 
 
-def drawing(problem: Problem, random: str) -> Problem:
+def with_random_policy(problem: Problem, random: str) -> Problem:
     """`problem` whose model output draws random numbers as `featurize.random` says."""
     if random == "refused":
         return problem
@@ -163,14 +163,14 @@ def drawing(problem: Problem, random: str) -> Problem:
     return replace(problem, model_output=SeededByExample(problem.model_output))
 
 
-def flags_digest(problem: Problem) -> str | None:
+def mislabelled_digest(problem: Problem) -> str | None:
     """Digest of which labels are known to be wrong, if that is known."""
     flags = problem.mislabelled
     return None if flags is None else digest([bool(flag) for flag in flags])
 
 
 @contextlib.contextmanager
-def told(what: str, kind: type[TrakDistError] = ProblemError) -> Iterator[None]:
+def user_code_errors(what: str, kind: type[TrakDistError] = ProblemError) -> Iterator[None]:
     """Run the user's code; what it raises, `SystemExit` too, is told as a `kind` of `what`."""
     try:
         yield
@@ -186,7 +186,7 @@ def told(what: str, kind: type[TrakDistError] = ProblemError) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def own_draws() -> Iterator[None]:
+def fixed_seeds() -> Iterator[None]:
     """Draw the same random numbers each time, and leave those of the process as they were."""
     import numpy as np
     import torch
@@ -254,7 +254,7 @@ def build(spec: Mapping[str, Any], *, import_root: str) -> tuple[Problem, Source
         problem = in_process.build()
         return problem, _source(problem, None, "", import_root)
     arguments = {k: v for k, v in spec.items() if k != "_target_"}
-    with own_draws():
+    with fixed_seeds():
         function, file = locate(target, import_root=import_root)
     try:
         inspect.signature(function).bind(**arguments)
@@ -266,7 +266,7 @@ def build(spec: Mapping[str, Any], *, import_root: str) -> tuple[Problem, Source
             next="problem=custom problem._target_=… +problem.NAME=VALUE for each argument",
         ) from error
     # Relative paths mean the same from anywhere.
-    with told(target), contextlib.chdir(import_root), own_draws():
+    with user_code_errors(target), contextlib.chdir(import_root), fixed_seeds():
         problem = function(**arguments)
     if not isinstance(problem, Problem):
         raise ProblemError(
@@ -293,5 +293,5 @@ def rebuild(spec: Mapping[str, Any], planned: Source) -> Problem:
         If it changed since planning, or can't be built.
     """
     problem, now = build(spec, import_root=planned.import_root)
-    source.refuse_changed(spec, planned, now)
+    source.check_unchanged(spec, planned, now)
     return problem

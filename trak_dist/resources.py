@@ -15,8 +15,8 @@ def disk_bytes(plan: Plan, kinds: Iterable[type[Cell]] = KINDS) -> int:
     return sum(kind.disk_bytes(plan) for kind in kinds)
 
 
-def fit_workers(plan: Plan, *, wanted: int, memory: int) -> int:
-    """How many of `wanted` workers fit into `memory` bytes, whatever cells they run.
+def fit_workers(plan: Plan, *, requested: int, memory: int) -> int:
+    """How many of `requested` workers fit into `memory` bytes, whatever cells they run.
 
     Raises
     ------
@@ -26,7 +26,7 @@ def fit_workers(plan: Plan, *, wanted: int, memory: int) -> int:
     kind = max((k for k in KINDS if k.count(plan)), key=lambda k: k.memory(plan))
     needed = kind.memory(plan)
     if needed <= memory:
-        return min(wanted, memory // max(1, needed))
+        return min(requested, memory // max(1, needed))
     smaller = kind.if_too_large
     if kind is FeaturizeCell and (rows := _batch_rows_within(plan, memory)):
         smaller = f"featurize.batch_rows={rows} would fit"

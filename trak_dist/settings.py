@@ -21,15 +21,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from trak_dist import commands
 from trak_dist.configuration.dotted import flatten
-from trak_dist.configuration.structuring import nearest
-from trak_dist.configuration.validation import refuse_other_shape
+from trak_dist.configuration.structuring import did_you_mean
+from trak_dist.configuration.validation import check_sections
 from trak_dist.errors import ConfigError, TrakDistError
 from trak_dist.interface import invocation, options
 from trak_dist.interface.invocation import Invocation
 from trak_dist.interface.options import CONF, is_group
 
 # Hydra takes its other defaults from its own package first, these from a user's directory first.
-_HYDRAS_OWN = ("hydra/config.yaml", "hydra/launcher/basic.yaml", "hydra/sweeper/basic.yaml")
+_HYDRA_DEFAULTS = ("hydra/config.yaml", "hydra/launcher/basic.yaml", "hydra/sweeper/basic.yaml")
 MULTIRUN = ("-m", "--multirun", "hydra.mode=MULTIRUN")
 
 
@@ -50,7 +50,7 @@ def complete_overrides(arguments: Sequence[str], cwd: Path) -> list[str]:
         completed.append("problem=custom")
     own = cwd / "conf"
     if own.is_dir() and own.resolve() != CONF.resolve() and "hydra.searchpath" not in keys:
-        unasked = [name for name in _HYDRAS_OWN if (own / name).exists()]
+        unasked = [name for name in _HYDRA_DEFAULTS if (own / name).exists()]
         if unasked:
             raise ConfigError(
                 f"{', '.join(unasked)} would be read though nobody chose it",
@@ -65,8 +65,8 @@ def complete_overrides(arguments: Sequence[str], cwd: Path) -> list[str]:
 def overrides_among(arguments: Sequence[str]) -> list[str]:
     """The arguments that are overrides; beside Hydra's flags stand those flags' values too."""
     arguments = [a for a in arguments if a not in MULTIRUN]
-    flags = any(a.startswith("-") for a in arguments)
-    return [a for a in arguments if not a.startswith("-") and not (flags and "=" not in a)]
+    has_flags = any(a.startswith("-") for a in arguments)
+    return [a for a in arguments if not a.startswith("-") and not (has_flags and "=" not in a)]
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
@@ -77,20 +77,20 @@ def check_overrides(overrides: Sequence[str]) -> None:
     ConfigError
         Naming every unknown key with the nearest valid one, or the bad group.
     """
-    _refuse_no_options(overrides)
+    _check_group_options(overrides)
     with _composing():
         try:
             config = _composed(overrides)
         except (HydraException, OmegaConfBaseException):
             groups = [o for o in overrides if is_group(_key(o))]
             groups += [o for o in overrides if _key(o) == "hydra.searchpath"]
-            _refuse_unknown(overrides, compose(config_name="config", overrides=groups))
+            _check_known_keys(overrides, compose(config_name="config", overrides=groups))
             raise
     to_mapping(OmegaConf.masked_copy(config, [str(k) for k in config if k != "hydra"]))
 
 
 @contextlib.contextmanager
-def told() -> Iterator[None]:
+def hydra_errors() -> Iterator[None]:
     """Tell in our words what Hydra refuses.
 
     Raises
@@ -118,7 +118,7 @@ def told() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _composing() -> Iterator[None]:
-    with told(), initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
+    with hydra_errors(), initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         yield
 
 
@@ -181,15 +181,15 @@ def to_mapping(config: DictConfig) -> dict[str, Any]:
     ConfigError
         If one can't be, a section is taken out, or is no section.
     """
-    with told():
+    with hydra_errors():
         mapping = OmegaConf.to_container(config, resolve=True)
     assert isinstance(mapping, dict)
     named = {str(k): v for k, v in mapping.items()}
-    refuse_other_shape(named)
+    check_sections(named)
     return named
 
 
-def _refuse_no_options(overrides: Sequence[str]) -> None:
+def _check_group_options(overrides: Sequence[str]) -> None:
     """Raise `ConfigError` for what names no option of a group, where Hydra's own words don't."""
     for text in overrides:
         override = _parsed(text)
@@ -206,7 +206,7 @@ def _refuse_no_options(overrides: Sequence[str]) -> None:
             )
 
 
-def _refuse_unknown(overrides: Sequence[str], known: DictConfig) -> None:
+def _check_known_keys(overrides: Sequence[str], known: DictConfig) -> None:
     plain = OmegaConf.to_container(known, resolve=False)
     assert isinstance(plain, dict)
     mapping = {str(k): v for k, v in plain.items()}
@@ -222,7 +222,7 @@ def _refuse_unknown(overrides: Sequence[str], known: DictConfig) -> None:
             near = (
                 {v for v in valid if v.startswith(f"{section}.")} if section in sections else valid
             )
-            bad.append(f"  {key}: unknown; {nearest(key, near)}")
+            bad.append(f"  {key}: unknown; {did_you_mean(key, near)}")
     if bad:
         raise ConfigError(
             "\n".join(["unknown keys:", *bad]),

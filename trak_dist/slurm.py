@@ -23,7 +23,7 @@ UNLIMITED = 10**9
 RUNNING = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
 NEVER = "DependencyNeverSatisfied"
-_KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
+_PRESERVED = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
 _SCRUBBED = ("SLURM_", "SLURMD_", "SBATCH_", "SRUN_", "SQUEUE_", "SACCT_", "SCANCEL_", "SUBMITIT_")
 
 
@@ -38,7 +38,7 @@ class QueuedTask:
     node: str
 
     @property
-    def runs(self) -> bool:
+    def has_started(self) -> bool:
         """Whether it has begun."""
         return self.state in RUNNING
 
@@ -48,7 +48,7 @@ class QueuedTask:
         return self.state == "COMPLETING"
 
     @property
-    def doomed(self) -> bool:
+    def unsatisfiable(self) -> bool:
         """Whether it pends for ever."""
         return self.reason.strip("()") == NEVER
 
@@ -72,7 +72,9 @@ def clean_environment() -> Iterator[None]:
     A job that submits jobs would else hand them its own memory and CPU binding, and sbatch takes
     SBATCH_PARTITION and its like over what the script says.
     """
-    hidden = {k: v for k, v in os.environ.items() if k.startswith(_SCRUBBED) and k not in _KEPT}
+    hidden = {
+        k: v for k, v in os.environ.items() if k.startswith(_SCRUBBED) and k not in _PRESERVED
+    }
     for name in hidden:
         del os.environ[name]
     try:
@@ -147,7 +149,8 @@ def limits(destinations: Collection[tuple[str, str]]) -> Limits:
             for named in zip(("QOS", "account"), fields, strict=True)
         )
         room, why = min(
-            (b.most - queued[b.kind, b.name], f"{b.most} jobs of {b.kind} {b.name}") for b in bounds
+            (b.limit - queued[b.kind, b.name], f"{b.limit} jobs of {b.kind} {b.name}")
+            for b in bounds
         )
     return Limits(max(1, int(array[1])) if array else UNLIMITED, room, why)
 
@@ -158,7 +161,7 @@ class _Bound:
 
     kind: str
     name: str
-    most: int
+    limit: int
 
 
 def _bounds(cluster: str, account: str, qos: str) -> Iterator[_Bound]:
@@ -184,10 +187,10 @@ def longest_job(partitions: str) -> int:
         If there is no partition of that name.
     """
     lines = _run("scontrol", "-a", "-o", "show", "partition").splitlines()
-    there = [dict(f.split("=", 1) for f in line.split() if "=" in f) for line in lines]
-    by_name = {fields.get("PartitionName", ""): fields for fields in there}
-    asked = partitions.split(",") if partitions else []
-    for name in asked:
+    listed = [dict(f.split("=", 1) for f in line.split() if "=" in f) for line in lines]
+    by_name = {fields.get("PartitionName", ""): fields for fields in listed}
+    names = partitions.split(",") if partitions else []
+    for name in names:
         if name not in by_name:
             raise ConfigError(
                 f"there is no partition {name!r}; there are {', '.join(sorted(by_name))}",
@@ -195,7 +198,7 @@ def longest_job(partitions: str) -> int:
                 next="cluster.partition=… one of them",
             )
     chosen = [
-        f for n, f in by_name.items() if n in asked or (not asked and f.get("Default") == "YES")
+        f for n, f in by_name.items() if n in names or (not names and f.get("Default") == "YES")
     ]
     return max((_minutes(fields.get("MaxTime", "")) for fields in chosen), default=UNLIMITED)
 
@@ -214,7 +217,7 @@ def _table(*command: str) -> list[list[str]]:
     return [line.split("|") for line in _run(*command).splitlines() if "|" in line]
 
 
-def not_there(command: str) -> SlurmNotFound:
+def missing_command(command: str) -> SlurmNotFound:
     """The error for a Slurm command that is missing."""
     return SlurmNotFound(
         f"{command} is not there: this machine has no Slurm commands",
@@ -230,7 +233,7 @@ def _run(*command: str) -> str:
                 command, capture_output=True, text=True, check=True, timeout=TIMEOUT_SECONDS
             )
         except FileNotFoundError:
-            raise not_there(command[0]) from None
+            raise missing_command(command[0]) from None
         except subprocess.TimeoutExpired:
             raise SlurmTimeout(
                 f"{command[0]} gave no answer in {TIMEOUT_SECONDS} s",

@@ -116,7 +116,7 @@ def _own_file(module: ModuleType | None) -> Path | None:
     return path if path.is_file() else None
 
 
-def accepting(planned: Source, now: Source) -> Source:
+def accept_changes(planned: Source, now: Source) -> Source:
     """`planned`, with the files as they are now accepted beside those of the plan."""
     known = {planned.file, *planned.modules.values(), *planned.accepted}
     new = [d for d in dict.fromkeys([now.file, *now.modules.values()]) if d not in known]
@@ -124,7 +124,7 @@ def accepting(planned: Source, now: Source) -> Source:
     return replace(planned, accepted=(*planned.accepted, *new), modules=joined)
 
 
-def refuse_changed(spec: Mapping[str, Any], planned: Source, now: Source) -> None:
+def check_unchanged(spec: Mapping[str, Any], planned: Source, now: Source) -> None:
     """Raise `ProblemError` if the problem is not made of what was planned."""
     if now.model != planned.model:
         raise ProblemError(
@@ -132,17 +132,19 @@ def refuse_changed(spec: Mapping[str, Any], planned: Source, now: Source) -> Non
             where="problem._target_",
             next="restore them, or start a new run with another run_dir",
         )
-    said = ""
+    difference = ""
     if now.file not in (planned.file, *planned.accepted):
-        said = f"digest {planned.file} then, {now.file} now"
+        difference = f"digest {planned.file} then, {now.file} now"
     # What is new was imported by a file that changed, or lazily by whatever ran before.
     for name, then in planned.modules.items():
         found = now.modules.get(name, then)
         if found not in (then, *planned.accepted):
-            said = said or f"the file of its module {name} has digest {then} then, {found} now"
-    if said:
+            difference = (
+                difference or f"the file of its module {name} has digest {then} then, {found} now"
+            )
+    if difference:
         raise ProblemError(
-            f"the source of {spec['_target_']} changed since planning: {said}",
+            f"the source of {spec['_target_']} changed since planning: {difference}",
             where="problem._target_",
             next="accept_source=true if it computes the same gradients as before (a render was "
             "mended, a target set added); else restore the file, or use another run_dir",

@@ -19,13 +19,13 @@ from torch.utils import _pytree as pytree
 from trak_dist import trust, worker
 from trak_dist.cells import Cell, FeaturizeCell, GramCell, KernelCell, PreconditionCell, ScoreCell
 from trak_dist.checkpoints import digests
-from trak_dist.checkpoints.featurizer import Loaded
+from trak_dist.checkpoints.featurizer import CheckpointFeaturizer
 from trak_dist.checks.gradient_audit import Audit
 from trak_dist.configuration.config import Spec
 from trak_dist.coordinates import TRAIN
 from trak_dist.errors import CellsFailed, ModelIDException, SingularGram
 from trak_dist.ingest import arguments, streamed_plan, streamed_rows
-from trak_dist.ingest.streamed_checkpoint import FedCheckpoint
+from trak_dist.ingest.streamed_checkpoint import StreamedCheckpoint
 from trak_dist.interface.execution import outcome_of
 from trak_dist.ops.batches import examples_in, rows_of
 from trak_dist.ops.gradients import select_params
@@ -33,7 +33,7 @@ from trak_dist.ops.model_outputs import ModelOutput
 from trak_dist.plan import Plan
 from trak_dist.planning import gradient_method
 from trak_dist.runtime.session import Sessions
-from trak_dist.stages.featurize import refuse_all_zero, refuse_unusable
+from trak_dist.stages.featurize import check_finite, check_not_all_zero
 from trak_dist.store import contents
 from trak_dist.store.prepare import prepare_checkpoint, prepare_scores
 from trak_dist.store.run import Run
@@ -50,7 +50,7 @@ class StreamedRun:
         The run directory.
     model, output, model_digest
         The model on `device`, its output, and what both print.
-    wanted : Wanted
+    requested : TRAKerArguments
         What the arguments of the `TRAKer` say of the run.
     rows : int
         The number of train rows.
@@ -69,15 +69,15 @@ class StreamedRun:
         output: ModelOutput,
         model_digest: str,
         device: torch.device,
-        wanted: arguments.Wanted,
+        requested: arguments.TRAKerArguments,
         rows: int,
     ) -> None:
         self.run_dir, self._device = run_dir, device
         self._model, self._output, self._model_digest = model, output, model_digest
-        self._wanted, self._rows, self._sessions = wanted, rows, Sessions()
-        self.run = self._opened() if Run.exists(run_dir) else None  # as last seen
+        self._arguments, self._rows, self._sessions = requested, rows, Sessions()
+        self.run = self._open() if Run.exists(run_dir) else None  # as last seen
 
-    def reopened(self) -> Run:
+    def refreshed(self) -> Run:
         """The run as it is now, with our λ; whatever else other processes added meanwhile.
 
         Raises
@@ -91,15 +91,15 @@ class StreamedRun:
                 where=str(self.run_dir),
                 next="load_checkpoint and featurize first",
             )
-        self.run = streamed_plan.extended(self._opened(), self._wanted.with_lambda)
+        self.run = streamed_plan.extend_run(self._open(), self._arguments.with_lambda)
         return self.run
 
     def extended(self, change: Callable[[Plan], Plan]) -> Run:
         """The run with its plan changed, whatever other processes change meanwhile."""
-        self.run = streamed_plan.extended(self.run or self._opened(), change)
+        self.run = streamed_plan.extend_run(self.run or self._open(), change)
         return self.run
 
-    def with_checkpoint(self, loaded: FedCheckpoint) -> Run:
+    def with_checkpoint(self, loaded: StreamedCheckpoint) -> Run:
         """The run with a checkpoint in its plan, and arrays for its rows.
 
         Raises
@@ -110,14 +110,18 @@ class StreamedRun:
         run = self.extended(
             lambda plan: streamed_plan.with_checkpoint(plan, loaded.model_id, loaded.path)
         )
-        digests.refuse_other_weights(run, loaded.model_id, loaded.digest, publish=True)
-        for other in digests.twins(run, loaded.model_id, loaded.digest):
+        digests.check_weights(run, loaded.model_id, loaded.digest, publish=True)
+        for other in digests.ids_with_same_weights(run, loaded.model_id, loaded.digest):
             log.warning("model_ids %d and %d have the same weights", other, loaded.model_id)
         prepare_checkpoint(run, loaded.model_id)
         return run
 
     def stream(
-        self, loaded: FedCheckpoint, split: str, batch: tuple[Any, ...], rows: NDArray[np.int64]
+        self,
+        loaded: StreamedCheckpoint,
+        split: str,
+        batch: tuple[Any, ...],
+        rows: NDArray[np.int64],
     ) -> None:
         """Compute and keep the grads and Q of those rows of a batch that are not there yet.
 
@@ -127,29 +131,29 @@ class StreamedRun:
             If rows and batch do not fit each other, or other examples are there for these rows.
         """
         loaded.make_ready()
-        run, size = self.run or self._created(loaded, batch, rows), examples_in(batch)
-        arguments.refuse_rows(rows, size, run.plan.split(split))
-        feed = loaded.feeds.get(split)
+        run, size = self.run or self._create(loaded, batch, rows), examples_in(batch)
+        arguments.check_rows(rows, size, run.plan.split(split))
+        feed = loaded.streams.get(split)
         if feed is None:
-            feed = streamed_rows.Feed(run, loaded.model_id, split, loaded.digest)
-            loaded.feeds[split] = feed
+            feed = streamed_rows.RowStream(run, loaded.model_id, split, loaded.digest)
+            loaded.streams[split] = feed
         inputs = streamed_rows.row_digests(batch, size)
         left = ~feed.done()[rows]
-        feed.refuse_others(rows[~left], inputs[~left])
+        feed.check_same_examples(rows[~left], inputs[~left])
         if not left.any():
             return
         keep = torch.from_numpy(np.flatnonzero(left))
         batch = pytree.tree_map_only(Tensor, lambda t: t[keep.to(t.device)], batch)
-        in_plan = loaded.in_plan(run.plan, self._output)
-        checks = Audit.of_call(rows[left], first=not feed.begun)
+        in_plan = loaded.featurizer(run.plan, self._output)
+        checks = Audit.sample_for_batch(rows[left], first=not feed.has_written)
         grads, q = self._grads(run.plan, in_plan, batch, rows[left], split, checks)
         loaded.note_weights()
-        if not feed.begun and len(grads) > 1:  # a single one may have none
-            refuse_all_zero(grads)
+        if not feed.has_written and len(grads) > 1:  # a single one may have none
+            check_not_all_zero(grads)
         feed.write(rows[left], grads, q, inputs[left])
 
-    def _created(
-        self, loaded: FedCheckpoint, batch: tuple[Any, ...], rows: NDArray[np.int64]
+    def _create(
+        self, loaded: StreamedCheckpoint, batch: tuple[Any, ...], rows: NDArray[np.int64]
     ) -> Run:
         """The run, made with what the first batch shows; or the one that another process made.
 
@@ -157,19 +161,21 @@ class StreamedRun:
         """
         if not Run.exists(self.run_dir):
             plan, why = self._plan(batch)
-            probe = Loaded(plan, loaded.model_id, loaded.digest, self._model, self._output)
+            probe = CheckpointFeaturizer(
+                plan, loaded.model_id, loaded.digest, self._model, self._output
+            )
             self._grads(plan, probe, rows_of(batch, slice(2)), rows[:2], TRAIN, None)
             loaded.note_weights()
             if why:
                 log.warning("gradients by %s, %s", plan.gradients, why)
-            streamed_plan.created(self.run_dir, plan)
-        self.run = self._opened()
+            streamed_plan.create_run(self.run_dir, plan)
+        self.run = self._open()
         return self.with_checkpoint(loaded)
 
     def _grads(
         self,
         plan: Plan,
-        loaded: Loaded,
+        loaded: CheckpointFeaturizer,
         batch: Any,
         rows: NDArray[np.int64],
         split: str,
@@ -179,9 +185,9 @@ class StreamedRun:
         batch = pytree.tree_map_only(Tensor, lambda t: t.to(self._device), batch)
         grads = torch.zeros(examples_in(batch), plan.store_dim, device=self._device)
         what = f"checkpoint {loaded.model_id}"
-        with worker.own_numerics(self._device):
+        with worker.cell_numerics(self._device):
             q = loaded.featurize(batch, grads)
-            refuse_unusable(grads, q, rows=rows.tolist(), split=split, what=what)
+            check_finite(grads, q, rows=rows.tolist(), split=split, what=what)
             if checks:
                 checks.check(loaded, batch, grads, q, lambda at: f"row {rows[at]} of {split!r}")
         return grads, q
@@ -194,18 +200,18 @@ class StreamedRun:
         ModelIDException
             If one is not of the run.
         """
-        there = [c.model_id for c in run.plan.checkpoints]
-        asked = there if model_ids is None else list(dict.fromkeys(model_ids))
-        unknown = [m for m in asked if m not in there]
-        if unknown or not asked:
+        existing = [c.model_id for c in run.plan.checkpoints]
+        requested = existing if model_ids is None else list(dict.fromkeys(model_ids))
+        unknown = [m for m in requested if m not in existing]
+        if unknown or not requested:
             raise ModelIDException(
-                f"model_id {unknown[0]} was never featurized; there are {there}"
+                f"model_id {unknown[0]} was never featurized; there are {existing}"
                 if unknown
                 else "no checkpoint was featurized",
                 where=str(self.run_dir),
                 next="load_checkpoint and featurize first",
             )
-        return sorted(asked)
+        return sorted(requested)
 
     def make_kernels(self, run: Run, model_ids: Sequence[int]) -> None:
         """Gather the train rows of checkpoints, and make their kernels."""
@@ -222,24 +228,24 @@ class StreamedRun:
             cells.append(PreconditionCell(model_id, targets))
         self._complete(run, [*cells, *ScoreCell.of_targets(run.plan, targets)])
 
-    def _opened(self) -> Run:
+    def _open(self) -> Run:
         run = Run.open(self.run_dir)
         parameters = self._parameters(run.plan.spec)
-        self._wanted.refuse_other(run, self._rows, parameters, self._model_digest)
+        self._arguments.check_matches(run, self._rows, parameters, self._model_digest)
         return run
 
     def _plan(self, batch: tuple[Any, ...]) -> tuple[Plan, str]:
         """A plan by what the first batch shows, and why gradients are not by hooks."""
         whole = pytree.tree_map_only(Tensor, lambda t: t.to(self._device), batch)
         turned = rows_of(whole, list(reversed(range(max(1, examples_in(batch) - 1)))))
-        spec = self._wanted.spec()
-        with worker.own_numerics(self._device):
-            method, why = gradient_method.choose(
+        spec = self._arguments.spec()
+        with worker.cell_numerics(self._device):
+            method, why = gradient_method.select_gradient_method(
                 self._model,
                 self._output,
                 {TRAIN: whole, f"{TRAIN}, turned": turned},
                 params=spec.featurize.params,
-                asked=spec.featurize.gradients,
+                requested=spec.featurize.gradients,
             )
         plan = streamed_plan.new_plan(
             spec,
@@ -257,9 +263,9 @@ class StreamedRun:
         if not all(
             run.plan.split(name).streamed for name in left
         ):  # a problem's, of the launcher's run
-            trust.refuse_foreign(run.plan, run.layout.run_dir)
+            trust.check_trusted(run.plan, run.layout.run_dir)
         ids, run_dir = [cell.id for cell in cells], str(run.layout.run_dir)
-        with worker.own_numerics(self._device):
+        with worker.cell_numerics(self._device):
             worker.run_cells(
                 run_dir, run.plan.fingerprint, str(self._device), ids, sessions=self._sessions
             )
@@ -285,8 +291,8 @@ class StreamedRun:
 
 def _larger_lambda(run: Run, model_id: int) -> str:
     diagonal = float(contents.read(run, GramCell(model_id), "gram").diagonal().mean())
-    tried = diagonal * arguments.units_of_lambda(run.plan.spec)
-    return f"here TRAKer(lambda_reg={tried:.2g}): the mean of XᵀX's diagonal, in TRAK's units"
+    proposed = diagonal * arguments.lambda_unit_factor(run.plan.spec)
+    return f"here TRAKer(lambda_reg={proposed:.2g}): the mean of XᵀX's diagonal, in TRAK's units"
 
 
 def _kernel_cells(plan: Plan, model_id: int) -> list[Cell]:

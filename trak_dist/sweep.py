@@ -79,7 +79,7 @@ class Sweep:
         """
         shared = [values[0] for values in self.values.values() if len(values) == 1]
         run_dir = settings.composed_run_dir(shared)
-        with atomic.told(run_dir):
+        with atomic.write_errors(run_dir):
             run_dir.mkdir(parents=True, exist_ok=True)
 
     def run(self, launch: Callable[[Combination], int]) -> int:

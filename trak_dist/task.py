@@ -28,7 +28,7 @@ from trak_dist.cells import STAGE_STEPS, STEPS, Cell
 from trak_dist.configuration.config import DEVICES, SlurmConfig
 from trak_dist.configuration.validation import cluster_from_mapping
 from trak_dist.errors import ConfigError, PlanMismatch, TrakDistError, WorkerLost
-from trak_dist.store.jobs import GO_ON, Job, Jobs
+from trak_dist.store.jobs import CONTINUATION, JobRecord, JobRecords
 from trak_dist.store.receipts import Failure
 from trak_dist.store.run import Run
 
@@ -37,11 +37,11 @@ log = logging.getLogger(__name__)
 DONE, FAILED, REQUEUE = 0, 1, 85
 # NFS clients believe a directory's listing for up to 60 s (acdirmax), a file's absence too.
 PAUSE_SECONDS, PAUSES = 5.0, 18
-PATIENCE_SECONDS = 30.0  # where no setting says how long before the end the warning comes
+DEFAULT_GRACE_SECONDS = 30.0  # where no setting says how long before the end the warning comes
 
 
 @dataclass(frozen=True)
-class Task:
+class Assignment:
     """What one process is to do; its attempts are counted under `name` and `index`."""
 
     name: str
@@ -49,40 +49,43 @@ class Task:
     fingerprint: str
     cells: tuple[Cell, ...]
     device: str
-    patience: float
+    grace_seconds: float
     max_attempts: int
 
 
-class Warned:
+class TerminationNotice:
     """Whether Slurm warned that the end is near.
 
-    The cell in work has `patience` seconds from then; if it is not finished, the process ends where
-    it stands, which costs that cell's work and nothing else. This goes through a wake-up file and a
-    thread, since Python's own handlers wait while the main thread is in a long call of C code.
+    The cell in work has `grace_seconds` seconds from then; if it is not finished, the process ends
+    where it stands, which costs that cell's work and nothing else. This goes through a wake-up file
+    and a thread, since Python's own handlers wait while the main thread is in a long call of C
+    code.
     """
 
     def __init__(self) -> None:
         self._event = threading.Event()
-        self.patience = PATIENCE_SECONDS
-        ours, self._theirs = socket.socketpair()
-        self._theirs.setblocking(False)
+        self.grace_seconds = DEFAULT_GRACE_SECONDS
+        receiver, self._wakeup = socket.socketpair()
+        self._wakeup.setblocking(False)
         signal.signal(signal.SIGUSR2, lambda *_: None)
         # Slurm sends it at the start of a grace period too. Working on is best: what is finished
         # before SIGKILL is kept.
         signal.signal(signal.SIGTERM, lambda *_: None)
-        signal.set_wakeup_fd(self._theirs.fileno())
-        threading.Thread(target=self._wait, args=(ours,), daemon=True).start()
+        signal.set_wakeup_fd(self._wakeup.fileno())
+        threading.Thread(target=self._wait, args=(receiver,), daemon=True).start()
 
     def __call__(self) -> bool:
         """Whether it came."""
         return self._event.is_set()
 
-    def _wait(self, ours: socket.socket) -> None:
-        while ours.recv(1)[0] != signal.SIGUSR2:
+    def _wait(self, receiver: socket.socket) -> None:
+        while receiver.recv(1)[0] != signal.SIGUSR2:
             pass
-        log.warning("Slurm gave a warning; the cell in work has %.0f s to finish", self.patience)
+        log.warning(
+            "Slurm gave a warning; the cell in work has %.0f s to finish", self.grace_seconds
+        )
         self._event.set()
-        time.sleep(self.patience)
+        time.sleep(self.grace_seconds)
         log.warning("the cell in work is abandoned, and the task put into the queue again")
         logging.shutdown()
         os._exit(REQUEUE)
@@ -90,83 +93,83 @@ class Warned:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one task; see the module."""
-    warned = Warned()  # before anything slow is imported
+    termination_notice = TerminationNotice()  # before anything slow is imported
     parser = argparse.ArgumentParser(prog="python -m trak_dist.task", description=__doc__)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("what", help=f"number of a submitted job, or one of {', '.join(STEPS)}")
     parser.add_argument("--trust", action="store_true", help="run a problem that others planned")
     parser.add_argument("--device", default="auto", choices=DEVICES)
     parser.add_argument("--max-attempts", type=int, default=SlurmConfig().max_attempts)
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
     )
-    pauses = itertools.repeat(PAUSE_SECONDS, PAUSES)  # for the whole task
+    retry_delays = itertools.repeat(PAUSE_SECONDS, PAUSES)  # for the whole task
     try:
-        jobs = Jobs(Run.open(given.run_dir))
-        if given.what.isdecimal():
-            job = jobs.read(int(given.what))
-            jobs = Jobs(_as_submitted(jobs.run, job, pauses))
-            if job.step == GO_ON:
-                return _go_on(jobs, job)
-            task = _submitted(job, given.what)
+        jobs = JobRecords(Run.open(options.run_dir))
+        if options.what.isdecimal():
+            job = jobs.read(int(options.what))
+            jobs = JobRecords(_run_as_submitted(jobs.run, job, retry_delays))
+            if job.step == CONTINUATION:
+                return _continue_submission(jobs, job)
+            task = _submitted_assignment(job, options.what)
         else:
-            task = _own_share(jobs.run, given)
-            if not given.trust and given.what not in STAGE_STEPS["reduce"]:
-                trust.refuse_foreign(jobs.run.plan, jobs.run.layout.run_dir)
-        warned.patience = task.patience
-        return _run(jobs, task, warned, pauses)
+            task = _array_share(jobs.run, options)
+            if not options.trust and options.what not in STAGE_STEPS["reduce"]:
+                trust.check_trusted(jobs.run.plan, jobs.run.layout.run_dir)
+        termination_notice.grace_seconds = task.grace_seconds
+        return _run(jobs, task, termination_notice, retry_delays)
     except TrakDistError as error:
         log.error("%s", error)  # noqa: TRY400
         return FAILED
 
 
-def _as_submitted(run: Run, job: Job, pauses: Iterator[float]) -> Run:
+def _run_as_submitted(run: Run, job: JobRecord, retry_delays: Iterator[float]) -> Run:
     """The run with the plan that `job` was submitted for, or a later one.
 
     Raises
     ------
     PlanMismatch
-        If that plan is not to be seen, having looked again after each of `pauses`.
+        If that plan is not to be seen, having looked again after each of `retry_delays`.
     """
     waited = 0.0
     while run.generation < job.generation:
-        pause = next(pauses, None)
-        if pause is None:
+        delay = next(retry_delays, None)
+        if delay is None:
             raise PlanMismatch(
                 f"the job was submitted for {run.layout.plan(job.generation).name}, which is not "
                 f"there after looking again for {waited:.0f} s",
                 where=str(run.layout.run_dir),
                 next="run the launch command again: what is missing is submitted anew",
             )
-        time.sleep(pause)
-        waited += pause
+        time.sleep(delay)
+        waited += delay
         run = Run.open(run.layout.run_dir)
     return run
 
 
-def _submitted(job: Job, name: str) -> Task:
+def _submitted_assignment(job: JobRecord, name: str) -> Assignment:
     index = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))
     if index >= len(job.tasks):
         raise ConfigError(f"job {name} has {len(job.tasks)} tasks, there is no task {index}")
     settings = cluster_from_mapping(job.cluster)
-    return Task(
+    return Assignment(
         name=name,
         index=index,
         fingerprint=job.fingerprint,
         cells=job.cells(index),
         device=job.device,
-        patience=settings.signal_delay / 2,
+        grace_seconds=settings.signal_delay / 2,
         max_attempts=settings.max_attempts,
     )
 
 
-def _own_share(run: Run, given: argparse.Namespace) -> Task:
+def _array_share(run: Run, options: argparse.Namespace) -> Assignment:
     """Neighbouring ones of all its cells, so that no task's share depends on what others did."""
     from trak_dist import graph
 
-    if given.what not in STEPS:
-        raise ConfigError(f"{given.what!r} is no step", next=f"one of {', '.join(STEPS)}")
+    if options.what not in STEPS:
+        raise ConfigError(f"{options.what!r} is no step", next=f"one of {', '.join(STEPS)}")
     get = os.environ.get
     index = int(get("SLURM_ARRAY_TASK_ID", "0")) - int(get("SLURM_ARRAY_TASK_MIN", "0"))
     count = int(get("SLURM_ARRAY_TASK_COUNT", "1"))
@@ -176,41 +179,48 @@ def _own_share(run: Run, given: argparse.Namespace) -> Task:
             f"the array has {count} tasks among {last + 1} indices: some shares would be missing",
             next="sbatch --array=0-19 …, without gaps",
         )
-    tasks = graph.tasks(run.plan, given.what)
+    tasks = graph.tasks(run.plan, options.what)
     share = tasks[index * len(tasks) // count : (index + 1) * len(tasks) // count]
-    return Task(
-        name=f"sbatch-{get('SLURM_ARRAY_JOB_ID') or get('SLURM_JOB_ID', 'none')}-{given.what}",
+    return Assignment(
+        name=f"sbatch-{get('SLURM_ARRAY_JOB_ID') or get('SLURM_JOB_ID', 'none')}-{options.what}",
         index=index,
         fingerprint=run.plan.fingerprint,
         cells=tuple(cell for task in share for cell in task),
-        device=given.device,
-        patience=PATIENCE_SECONDS,
-        max_attempts=given.max_attempts,
+        device=options.device,
+        grace_seconds=DEFAULT_GRACE_SECONDS,
+        max_attempts=options.max_attempts,
     )
 
 
-def _run(jobs: Jobs, task: Task, warned: Callable[[], bool], pauses: Iterator[float]) -> int:
+def _run(
+    jobs: JobRecords,
+    task: Assignment,
+    termination_notice: Callable[[], bool],
+    retry_delays: Iterator[float],
+) -> int:
     run = jobs.run
     done = run.receipts.done(task.cells)
-    left = [c for c in task.cells if c not in done]
-    if not left:
+    remaining = [c for c in task.cells if c not in done]
+    if not remaining:
         log.info("all %d cells were done before", len(task.cells))
         return DONE
     attempt = jobs.begin(
         task.name, task.index, done=len(done), by={**machine.process(), "started": time.time()}
     )
-    log.info("attempt %d: %d of %d cells to do", attempt.number, len(left), len(task.cells))
+    log.info("attempt %d: %d of %d cells to do", attempt.number, len(remaining), len(task.cells))
     if attempt.fruitless > task.max_attempts:
-        _give_up(run, left[0], attempt.fruitless - 1)
+        _give_up(run, remaining[0], attempt.fruitless - 1)
         return FAILED
 
     from trak_dist import worker  # loads torch
 
     cells = [c.id for c in task.cells]
     run_dir = str(run.layout.run_dir)
-    if worker.run_cells(run_dir, task.fingerprint, task.device, cells, warned, pauses):
+    if worker.run_cells(
+        run_dir, task.fingerprint, task.device, cells, termination_notice, retry_delays
+    ):
         return DONE
-    return REQUEUE if warned() else FAILED
+    return REQUEUE if termination_notice() else FAILED
 
 
 def _give_up(run: Run, cell: Cell, attempts: int) -> None:
@@ -234,12 +244,12 @@ def _give_up(run: Run, cell: Cell, attempts: int) -> None:
     run.receipts.fail(cell, failure)
 
 
-def _go_on(jobs: Jobs, job: Job) -> int:
+def _continue_submission(jobs: JobRecords, job: JobRecord) -> int:
     from trak_dist import console
     from trak_dist.executors import slurm
 
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is lost, and scancel means it
-    done = slurm.go_on(jobs, job)
+    done = slurm.continue_submission(jobs, job)
     console.submitted(jobs.run, done)
     return FAILED if done.blocked else DONE
 

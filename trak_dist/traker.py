@@ -25,7 +25,7 @@ from trak_dist.coordinates import TRAIN
 from trak_dist.datasets import as_batch
 from trak_dist.errors import CellsFailed, ConfigError, ModelIDException
 from trak_dist.ingest import arguments, streamed_plan, streamed_rows
-from trak_dist.ingest.streamed_checkpoint import FedCheckpoint
+from trak_dist.ingest.streamed_checkpoint import StreamedCheckpoint
 from trak_dist.ops import model_outputs
 from trak_dist.ops.batches import examples_in
 from trak_dist.runtime.session import open_device
@@ -107,8 +107,10 @@ class TRAKer:
         self.model = state_dicts.unwrapped(model).to(self.device)
         self.task = arguments.model_output(task, gradient_computer)
         self.save_dir = Path(save_dir).absolute()
-        self.train_set_size = arguments.whole_number("train_set_size", train_set_size, least=1)
-        wanted = arguments.Wanted(
+        self.train_set_size = arguments.check_whole_number(
+            "train_set_size", train_set_size, minimum=1
+        )
+        requested = arguments.TRAKerArguments(
             gradient_computer=gradient_computer,
             projector=projector,
             unsupported={"saver": saver, "score_computer": score_computer},
@@ -124,12 +126,12 @@ class TRAKer:
             output=self.task,
             model_digest=model_digest(self.model, self.task if isinstance(task, str) else task),
             device=self.device,
-            wanted=wanted,
+            requested=requested,
             rows=self.train_set_size,
         )
-        self._loaded: FedCheckpoint | None = None
+        self._checkpoint: StreamedCheckpoint | None = None
         self._experiment = ""
-        self._next = {TRAIN: 0}
+        self._next_row = {TRAIN: 0}
 
     # Features -------------------------------------------------------------------------------
 
@@ -141,13 +143,13 @@ class TRAKer:
         CheckpointError
             If it does not fit the model, or other weights were featurized under this `model_id`.
         """
-        model_id = arguments.whole_number("model_id", model_id, least=0)
-        before, self._loaded = self._loaded, None
-        loaded = FedCheckpoint(self.model, checkpoint, model_id, before)
+        model_id = arguments.check_whole_number("model_id", model_id, minimum=0)
+        before, self._checkpoint = self._checkpoint, None
+        loaded = StreamedCheckpoint(self.model, checkpoint, model_id, before)
         if self._streamed.run:
             self._streamed.with_checkpoint(loaded)
-        self._loaded = loaded
-        self._next = {TRAIN: 0}
+        self._checkpoint = loaded
+        self._next_row = {TRAIN: 0}
 
     def featurize(
         self,
@@ -175,7 +177,7 @@ class TRAKer:
         NonFiniteGradient
             If a gradient is not finite; nothing of the batch is kept then.
         """
-        self._feed(TRAIN, as_batch(batch), inds, num_samples)
+        self._ingest(TRAIN, as_batch(batch), inds, num_samples)
 
     def finalize_features(
         self, model_ids: Iterable[int] | None = None, del_grads: bool = False
@@ -189,15 +191,15 @@ class TRAKer:
         SingularGram
             Told by `CellsFailed`, if λ is too small.
         """
-        run = self._streamed.reopened()
+        run = self._streamed.refreshed()
         ids = self._streamed.known(run, model_ids)
         for model_id in ids:
-            streamed_rows.refuse_missing(run, model_id, TRAIN)
+            streamed_rows.check_rows_present(run, model_id, TRAIN)
             prepare_checkpoint(run, model_id)
         self._streamed.make_kernels(run, ids)
         if del_grads:
             log.warning("del_grads: the grads are kept, since scores are computed from them")
-        self._next = {TRAIN: 0}
+        self._next_row = {TRAIN: 0}
 
     # Scores ---------------------------------------------------------------------------------
 
@@ -218,15 +220,15 @@ class TRAKer:
             If `exp_name` can't be a name, or has another number of targets.
         """
         self._experiment = ""
-        num_targets = arguments.whole_number("num_targets", num_targets, least=1)
-        self._streamed.known(self._streamed.reopened(), [model_id])
+        num_targets = arguments.check_whole_number("num_targets", num_targets, minimum=1)
+        self._streamed.known(self._streamed.refreshed(), [model_id])
         self.load_checkpoint(checkpoint, model_id)
         run = self._streamed.extended(
             lambda plan: streamed_plan.with_targets(plan, exp_name, num_targets)
         )
         prepare_checkpoint(run, model_id)
         self._experiment = exp_name
-        self._next[exp_name] = 0
+        self._next_row[exp_name] = 0
 
     def score(
         self,
@@ -239,7 +241,7 @@ class TRAKer:
             raise ConfigError(
                 "no experiment was begun", where="score", next="start_scoring_checkpoint first"
             )
-        self._feed(self._experiment, as_batch(batch), inds, num_samples)
+        self._ingest(self._experiment, as_batch(batch), inds, num_samples)
 
     def finalize_scores(
         self, exp_name: str, model_ids: Iterable[int] | None = None, allow_skip: bool = False
@@ -262,7 +264,7 @@ class TRAKer:
         ModelIDException
             If a checkpoint is unknown; if rows or targets of one are missing, naming them.
         """
-        run = self._streamed.reopened()
+        run = self._streamed.refreshed()
         if exp_name not in (split.name for split in run.plan.targets):
             raise ConfigError(
                 f"there is no experiment {exp_name!r}: "
@@ -274,7 +276,7 @@ class TRAKer:
             run, self._streamed.known(run, model_ids), (TRAIN, exp_name), allow_skip=allow_skip
         )
         for again in reversed(range(ATTEMPTS)):
-            self._streamed.reopened()
+            self._streamed.refreshed()
             run = self._streamed.extended(lambda plan: streamed_plan.with_ensemble(plan, chosen))
             try:
                 self._streamed.make_scores(run, exp_name)
@@ -282,18 +284,20 @@ class TRAKer:
             except CellsFailed:  # because another process brought a checkpoint or a λ meanwhile?
                 if not again or Run.open(self.save_dir).plan == run.plan:
                     raise
-        self._next = {TRAIN: 0}
+        self._next_row = {TRAIN: 0}
         self.scores = Results(run).scores(exp_name)
         return self.scores
 
-    def _feed(self, split: str, batch: tuple[Any, ...], inds: Any, num_samples: int | None) -> None:
-        loaded = self._loaded
+    def _ingest(
+        self, split: str, batch: tuple[Any, ...], inds: Any, num_samples: int | None
+    ) -> None:
+        loaded = self._checkpoint
         if loaded is None:
             raise ModelIDException("no checkpoint is loaded", next="load_checkpoint first")
-        first = self._next.get(split, 0)
+        first = self._next_row.get(split, 0)
         rows = arguments.rows_of_call(inds, num_samples, first=first)
         if not examples_in(batch) and not len(rows):
             return
         self._streamed.stream(loaded, split, batch, rows)
         if num_samples is not None:
-            self._next[split] = first + num_samples
+            self._next_row[split] = first + num_samples

@@ -25,26 +25,27 @@ from trak_dist.plan import Plan, digest
 from trak_dist.plan_inputs import Source
 from trak_dist.store import atomic
 
-NO_CODE = {"_target_": "trak_dist.TRAKer"}  # of a run that is fed: nothing is built from it
+# of a run that is fed: nothing is built from it
+STREAMED_PROBLEM = {"_target_": "trak_dist.TRAKer"}
 
 
-def planned_here(spec: Mapping[str, Any], plan: Plan) -> bool:
+def is_planned_here(spec: Mapping[str, Any], plan: Plan) -> bool:
     """Whether `spec`, composed from the user's command line alone, is the plan's problem here."""
     here = str(Path.cwd()) == plan.source.import_root
     return here and digest(spec) == digest(dict(plan.spec.problem))
 
 
-def give_word(spec: Mapping[str, Any], import_root: str) -> str:
+def record_trust(spec: Mapping[str, Any], import_root: str) -> str:
     """Remember that this user lets the problem be executed; why it can't be, where it can't."""
-    if needs_no_word(spec):
+    if is_always_trusted(spec):
         return ""
     file = find(spec["_target_"], import_root)
-    said = {"problem": dict(spec), "import_root": import_root, "file": str(file)}
+    record = {"problem": dict(spec), "import_root": import_root, "file": str(file)}
     content = _digest(file)
     try:
         path = _record(spec, import_root, content)
         if not path.exists():
-            atomic.write(path, json.dumps(said, indent=1).encode())
+            atomic.write(path, json.dumps(record, indent=1).encode())
     except (OSError, RuntimeError) as error:  # no home, or not a writable one
         why = " ".join(str(error).split())
         return (
@@ -54,7 +55,7 @@ def give_word(spec: Mapping[str, Any], import_root: str) -> str:
     return ""
 
 
-def refuse_foreign(plan: Plan, run_dir: Path) -> None:
+def check_trusted(plan: Plan, run_dir: Path) -> None:
     """Called before anything that a plan names is imported.
 
     Raises
@@ -65,19 +66,19 @@ def refuse_foreign(plan: Plan, run_dir: Path) -> None:
         If the user has, and the file was edited since.
     """
     spec, source = plan.spec.problem, plan.source
-    if needs_no_word(spec):
+    if is_always_trusted(spec):
         return
     file = find(spec["_target_"], source.import_root)
     now = _digest(file)
-    if _has_word(spec, source, now):
+    if _is_recorded(spec, source, now):
         return
-    if any(_has_word(spec, source, then) for then in (source.file, *source.accepted)):
-        sources.refuse_changed(spec, source, replace(source, file=now))
-    told = f"{file} of {_owner(file)}, digest {now}" if file else "there is no file of it here"
+    if any(_is_recorded(spec, source, then) for then in (source.file, *source.accepted)):
+        sources.check_unchanged(spec, source, replace(source, file=now))
+    origin = f"{file} of {_owner(file)}, digest {now}" if file else "there is no file of it here"
     command = commands.launch(run_dir, "stage=plan", "trust=true")
     raise UntrustedProblem(
         f"to go on with this run executes {spec['_target_']} as you, a problem that you have not "
-        f"planned: {told}, imported from {source.import_root}",
+        f"planned: {origin}, imported from {source.import_root}",
         where=f"{run_dir} of {_owner(run_dir)}",
         next=f"read the file and what it imports; if you trust them: {command} "
         "(remembered until the file changes). stage=status, stage=verify and open_run "
@@ -85,10 +86,12 @@ def refuse_foreign(plan: Plan, run_dir: Path) -> None:
     )
 
 
-def needs_no_word(spec: Mapping[str, Any]) -> bool:
+def is_always_trusted(spec: Mapping[str, Any]) -> bool:
     """Whether a problem is one of those that come with the package, or none that is executed."""
     target = spec["_target_"]
-    return target == in_process.TARGET or problems.is_shipped(target) or dict(spec) == NO_CODE
+    return (
+        target == in_process.TARGET or problems.is_shipped(target) or dict(spec) == STREAMED_PROBLEM
+    )
 
 
 def find(target: str, import_root: str) -> Path | None:
@@ -114,7 +117,7 @@ def find(target: str, import_root: str) -> Path | None:
     return Path(spec.origin) if spec and spec.has_location and spec.origin else None
 
 
-def _has_word(spec: Mapping[str, Any], source: Source, file: str) -> bool:
+def _is_recorded(spec: Mapping[str, Any], source: Source, file: str) -> bool:
     try:
         return _record(spec, source.import_root, file).exists()
     except (OSError, RuntimeError):  # no home, or not ours: nothing was ever remembered

@@ -51,8 +51,8 @@ def run_cells(  # noqa: PLR0913, PLR0917
     fingerprint: str,
     device: str,
     cell_ids: Sequence[str],
-    stopped: Callable[[], bool] = lambda: False,
-    pauses: Iterable[float] = (),
+    should_stop: Callable[[], bool] = lambda: False,
+    retry_delays: Iterable[float] = (),
     sessions: Sessions | None = None,
 ) -> bool:
     """Run those of `cell_ids` that are not done; whether all are done in the end.
@@ -61,9 +61,9 @@ def run_cells(  # noqa: PLR0913, PLR0917
 
     Parameters
     ----------
-    stopped : callable
+    should_stop : callable
         Asked before each cell; once it says yes, no further one is begun.
-    pauses : iterable of float
+    retry_delays : iterable of float
         Seconds. After each of them, one by one, the receipts that a cell lacks are looked for
         again: another node may have published what this one does not see yet.
     sessions : Sessions, optional
@@ -86,14 +86,14 @@ def run_cells(  # noqa: PLR0913, PLR0917
     cells = [parse_cell(cell_id) for cell_id in cell_ids]
     done = run.receipts.done(cells)
     log.info("%d cells, %d of them done before", len(cells), len(done))
-    finished, pauses = len(done), iter(pauses)
+    finished, retry_delays = len(done), iter(retry_delays)
     for cell in cells:
         if cell in done:
             continue
-        if stopped():
+        if should_stop():
             return False
         try:
-            _run_once_inputs_are_seen(session, cell, stopped, pauses)
+            _run_when_inputs_visible(session, cell, should_stop, retry_delays)
             finished += 1
         except MissingInputs as error:
             log.warning(
@@ -108,34 +108,34 @@ def run_cells(  # noqa: PLR0913, PLR0917
                 run.receipts.fail(cell, _failure(session, cell, error))
             if isinstance(error, STOPS_WORKER):
                 return False
-    if session.took_back:
-        session.took_back = False
-        return run_cells(run_dir, fingerprint, device, cell_ids, stopped, sessions=sessions)
+    if session.revoked_cells:
+        session.revoked_cells = False
+        return run_cells(run_dir, fingerprint, device, cell_ids, should_stop, sessions=sessions)
     return finished == len(cells)
 
 
-def _run_once_inputs_are_seen(
-    session: Session, cell: Cell, stopped: Callable[[], bool], pauses: Iterator[float]
+def _run_when_inputs_visible(
+    session: Session, cell: Cell, should_stop: Callable[[], bool], retry_delays: Iterator[float]
 ) -> None:
     waited = 0.0
     while True:
         try:
             return _run_cell(session, cell)
         except MissingInputs as error:
-            hopeless = stopped() or _lacks_what_failed(session.run, cell)
-            pause = None if hopeless else next(pauses, None)
-            if pause is None:
+            give_up = should_stop() or _has_failed_dependency(session.run, cell)
+            delay = None if give_up else next(retry_delays, None)
+            if delay is None:
                 again = f"after looking again for {waited:.0f} s, " if waited else ""
                 raise MissingInputs(
                     again + error.what, where=error.where, next=error.next
                 ) from None
             if not waited:
                 log.info("%s: %s; looking again, for other nodes may see more", cell.id, error.what)
-            time.sleep(pause)
-            waited += pause
+            time.sleep(delay)
+            waited += delay
 
 
-def _lacks_what_failed(run: Run, cell: Cell) -> bool:
+def _has_failed_dependency(run: Run, cell: Cell) -> bool:
     """Whether something that `cell` needs, at whatever remove, is on record as failed."""
     plan = run.plan
     done = run.receipts.done(of_run(plan))
@@ -147,7 +147,8 @@ def _run_cell(session: Session, cell: Cell) -> None:
     _fix_numerics(session, cell)
     if isinstance(cell, FeaturizeCell) and not run.plan.split(cell.split).streamed:
         require(run, list(cell.dependencies(run.plan, ())), needed_by=cell)
-        session.load(cell.model_id)  # not on the clock: data shards are sized by rows per second
+        # not on the clock: data shards are sized by rows per second
+        session.featurizer(cell.model_id)
         _fix_numerics(session, cell)  # again: a problem's file may set torch's switches
     started, clock = time.time(), time.perf_counter()
     module, name = cell.run.split(":")  # imported here, so that a score job loads no matplotlib
@@ -171,10 +172,10 @@ def _run_cell(session: Session, cell: Cell) -> None:
 
 
 @contextlib.contextmanager
-def own_numerics(device: torch.device) -> Iterator[None]:
+def cell_numerics(device: torch.device) -> Iterator[None]:
     """Compute as a cell does, and leave the process as it was: random numbers, threads, flags."""
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), numerics.kept():
+    with torch.random.fork_rng(devices), numerics.preserve():
         threads = torch.get_num_threads()
         states = random.getstate(), np.random.get_state()  # noqa: NPY002
         try:

@@ -16,10 +16,10 @@ import pytest
 from trak_dist.errors import StoreError
 from trak_dist.executors.debug import DebugExecutor
 from trak_dist.executors.local import LocalExecutor, _Local
-from trak_dist.executors.protocol import Executor, Task
+from trak_dist.executors.protocol import CellIds, Executor
 
 Make = Callable[[Path], Executor]
-TASKS: list[Task] = [("a1", "a2", "a3"), ("b1",), ("c1", "c2"), ("d1",), ("e1", "e2")]
+TASKS: list[CellIds] = [("a1", "a2", "a3"), ("b1",), ("c1", "c2"), ("d1",), ("e1", "e2")]
 
 
 def debug(directory: Path) -> Executor:
@@ -79,7 +79,7 @@ def flat(tasks: Sequence[Sequence[str]]) -> list[str]:
     return sorted(cell for task in tasks for cell in task)
 
 
-def run(make: Make, directory: Path, tasks: list[Task]) -> int:
+def run(make: Make, directory: Path, tasks: list[CellIds]) -> int:
     """Run `tasks`; how often the executor ticked."""
     ticks: list[int] = []
     job = functools.partial(append, str(directory))

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
-from launching import Launch
+from command_result import Launch
 from torch import Tensor
 
 from trak_dist import open_run
@@ -33,7 +33,7 @@ class Swapping(HookGradients):
 def thorough(monkeypatch: pytest.MonkeyPatch) -> None:
     """Audits of all rows, so that none that is wrong is left out by the draw."""
     everything = Audit(frozenset(range(10)), 0, 0)
-    monkeypatch.setattr(Audit, "drawn", lambda *_: dataclasses.replace(everything))
+    monkeypatch.setattr(Audit, "sample_for_cell", lambda *_: dataclasses.replace(everything))
 
 
 class Refusing(HookGradients):
@@ -162,10 +162,12 @@ def test_a_batch_without_a_rule_goes_one_by_one(
 
 
 def test_one_batch_in_so_many_is_checked_whole_and_rows_are_drawn_from_all() -> None:
-    drawn = [Audit.drawn(f"key {i}", 640, 64) for i in range(2000)]
-    assert drawn[0] == Audit.drawn("key 0", 640, 64)
+    drawn = [Audit.sample_for_cell(f"key {i}", 640, 64) for i in range(2000)]
+    assert drawn[0] == Audit.sample_for_cell("key 0", 640, 64)
     whole = sum(one.batch is not None for one in drawn)
     assert abs(whole - 2000 * 10 / BATCHES) < 100
     rows = {row for one in drawn for row in one.rows}
     assert len(rows) > 620
-    assert all(Audit.drawn(f"key {i}", 64 * BATCHES, 64).batch is not None for i in range(50))
+    assert all(
+        Audit.sample_for_cell(f"key {i}", 64 * BATCHES, 64).batch is not None for i in range(50)
+    )

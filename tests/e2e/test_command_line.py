@@ -53,7 +53,7 @@ def test_what_hydra_stumbles_over(launch, tmp_path: Path, stumble: str, multirun
     assert STUMBLES[stumble] in ended.err
 
 
-def test_a_mistake_in_the_problem_is_told_whole(launch, tiny_run, monkeypatch) -> None:
+def test_a_mistake_in_the_problem_is_reported_whole(launch, tiny_run, monkeypatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise LookupError("of the code")
 

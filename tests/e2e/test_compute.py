@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import small_cnn
 import torch
-from launching import Launch
+from command_result import Launch
 from torch import Tensor, nn
 
 import trak_dist

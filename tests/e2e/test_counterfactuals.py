@@ -276,7 +276,7 @@ def test_they_stand_beside_a_ground_truth(plain: Path, command, attempts: list[s
 @pytest.mark.parametrize(
     "die_at", [pytest.param(1, marks=pytest.mark.slow), 6, pytest.param(12, marks=pytest.mark.slow)]
 )
-def test_killed_amid_retraining_it_goes_on_to_the_same_outputs(
+def test_killed_amid_retraining_it_resumes_to_the_same_outputs(
     made: Made, plain: Path, command, trained: Trained, attempts: list[str], die_at: int
 ) -> None:
     trained.die_at = die_at
@@ -456,7 +456,7 @@ def test_with_nothing_to_hold_scores_against(plain: Path, command) -> None:
 
 
 @pytest.mark.parametrize("way", ["deleted", pytest.param("edited", marks=pytest.mark.slow)])
-def test_damaged_figures_are_found_and_mended(
+def test_damaged_figures_are_found_and_repaired(
     made: Made, finished: Path, command, attempts: list[str], way: str
 ) -> None:
     file = finished / "report/val.json"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gathering import gathered
+from gathered_gradients import gathered
 
 from trak_dist.ops.gradients import VmapGradients
 from trak_dist.ops.hooks import HookGradients

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from launching import Launch
+from command_result import Launch
 from sweeping import small_runs
 
 from trak_dist import open_run, plan_file

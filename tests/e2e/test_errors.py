@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from launching import Ended
+from command_result import Ended
 
 from trak_dist import machine
-from trak_dist.ops.gradients import Take
+from trak_dist.ops.gradients import GradientSink
 from trak_dist.ops.hooks import HookGradients
 from trak_dist.store import atomic
 from trak_dist.store.run import Run
@@ -225,7 +225,7 @@ def test_a_batch_whose_activations_do_not_fit_is_refused_with_one_that_does(
     assert launch(*arguments, "cluster.memory_gb=0.5", "stage=plan").code == 0
 
 
-def test_unknown_keys_are_told_all_at_once_with_the_nearest(launch, tiny_run) -> None:
+def test_unknown_keys_are_reported_all_at_once_with_the_nearest(launch, tiny_run) -> None:
     says(
         launch(*tiny_run, "proj_dmi=4", "reduce.lambda=1"),
         2,
@@ -239,7 +239,7 @@ def test_bad_group(launch) -> None:
     says(launch("problem=mnits"), 2, "mnits", "Available options in 'problem':", "mnist")
 
 
-def test_bad_values_are_told_all_at_once(launch, tiny_run) -> None:
+def test_bad_values_are_reported_all_at_once(launch, tiny_run) -> None:
     says(
         launch(*tiny_run, "proj_dim=0", "featurize.dtype=float8", "reduce.lambda_reg=-1"),
         2,
@@ -332,7 +332,7 @@ def test_device_that_is_not_there(launch, tiny_run, monkeypatch) -> None:
 
 
 def test_an_unexpected_error_comes_with_its_traceback(launch, tiny_run, monkeypatch) -> None:
-    def broken(self: HookGradients, batch: tuple[torch.Tensor, ...], take: Take) -> object:
+    def broken(self: HookGradients, batch: tuple[torch.Tensor, ...], take: GradientSink) -> object:
         raise RuntimeError("out of luck")
 
     assert launch(*tiny_run, "stage=plan").code == 0

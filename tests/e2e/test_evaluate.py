@@ -21,7 +21,7 @@ import tiny
 import tiny_trained
 import torch
 import zarr
-from launching import Ended
+from command_result import Ended
 from scipy import stats
 from torch.utils.data import Subset
 
@@ -395,7 +395,7 @@ def test_files_that_changed_since_planning_are_refused_until_they_are_brought_ag
     assert "lds" in evaluation(tmp_path / "run")
 
 
-def test_a_target_set_of_as_many_rows_may_join_a_run_with_brought_margins(
+def test_a_target_set_of_as_many_rows_may_join_a_run_with_imported_margins(
     command, bring, tmp_path: Path
 ) -> None:
     small = ("proj_dim=16", "checkpoints.train=1", f"+problem.extra={TARGETS}")
@@ -420,7 +420,7 @@ def test_a_target_set_without_margins_has_a_report_without_an_lds(
     assert not (tmp_path / "run/report/test.lds.png").exists()
 
 
-def test_a_target_with_constant_margins_is_left_out_and_that_is_said(
+def test_a_target_with_constant_margins_is_left_out_and_that_is_reported(
     command, bring, tmp_path: Path
 ) -> None:
     margins = MARGINS.copy()
@@ -541,7 +541,7 @@ def test_the_figures_of_a_single_target_are_json(command, bring, tmp_path: Path)
     assert json.loads(text, parse_constant=refuse)["lds"]["mean"] <= 1
 
 
-def test_a_brought_ground_truth_may_be_taken_away(command, bring, tmp_path: Path) -> None:
+def test_a_imported_ground_truth_may_be_taken_away(command, bring, tmp_path: Path) -> None:
     small = ("proj_dim=16", "checkpoints.train=1")
     assert command(*MODULE, *small, *bring(MASKS, MARGINS)).code == 0
     ended = command("cluster=debug", "ground_truth.masks=''", "ground_truth.margins=''")

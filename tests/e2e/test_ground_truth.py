@@ -15,8 +15,8 @@ import safetensors.torch
 import tiny
 import tiny_trained
 import torch
+from command_result import Ended
 from killing import Killed, kill_at
-from launching import Ended
 from torch.utils.data import Subset
 
 from trak_dist.cells import of_stage, parse_cell
@@ -217,7 +217,7 @@ def test_lost_receipts_cost_their_own_cells_alone(
     assert made_files(tmp_path / "run") == before
 
 
-def test_damaged_margins_are_found_and_mended(made, tmp_path: Path, command, attempts) -> None:
+def test_damaged_margins_are_found_and_repaired(made, tmp_path: Path, command, attempts) -> None:
     fork(made["all"], tmp_path)
     before = made_files(tmp_path / "run")
     (tmp_path / "run/store.zarr/ground_truth/margins/val/1/c/2/0").unlink()

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 import zarr
-from launching import Ended
+from command_result import Ended
 from torch import nn
 from trak.modelout_functions import ImageClassificationModelOutput
 
@@ -67,7 +67,7 @@ def test_a_checkpoint_swapped_under_a_finished_run_is_noticed(
     assert "model_id 0 has other weights than those it was first featurized with" in ended.err
 
 
-def test_an_edited_problem_file_goes_on_where_the_user_accepts_it(edited) -> None:
+def test_an_edited_problem_file_resumes_where_the_user_accepts_it(edited) -> None:
     assert edited(SOURCE.format(AS_IS)).code == 0
     mended = SOURCE.format("dataclasses.replace(tiny.problem(directory), render=None)")
     refused = edited(mended)
@@ -197,7 +197,7 @@ def test_more_checkpoints_are_trained_for_a_finished_run_with_tied_weights(
     assert run_problem("checkpoints.train=1", **changes).code == 2
 
 
-def test_of_two_that_extend_a_run_at_once_one_is_told(launch, tiny_run, tmp_path: Path) -> None:
+def test_of_two_that_extend_a_run_at_once_one_is_reported(launch, tiny_run, tmp_path: Path) -> None:
     assert launch(*tiny_run, "targets=val", "stage=plan").code == 0
     run = Run.open(tmp_path / "run")
     split = dataclasses.replace(run.plan.targets[0], name="one")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from launching import Ended, Launch
+from command_result import Ended, Launch
 
 import trak_dist
 from trak_dist import commands, open_run, settings, trust
@@ -179,7 +179,7 @@ def test_of_cells_of_other_rows_and_of_a_gram_that_is_not_finite(
     first = next(iter(receipts))
     receipts[first] = replace(receipts[first], facts={"inputs_digest": "another"})
     with pytest.raises(TrakDistError) as raised:
-        inputs.refuse_other_rows(run, receipts)
+        inputs.check_same_rows(run, receipts)
     assert place.names(hinted(raised.value.next))
     monkeypatch.setattr(contents, "read", lambda *_: torch.full((8, 8), torch.nan).double().numpy())
     with pytest.raises(TrakDistError, match="not finite") as raised:
@@ -193,7 +193,7 @@ def test_of_changed_rows(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     for cell in list(FeaturizeCell.of_split(run.plan, 1, "train")):
         run.receipts.revoke(cell, why="a test")
     other = {"inputs_digest": "another", "batch_digests": "another"}
-    monkeypatch.setattr("trak_dist.runtime.reread._shown", lambda *_: other)
+    monkeypatch.setattr("trak_dist.runtime.reread._read_digests", lambda *_: other)
     ended = place("stage=featurize")
     assert ended.code == 1
     assert "were shown other rows than the dataset has now" in ended.err
@@ -203,9 +203,9 @@ def test_of_changed_rows(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_of_a_problem_that_is_not_trusted(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     assert place("stage=plan").code == 0
     plan = Run.open(place.run_dir).plan
-    monkeypatch.setattr(trust, "_has_word", lambda *_: False)
+    monkeypatch.setattr(trust, "_is_recorded", lambda *_: False)
     with pytest.raises(TrakDistError) as raised:
-        trust.refuse_foreign(plan, place.run_dir)
+        trust.check_trusted(plan, place.run_dir)
     arguments = hinted(raised.value.next)
     assert arguments[:2] == ["stage=plan", "trust=true"]
     assert place.names(arguments)

@@ -101,7 +101,7 @@ def test_the_summary_says_what_is_left(plan, problem) -> None:
     assert 0 < minutes < 1
 
 
-def test_an_object_is_planned_executed_and_gone_on_with(plan, made, tmp_path: Path) -> None:
+def test_an_object_is_planned_executed_and_resumed(plan, made, tmp_path: Path) -> None:
     weights = {name: tensor.clone() for name, tensor in made.model.state_dict().items()}
     made.model.train()
     threads, state = torch.get_num_threads(), torch.get_rng_state()

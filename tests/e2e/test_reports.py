@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from launching import Ended, Launch
+from command_result import Ended, Launch
 
 from trak_dist import Rendered
 from trak_dist.cells import ReportCell, report

@@ -100,7 +100,7 @@ CHAIN = ["featurize/0/train/0-8", "gram/1", "kernel/1", "precondition/1/val", "s
 
 
 @pytest.mark.parametrize("cell_id", CHAIN)
-def test_a_cell_killed_at_any_step_is_not_done_or_whole_and_is_mended_bit_for_bit(
+def test_a_cell_killed_at_any_step_is_not_done_or_whole_and_is_repaired_bit_for_bit(
     made, tmp_path: Path, attempts: list[str], cell_id: str
 ) -> None:
     before = fork(made["plan" if cell_id.startswith("featurize") else "featurize"], tmp_path / "0")
@@ -215,12 +215,12 @@ def flip(file: Path) -> None:
         ("score/val/0-20", "scores/c/0/0", Path.unlink),
     ],
 )
-def test_damage_is_found_named_and_mended_to_the_same_bits(  # noqa: PLR0917
+def test_damage_is_found_named_and_repaired_to_the_same_bits(  # noqa: PLR0917
     made, tmp_path: Path, command, attempts, cell_id: str, file: str, damage: Callable
 ) -> None:
     run = fork(made["report"], tmp_path / "run")
     array, chunk = file.split("/", maxsplit=1)
-    damage(contents.slabs(run, parse_cell(cell_id))[array].path / chunk)
+    damage(contents.array_regions(run, parse_cell(cell_id))[array].path / chunk)
     where = f"run_dir={tmp_path / 'run'}"
     found = command("stage=verify", where)
     assert found.code == 1

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import feeding
 import numpy as np
 import oracle
 import pytest
 import small_cnn
+import streaming_process
 import torch
+from command_result import Launch
 from devices import DEVICE
-from launching import Launch
 
 from trak_dist import BasicProjector, NoOpProjector, ProjectionType, TRAKer, open_run
 
 CLOSE = 1e-4
-TRAIN, TARGETS, CHECKPOINTS, SUBSETS = feeding.TRAIN, 7, 2, 6
+TRAIN, TARGETS, CHECKPOINTS, SUBSETS = streaming_process.TRAIN, 7, 2, 6
 
 pytestmark = [
     pytest.mark.device,
@@ -53,20 +53,20 @@ PROJECTORS = {
 def fed(checkpoints: str, save_dir: Path, device: str, projector: object) -> np.ndarray:
     """Scores, of batches that the script has on the CPU or on the device already."""
     problem = small_cnn.problem(checkpoints)
-    made: TRAKer = feeding.traker(
+    made: TRAKer = streaming_process.traker(
         checkpoints, str(save_dir), device=device, projector=projector, lambda_reg=5.0
     )
     states = [torch.load(path, weights_only=True) for path in problem.checkpoints]
     for model_id, state in enumerate(states):
         made.load_checkpoint(state, model_id=model_id)
         for rows in np.array_split(np.arange(TRAIN), 4):
-            images, labels = feeding.batch(problem.train, rows)
+            images, labels = streaming_process.batch(problem.train, rows)
             there = (images.to(device), labels.to(device)) if rows[0] else (images, labels)
             made.featurize(there, inds=torch.from_numpy(rows))
     made.finalize_features()
     for model_id, state in enumerate(states):
         made.start_scoring_checkpoint("val", state, model_id, TARGETS)
-        targets = feeding.batch(problem.targets["val"], np.arange(TARGETS))
+        targets = streaming_process.batch(problem.targets["val"], np.arange(TARGETS))
         made.score(targets, num_samples=TARGETS)
     return made.finalize_scores("val")
 

@@ -220,7 +220,7 @@ def test_known_wrong_labels_give_an_auc_in_figures_and_on_the_last_lines(
 @pytest.mark.parametrize(
     ("marked", "flags", "said"), [(3, 29, "29 flags"), (3, 31, "31 flags")], ids=["few", "many"]
 )
-def test_flags_that_do_not_fit_the_train_set_are_told(
+def test_flags_that_do_not_fit_the_train_set_are_reported(
     made: Path, tmp_path: Path, command, marked: int, flags: int, said: str
 ) -> None:
     small = (
@@ -347,7 +347,7 @@ def test_the_report_says_how_many_top_rows_the_halves_share(
     assert "Would another ensemble say the same?" in (fork / "report/val.html").read_text()
 
 
-def test_damaged_halves_and_self_influence_are_found_and_mended(
+def test_damaged_halves_and_self_influence_are_found_and_repaired(
     fork: Path, command, attempts: list[str]
 ) -> None:
     assert command("self_influence=true").code == 0

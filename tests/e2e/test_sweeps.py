@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zarr
-from launching import Ended, Launch
+from command_result import Ended, Launch
 from sweeping import Command, members, small_runs
 
 from trak_dist import open_run
@@ -244,7 +244,7 @@ def test_a_task_that_fails_does_not_stop_the_others(run, tmp_path: Path) -> None
     ]
 
 
-def test_an_unforeseen_error_is_told_and_the_others_run(run, monkeypatch) -> None:
+def test_an_unforeseen_error_is_reported_and_the_others_run(run, monkeypatch) -> None:
     directory, calls = sweep_members.directory, itertools.count()
 
     def breaks(base: Run, plan: Plan) -> Path:
@@ -313,7 +313,7 @@ def test_hydras_directories_never_meet(run, tmp_path: Path) -> None:
 
 
 @pytest.mark.long
-def test_another_reduce_is_refused_and_told_how_to_keep_both(run, tmp_path: Path) -> None:
+def test_another_reduce_is_refused_and_reported_how_to_keep_both(run, tmp_path: Path) -> None:
     assert run("run", "proj_dim=8").code == 0
     base = Run.open(tmp_path / "run")
     spec = replace(base.plan.spec, proj_dim=4)
@@ -332,7 +332,7 @@ def test_another_reduce_is_refused_and_told_how_to_keep_both(run, tmp_path: Path
     assert ended.err == error.format(f"run_dir={member} is the run with these settings")
 
 
-def test_another_projection_is_told_how_to_keep_both(run) -> None:
+def test_another_projection_is_reported_how_to_keep_both(run) -> None:
     assert run("run", "proj_dim=8", "stage=plan").code == 0
     ended = run("run", "projection.seed=1")
     assert ended.code == 2
@@ -458,7 +458,7 @@ def test_stages_that_look_find_each_member(run, tmp_path: Path) -> None:
     assert "  next:  the same command without stage=… makes it\n" in ended.err
 
 
-def test_run_directories_with_odd_names(run, odd_path: Path) -> None:
+def test_run_directories_with_special_names(run, odd_path: Path) -> None:
     quoted = str(odd_path / "run").replace("'", "\\'").replace("\n", "_")
     ended = run("run", "-m", "proj_dim=8,4", f"run_dir='{quoted}'")
     assert ended.code == 0, ended.err

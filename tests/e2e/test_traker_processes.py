@@ -10,13 +10,13 @@ import sys
 import time
 from pathlib import Path
 
-import feeding
 import numpy as np
 import oracle
 import pytest
 import small_cnn
+import streaming_process
 import torch
-from feeding import batch, traker
+from streaming_process import batch, traker
 
 from trak_dist import open_run
 
@@ -39,7 +39,7 @@ def checkpoints(tmp_path: Path) -> str:
 
 
 def started(*command: str) -> subprocess.Popen[str]:
-    homes = [str(Path(module.__file__).parent) for module in (feeding, small_cnn)]
+    homes = [str(Path(module.__file__).parent) for module in (streaming_process, small_cnn)]
     environment = {**os.environ, "PYTHONPATH": ":".join(homes), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, *command],
@@ -57,7 +57,7 @@ def complete(checkpoints: str, save_dir: Path) -> None:
     for model_id, path in enumerate(problem.checkpoints):
         state = torch.load(path, weights_only=True)
         fed.load_checkpoint(state, model_id)
-        rows = np.arange(feeding.TRAIN)
+        rows = np.arange(streaming_process.TRAIN)
         fed.featurize(batch(problem.train, rows), num_samples=len(rows))
     for model_id, path in enumerate(problem.checkpoints):
         state = torch.load(path, weights_only=True)
@@ -70,7 +70,7 @@ def test_processes_feed_overlapping_rows_and_some_are_killed(
     checkpoints: str, tmp_path: Path
 ) -> None:
     save_dir = tmp_path / "run"
-    script = feeding.__file__
+    script = streaming_process.__file__
     workers = [
         started(script, checkpoints, str(save_dir), str(seed), str(ROUNDS))
         for seed in range(PROCESSES)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from launching import Ended, Launch
+from command_result import Ended, Launch
 
 from trak_dist import TRAKer, trust, worker
 from trak_dist import problem as problems
@@ -186,7 +186,7 @@ def test_whatever_executes_a_run_that_somebody_else_planned_asks_first(
     assert f"python -m trak_dist.launch stage=plan trust=true run_dir={run_dir} (" in ended.err
 
 
-def test_reducing_needs_no_word_since_it_runs_no_code_of_theirs(
+def test_reducing_needs_no_trust_since_it_runs_no_code_of_theirs(
     theirs: Place, mine: Place, named: list[str], run_dir: Path, imported: Callable[[], bool]
 ) -> None:
     assert theirs(*named, "stage=featurize").code == 0
@@ -196,7 +196,7 @@ def test_reducing_needs_no_word_since_it_runs_no_code_of_theirs(
     assert not imported()
 
 
-def test_the_word_is_given_once_and_holds_until_the_file_is_edited(
+def test_trust_is_recorded_once_and_holds_until_the_file_is_edited(
     theirs: Place, mine: Place, named: list[str], run_dir: Path, imported: Callable[[], bool]
 ) -> None:
     theirs(*named, "stage=plan")
@@ -242,7 +242,7 @@ def test_a_problem_that_the_command_line_names_where_it_was_planned_needs_no_rec
     assert imported()
 
 
-def test_ones_own_run_goes_on_from_anywhere(
+def test_ones_own_run_resumes_from_anywhere(
     theirs: Place, mine: Place, named: list[str], run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     theirs(*named, "stage=plan")
@@ -250,7 +250,7 @@ def test_ones_own_run_goes_on_from_anywhere(
     assert mine(f"run_dir={run_dir}", "stage=plan").code == 0
 
 
-def test_where_nothing_can_be_remembered_it_is_said_and_the_run_goes_on(
+def test_where_nothing_can_be_remembered_it_is_reported_and_the_run_resumes(
     theirs: Place, named: list[str], run_dir: Path
 ) -> None:
     (theirs.path / "state").write_text("no directory")
@@ -265,7 +265,7 @@ def forged(run_dir: Path, at: Path, change: Callable[[Plan], Plan]) -> None:
     Run.create(at, change(Run.open(run_dir).plan))
 
 
-def test_a_plan_that_says_its_rows_were_fed_is_asked_about_all_the_same(
+def test_a_plan_that_says_its_rows_were_streamed_is_asked_about_all_the_same(
     theirs: Place, mine: Place, named: list[str], run_dir: Path, imported: Callable[[], bool]
 ) -> None:
     theirs(*named, "stage=plan")
@@ -305,13 +305,13 @@ def test_a_member_is_asked_about_by_its_own_plan(
     assert not imported()
 
 
-def test_a_shipped_problem_needs_no_word_and_imports_nothing_from_where_it_was_planned(
+def test_a_shipped_problem_needs_no_trust_and_imports_nothing_from_where_it_was_planned(
     mine: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = "trak_dist.problems.mnist.problem"
-    assert trust.needs_no_word({"_target_": target, "model": "mlp"})
-    assert not trust.needs_no_word({"_target_": "trak_dist.problems.mnist.mnist_data"})
-    assert not trust.needs_no_word({"_target_": "trak_dist.TRAKer", "save_dir": "x"})
+    assert trust.is_always_trusted({"_target_": target, "model": "mlp"})
+    assert not trust.is_always_trusted({"_target_": "trak_dist.problems.mnist.mnist_data"})
+    assert not trust.is_always_trusted({"_target_": "trak_dist.TRAKer", "save_dir": "x"})
     monkeypatch.setattr(sys, "path", [*sys.path])
     problems.locate(target, import_root=str(tmp_path / "theirs"))
     assert str(tmp_path / "theirs") not in sys.path

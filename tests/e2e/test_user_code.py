@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from launching import Ended
+from command_result import Ended
 from torch import nn
 
 from trak_dist import ImageClassification
@@ -88,7 +88,7 @@ class Ending(ImageClassification):
         ({"model_output": Ending()}, "the problem's code raised SystemExit: 0"),
     ],
 )
-def test_what_raises_while_planning_is_told_and_nothing_is_planned(
+def test_what_raises_while_planning_is_reported_and_nothing_is_planned(
     run_problem, tmp_path: Path, changes: dict[str, Any], said: str
 ) -> None:
     ended = run_problem(**changes)

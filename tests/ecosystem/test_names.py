@@ -26,7 +26,7 @@ def fitted(state: Any, model: nn.Module) -> Fitted:
     before = copy.deepcopy(dict(model.state_dict()))
     versions = [t._version for t in (*model.parameters(), *model.buffers())]
     try:
-        return state_dicts.fitted(state, model, where="here")
+        return state_dicts.fit_state_dict(state, model, where="here")
     finally:
         assert versions == [t._version for t in (*model.parameters(), *model.buffers())]
         assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
@@ -200,7 +200,7 @@ def test_a_prefix_changes_no_digest(prefix: str, said: str) -> None:
     state = tiny.state(3)
     model = tiny.net()
     taken = fitted(below(prefix, state), model)
-    assert taken.said == said
+    assert taken.notes == said
     assert content_digest(taken.state) == content_digest(state)
 
 
@@ -212,7 +212,7 @@ def test_a_wrapped_layer_is_found_on_either_side(wrapper: str) -> None:
     model = tiny.net()
     taken = fitted(below("net.", wrapped), model)
     taken.load_into(model)
-    assert taken.said == (
+    assert taken.notes == (
         f"the prefix 'net.' of its names is left out; '{wrapper}.' inside of its names is left out"
     )
     assert torch.equal(model[2].weight, state["2.weight"])
@@ -223,7 +223,7 @@ def test_a_wrapped_layer_is_found_on_either_side(wrapper: str) -> None:
     assert not fitted({**inner, **below("2.", state)}, other).absent
 
 
-def test_other_parts_of_a_training_module_are_left_out_and_told() -> None:
+def test_other_parts_of_a_training_module_are_left_out_and_reported() -> None:
     state = tiny.state(3)
     whole = {
         **below("net.", state),
@@ -232,7 +232,7 @@ def test_other_parts_of_a_training_module_are_left_out_and_told() -> None:
     }
     model = tiny.net()
     taken = fitted(whole, model)
-    assert taken.said == (
+    assert taken.notes == (
         "the prefix 'net.' of its names is left out; other parts that it holds are left out: "
         "criterion.weight, critic.* (2 tensors)"
     )
@@ -250,13 +250,13 @@ def test_of_two_parts_that_fit_none_is_taken(more: State) -> None:
     assert "begin with no prefix and 'ema.'\n" in refused(beside, tiny.net())
     of_other_width = {n: torch.ones(2, *t.shape) for n, t in tiny.state(1).items()}
     taken = fitted({**below("t.", tiny.state(0)), **below("s.", of_other_width)}, tiny.net())
-    assert "the prefix 't.'" in taken.said
+    assert "the prefix 't.'" in taken.notes
 
 
 def test_one_module_under_two_names_is_no_second_part() -> None:
     both = {**below("model.", tiny.state(0)), **below("loss.model.", tiny.state(0))}
     taken = fitted(both, tiny.net())
-    assert taken.said.endswith("are left out: loss.* (4 tensors)")
+    assert taken.notes.endswith("are left out: loss.* (4 tensors)")
 
 
 def test_a_part_that_holds_less_of_the_model_than_another_is_not_taken() -> None:
@@ -292,9 +292,9 @@ def test_a_name_written_in_two_ways_is_one_tensor_or_refused(turned: bool) -> No
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float64])
-def test_a_conversion_of_types_is_told(stored: torch.dtype, tmp_path: Path) -> None:
+def test_a_conversion_of_types_is_reported(stored: torch.dtype, tmp_path: Path) -> None:
     state = {name: tensor.to(stored) for name, tensor in tiny.state(0).items()}
     safetensors.torch.save_file(state, tmp_path / "other.safetensors")
     taken = fitted(state_dicts.read(tmp_path / "other.safetensors"), tiny.net())
     kind = str(stored).removeprefix("torch.")
-    assert taken.said == f"what it holds in {kind} is converted to the model's float32"
+    assert taken.notes == f"what it holds in {kind} is converted to the model's float32"

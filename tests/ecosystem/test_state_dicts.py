@@ -14,7 +14,7 @@ import safetensors.torch
 import tiny
 import tiny_bert
 import torch
-from gathering import gathered
+from gathered_gradients import gathered
 from torch import Tensor, nn
 
 from trak_dist import TextClassification, TRAKer, open_run
@@ -25,7 +25,7 @@ from trak_dist.ops.hooks import HookGradients
 
 
 def loaded(path: Path, model: nn.Module) -> state_dicts.Fitted:
-    fitted = state_dicts.fitted(state_dicts.read(path), model, where=str(path))
+    fitted = state_dicts.fit_state_dict(state_dicts.read(path), model, where=str(path))
     fitted.load_into(model)
     return fitted
 
@@ -37,13 +37,13 @@ def assert_same(found: nn.Module, wanted: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "network."])
 @pytest.mark.parametrize("kind", ["pt", "safetensors"])
-def test_a_wrappers_prefix_is_left_out_and_told(prefix: str, kind: str, tmp_path: Path) -> None:
+def test_a_wrappers_prefix_is_left_out_and_reported(prefix: str, kind: str, tmp_path: Path) -> None:
     state = tiny.state(3)
     wrapped = {f"{prefix}{name}": tensor for name, tensor in state.items()}
     path = tmp_path / f"wrapped.{kind}"
     torch.save(wrapped, path) if kind == "pt" else safetensors.torch.save_file(wrapped, path)
     model = tiny.net()
-    assert loaded(path, model).said == f"the prefix '{prefix}' of its names is left out"
+    assert loaded(path, model).notes == f"the prefix '{prefix}' of its names is left out"
     assert_same(model, state)
 
 
@@ -51,7 +51,7 @@ def test_a_prefix_of_the_model_itself_stays(tmp_path: Path) -> None:
     model = nn.Sequential()
     model.add_module("module", tiny.net())
     torch.save(model.state_dict(), tmp_path / "own.pt")
-    assert not loaded(tmp_path / "own.pt", model).said
+    assert not loaded(tmp_path / "own.pt", model).notes
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
@@ -60,7 +60,7 @@ def test_what_wrappers_save_is_read(wrap, tmp_path: Path) -> None:
     wrapped = wrap(tiny.net())
     torch.save(wrapped.state_dict(), tmp_path / "wrapped.pt")
     model = tiny.net()
-    assert loaded(tmp_path / "wrapped.pt", model).said
+    assert loaded(tmp_path / "wrapped.pt", model).notes
     assert_same(model, getattr(wrapped, "module", wrapped).state_dict() | model.state_dict())
 
 
@@ -93,7 +93,7 @@ def test_a_checkpoint_of_lightning_is_read(tmp_path: Path) -> None:
     trainer.fit(module, torch.utils.data.DataLoader(tiny.Rows(8, seed=1), batch_size=4))
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     model = tiny.net()
-    assert "'network.'" in loaded(tmp_path / "last.ckpt", model).said
+    assert "'network.'" in loaded(tmp_path / "last.ckpt", model).notes
     assert_same(model, module.network.state_dict())
 
 
@@ -296,7 +296,7 @@ def test_checkpoints_that_lack_different_frozen_tensors_are_refused(tmp_path: Pa
     assert logging.getLogger("trak_dist").level == logging.INFO
 
 
-def test_a_checkpoint_that_may_not_be_looked_at_is_told(
+def test_a_checkpoint_that_may_not_be_looked_at_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refused(_: Path) -> bool:

@@ -12,8 +12,8 @@ import oracle
 import pytest
 import tiny_bert
 import torch
-from gathering import gathered
-from launching import Launch
+from command_result import Launch
+from gathered_gradients import gathered
 from torch import Tensor, nn
 
 import trak_dist

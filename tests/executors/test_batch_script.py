@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 from fake_slurm import FakeSlurm, Queued
-from submitting import opened
+from submission_assertions import opened
 
 from trak_dist.configuration.config import CpuJobsConfig, SlurmConfig
 from trak_dist.executors import batch
-from trak_dist.executors.batch import Batch
+from trak_dist.executors.batch import BatchRequest
 from trak_dist.store.run import Run
 
 pytestmark = pytest.mark.slow
@@ -44,7 +44,7 @@ def script(run: Run) -> Script:
 
     def write(step: str, *, tasks: int = 1, dependency: str = "", **settings: object) -> str:
         name = f"trak-{step}-3-0123456789ab"
-        array = Batch(name=name, step=step, tasks=tasks, dependency=dependency, number=3)
+        array = BatchRequest(name=name, step=step, tasks=tasks, dependency=dependency, number=3)
         return batch.script(run, SlurmConfig(**settings), array)  # type: ignore[arg-type]
 
     return write
@@ -213,7 +213,7 @@ def test_paths_are_quoted(launch, slurm_run, tmp_path: Path) -> None:
     quoted = str(run_dir).replace("\\", "\\\\").replace("'", "\\'")
     overrides = [o for o in slurm_run if not o.startswith("run_dir=")]
     assert launch(*overrides, f"run_dir='{quoted}'", "stage=plan").code == 0
-    array = Batch(name="n", step="featurize", tasks=1, dependency="", number=1)
+    array = BatchRequest(name="n", step="featurize", tasks=1, dependency="", number=1)
     text = batch.script(Run.open(run_dir), SlurmConfig(python="show"), array)
     command = next(line for line in text.splitlines() if line.startswith("srun "))
     setup = next(line for line in text.splitlines() if line.startswith("export TRAK_DIST_LOG"))

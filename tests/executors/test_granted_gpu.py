@@ -60,7 +60,9 @@ def test_a_gpu_that_torch_sees_is_used(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda", "cuda:1"])
-def test_before_a_gpu_is_used_cublas_is_told_to_sum_in_one_order(monkeypatch, name: str) -> None:
+def test_before_a_gpu_is_used_cublas_is_reported_to_sum_in_one_order(
+    monkeypatch, name: str
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")

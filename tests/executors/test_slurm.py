@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from fake_slurm import FakeSlurm, Queued
-from submitting import (
+from submission_assertions import (
     cells_of,
     fail,
     finish,
@@ -29,7 +29,7 @@ from trak_dist.executors import slurm as executor
 from trak_dist.status.state import read_status
 from trak_dist.status.text import lines
 from trak_dist.store import atomic
-from trak_dist.store.jobs import Jobs
+from trak_dist.store.jobs import JobRecords
 from trak_dist.store.run import Run
 
 pytestmark = pytest.mark.slow
@@ -84,7 +84,7 @@ def test_the_whole_graph_is_submitted_at_once(
     assert told(ended) == []
     assert f"next:   python -m trak_dist.launch stage=status run_dir={tmp_path}/run" in ended.out
     assert records(tmp_path) == [1, 2, 3, 4, 5, 6, 7]
-    run_id = Jobs(opened(tmp_path)).run_id
+    run_id = JobRecords(opened(tmp_path)).run_id
     named = [fake_slurm.options(job)["job-name"] for job in range(1, 8)]
     assert named == [f"trak-{step}-{job}-{run_id}" for step, job, *_ in WHOLE_GRAPH]
     assert cells_of(tmp_path, 3) == [
@@ -239,7 +239,7 @@ def test_nodes_with_less_memory_than_a_task_asks_for(launch, slurm_run, fake_slu
     )
 
 
-def test_what_was_submitted_before_sbatch_refused_is_told_and_left_alone_afterwards(
+def test_what_was_submitted_before_sbatch_refused_is_reported_and_left_alone_afterwards(
     launch, slurm_run, fake_slurm, tmp_path: Path
 ) -> None:
     fake_slurm.refuse("Batch job submission failed: Invalid qos specification", [3])
@@ -332,7 +332,7 @@ def test_what_has_no_room_is_submitted_by_a_last_job(
     assert len(fake_slurm.queue) == 5
     options = fake_slurm.options(2)
     assert options["dependency"] == "afterany:1"
-    assert options["job-name"] == f"trak-submit-2-{Jobs(opened(tmp_path)).run_id}"
+    assert options["job-name"] == f"trak-submit-2-{JobRecords(opened(tmp_path)).run_id}"
     assert options["array"] == "0-0%1"
     assert "gpus-per-node" not in options
     assert f"-m trak_dist.task {tmp_path / 'run'} 2\n" in fake_slurm.script(2)
@@ -500,7 +500,7 @@ def test_a_job_that_waits_to_submit_other_stages_does_not_count(
     fake_slurm.limit(8)
     ended = launch(*slurm_run)
     waiting = [row.job_id for row in fake_slurm.queue if "-submit-" in row.name]
-    jobs = Jobs(opened(tmp_path))
+    jobs = JobRecords(opened(tmp_path))
     stages = [
         jobs.read(jobs.number(row.name)).stages for row in fake_slurm.queue if row.job_id in waiting
     ]
@@ -559,7 +559,7 @@ def limited(launch, slurm_run, fake_slurm, tmp_path: Path, monkeypatch) -> FakeS
     fake_slurm.set(lambda row: row.job_id == "2_0", state="RUNNING", reason="None", node="n1")
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "2")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
-    monkeypatch.setattr(task, "Warned", lambda: SimpleNamespace(patience=30.0))
+    monkeypatch.setattr(task, "TerminationNotice", lambda: SimpleNamespace(patience=30.0))
     return fake_slurm
 
 
@@ -640,7 +640,7 @@ def test_it_waits_for_room(limited, runs, tmp_path: Path, monkeypatch) -> None:
 
     monkeypatch.setattr(executor, "time", SimpleNamespace(sleep=sleep))
     assert table(runs(2)) == [("featurize", "3", 3, 9, "")]
-    assert waited == [executor.ROOM_SECONDS]
+    assert waited == [executor.RETRY_SECONDS]
 
 
 def test_where_there_is_room_for_one_task_beside_it_it_stays_and_submits_one_by_one(
@@ -809,7 +809,7 @@ def test_cancel_ends_the_runs_own_jobs_and_nobody_elses(
     launch, small_run, fake_slurm, tmp_path: Path
 ) -> None:
     assert launch(*small_run).code == 0
-    run_id = Jobs(opened(tmp_path)).run_id
+    run_id = JobRecords(opened(tmp_path)).run_id
     fake_slurm.queue = [
         Queued("90_0", "trak-featurize-1-0123456789ab"),
         Queued("91_0", f"trak-featurize-1-{run_id}0"),
@@ -872,20 +872,20 @@ def test_status_where_squeue_fails(launch, slurm_run, status, fake_slurm) -> Non
 
 
 @pytest.fixture
-def lost(launch, slurm_run, fake_slurm, tmp_path: Path) -> Jobs:
+def lost(launch, slurm_run, fake_slurm, tmp_path: Path) -> JobRecords:
     """The jobs of a run whose queue is empty though nothing is done."""
     assert launch(*slurm_run).code == 0
     fake_slurm.queue = []
-    return Jobs(opened(tmp_path))
+    return JobRecords(opened(tmp_path))
 
 
-def begin(jobs: Jobs, log: Path | None = None) -> None:
+def begin(jobs: JobRecords, log: Path | None = None) -> None:
     """Let the first task have begun."""
     by = {"host": "n2", "job_id": "1_0", "log": str(log or "")}
     jobs.begin("1", 0, done=0, by=by)
 
 
-def test_status_shows_a_lost_task_with_the_end_of_its_log(lost, status, fake_slurm) -> None:
+def test_status_shows_a_vanished_task_with_the_end_of_its_log(lost, status, fake_slurm) -> None:
     log = lost.run.layout.job_logs(1) / "1_0_0_log.out"
     log.write_text("".join(f"line {i}\n" for i in range(1000)))
     begin(lost, log)
@@ -957,7 +957,7 @@ def test_status_reads_no_log_outside_the_run_directory(lost, status, tmp_path: P
     assert "the password" not in ended.out
 
 
-def test_a_lost_task_that_is_submitted_again_is_lost_no_more(
+def test_a_vanished_task_that_is_submitted_again_is_no_longer_vanished(
     lost, launch, slurm_run, status
 ) -> None:
     begin(lost)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import tiny
-from submitting import fail, finish, opened
+from submission_assertions import fail, finish, opened
 from test_slurm import WHOLE_GRAPH
 
 import trak_dist

@@ -6,15 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+from command_result import Ended, Launch
 from fake_slurm import FakeSlurm
-from launching import Ended, Launch
-from submitting import fail, finish, table
+from submission_assertions import fail, finish, table
 from sweeping import members
 
 from trak_dist.cells import of_step
 from trak_dist.status.queue import read_queue
 from trak_dist.status.state import read_status
-from trak_dist.store.jobs import Jobs
+from trak_dist.store.jobs import JobRecords
 from trak_dist.store.run import Run
 
 pytestmark = pytest.mark.long
@@ -73,9 +73,9 @@ def test_all_members_are_submitted_at_once_and_featurize_once(
     ]
     member = there[8].layout
     assert f"-m trak_dist.task {member.run_dir} 7\n" in fake_slurm.script(7)
-    assert fake_slurm.options(7)["job-name"] == f"trak-kernel-7-{Jobs(there[16]).run_id}"
-    assert {Jobs(run).run_id for run in there.values()} == {Jobs(there[16]).run_id}
-    assert Jobs(there[16]).read(7).member == member.member
+    assert fake_slurm.options(7)["job-name"] == f"trak-kernel-7-{JobRecords(there[16]).run_id}"
+    assert {JobRecords(run).run_id for run in there.values()} == {JobRecords(there[16]).run_id}
+    assert JobRecords(there[16]).read(7).member == member.member
     assert not (member.run_dir / "jobs").exists()
     again = launch(*sweep, "proj_dim=16,8,4,2")
     assert arrays(again) == []
@@ -150,7 +150,7 @@ def test_status_of_a_member_shows_what_others_make_for_it(
         stages = read_status(run).stages
         assert (len(stages["featurize"].running), len(stages["featurize"].queued)) == (7, 17)
         assert len(stages["reduce"].queued) == 10
-    rows = [task.job_id for task, _ in read_queue(Jobs(there[8])).tasks]
+    rows = [task.job_id for task, _ in read_queue(JobRecords(there[8])).tasks]
     assert not {"2_0", "5_0", "6_0"} & {*rows}
     ended = launch("stage=status", f"run_dir={there[8].layout.run_dir}")
     assert json.loads(ended.out.splitlines()[-1])["stage"]["featurize"]["queued"] == 17
@@ -163,4 +163,4 @@ def test_a_member_that_is_gone_is_no_owner(
     base = Run.open(tmp_path / "run")
     (name,) = base.layout.members()
     (base.layout.sweeps / name / "plan.json").unlink()
-    assert all(job.member == "" for _, job in read_queue(Jobs(base)).tasks)
+    assert all(job.member == "" for _, job in read_queue(JobRecords(base)).tasks)

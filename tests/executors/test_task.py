@@ -15,14 +15,14 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
+from blocking_problem import AT
 from killing import Killed
-from submitting import fail, finish, opened, publish
-from waiting import AT
+from submission_assertions import fail, finish, opened, publish
 
 from trak_dist import graph, task, worker
 from trak_dist.cells import of_stage, parse_cell
 from trak_dist.runtime.inputs import require
-from trak_dist.store.jobs import Attempt, Jobs
+from trak_dist.store.jobs import Attempt, JobRecords
 from trak_dist.store.run import Run
 
 pytestmark = pytest.mark.slow
@@ -59,7 +59,7 @@ def main(run: Run, monkeypatch: pytest.MonkeyPatch) -> Main:
         def __call__(self) -> bool:
             return False
 
-    monkeypatch.setattr(task, "Warned", Unwarned)
+    monkeypatch.setattr(task, "TerminationNotice", Unwarned)
     monkeypatch.setattr(task, "PAUSE_SECONDS", 0.0)
 
     def called(*arguments: object, index: int | None = None) -> int:
@@ -76,7 +76,7 @@ def done(run: Run, cells: Sequence[str]) -> list[str]:
 
 
 def attempt(run: Run, job: object, index: int = 0) -> Attempt:
-    found = Jobs(run).attempt(str(job), index)
+    found = JobRecords(run).attempt(str(job), index)
     assert found
     return found
 
@@ -94,7 +94,7 @@ def test_a_submitted_task_runs_its_cells_and_no_others(main: Main, run: Run, log
     assert attempt(run, job, 1).number == 1, "where nothing is left no attempt begins"
 
 
-def test_a_task_goes_on_where_it_was_left(main: Main, run: Run, monkeypatch) -> None:
+def test_a_task_resumes_where_it_was_left(main: Main, run: Run, monkeypatch) -> None:
     finish(run, FIRST[:1])
     begun = []
     real = worker._run_cell
@@ -239,12 +239,12 @@ def test_a_failure_of_an_older_plan_is_no_reason_not_to_look_again(
     assert on_slurm(publish(run, KERNEL, step="kernel")) == 0
 
 
-def test_a_task_that_is_warned_while_it_looks_asks_for_another_go(run: Run, unseen) -> None:
+def test_a_task_that_is_warned_while_it_looks_requeues(run: Run, unseen) -> None:
     warned = SimpleNamespace(said=False)
     unseen.meanwhile[2] = lambda: setattr(warned, "said", True)
     cells = tuple(map(parse_cell, KERNEL))
-    given = task.Task("1", 0, run.plan.fingerprint, cells, "cpu", 1.0, 5)
-    assert task._run(Jobs(run), given, lambda: warned.said, itertools.repeat(5.0)) == 85
+    given = task.Assignment("1", 0, run.plan.fingerprint, cells, "cpu", 1.0, 5)
+    assert task._run(JobRecords(run), given, lambda: warned.said, itertools.repeat(5.0)) == 85
     assert unseen.slept == [5.0, 5.0]
 
 
@@ -273,7 +273,7 @@ def test_a_checkpoint_that_another_node_trains_is_waited_for(
     where = str(run.layout.run_dir), run.plan.fingerprint, "cpu"
     assert not worker.run_cells(*where, FIRST[:1])
     assert run.receipts.failures(map(parse_cell, FIRST)) == {}
-    assert worker.run_cells(*where, FIRST[:1], pauses=[5.0])
+    assert worker.run_cells(*where, FIRST[:1], retry_delays=[5.0])
     assert slept == [5.0]
 
 
@@ -430,7 +430,7 @@ def test_a_new_array_begins_the_count_anew(main: Main, run: Run, dies) -> None:
     assert attempt(run, second).number == 1
 
 
-def test_a_damaged_count_begins_anew(main: Main, run: Run, dies) -> None:
+def test_a_damaged_count_starts_over(main: Main, run: Run, dies) -> None:
     job = publish(run, FIRST, max_attempts=1)
     dies(run, job)
     run.layout.attempt(str(job), 0).write_text("{")
@@ -506,7 +506,7 @@ def started(waiting_run: Run, tmp_path: Path) -> Iterator[Callable[[int], subpro
         process.wait()
 
 
-def test_warned_a_task_ends_after_its_cell_and_asks_for_another_go(
+def test_after_a_termination_notice_a_task_finishes_its_cell_and_requeues(
     started, waiting_run: Run, tmp_path: Path
 ) -> None:
     process = started(publish(waiting_run, FIRST, signal_delay=100))
@@ -568,7 +568,7 @@ def test_a_failed_cell_of_a_task_that_was_warned_does_not_keep_it_from_another_g
 
     monkeypatch.setattr(worker, "run_cells", run_cells)
     warned = SimpleNamespace(patience=0.0, said=True)
-    given = task.Task("1", 0, run.plan.fingerprint, (parse_cell(FIRST[0]),), "cpu", 1.0, 5)
-    assert task._run(Jobs(run), given, lambda: warned.said, iter(())) == 85
+    given = task.Assignment("1", 0, run.plan.fingerprint, (parse_cell(FIRST[0]),), "cpu", 1.0, 5)
+    assert task._run(JobRecords(run), given, lambda: warned.said, iter(())) == 85
     warned.said = False
-    assert task._run(Jobs(run), given, lambda: warned.said, iter(())) == 1
+    assert task._run(JobRecords(run), given, lambda: warned.said, iter(())) == 1

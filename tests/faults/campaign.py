@@ -28,7 +28,7 @@ from typing import Any
 import commands
 import tiny
 from commands import HUNG, Listings, Process, below, launched, start, tasked
-from injecting import OF_FILES, REFUSALS, Fault
+from fault_injection import OF_FILES, REFUSALS, Fault
 
 from trak_dist import graph
 from trak_dist.cells import STEPS
@@ -339,7 +339,7 @@ def main() -> int:
     campaign = Campaign(directory.absolute())
     outcomes: dict[str, Counter[str]] = {}
     begun, lost = time.monotonic(), 0
-    for number in range(given.count) if given.only is None else [given.only]:
+    for number in range(given.count) if given.single_example is None else [given.single_example]:
         case = campaign.case(given.seed, number)
         name = f"{case.kind}, {case.who}"
         try:
@@ -349,7 +349,7 @@ def main() -> int:
             outcome, why, lost = "LOST", f" ({error})", lost + 1
         print(f"case {number}: {name}, {case.prepared.story.name}: {outcome}{why}", flush=True)
         at = case.root.with_name(f"{case.root.name}.happened")
-        if why or given.only is not None:
+        if why or given.single_example is not None:
             print(at.read_text() if at.exists() else "", case.said, sep="", flush=True)
         at.unlink(missing_ok=True)
         shutil.rmtree(f"{case.root}.lost", ignore_errors=True)

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import zarr.core.sync
-from injecting import Fault, Layer, note, step_clock
+from fault_injection import Fault, Layer, note, step_clock
 
 from trak_dist import launch, task
 from trak_dist.cells import of_stage
-from trak_dist.executors.local import work
-from trak_dist.executors.protocol import Job, Task
+from trak_dist.executors.local import run_logged
+from trak_dist.executors.protocol import CellIds, RunCells
 from trak_dist.status.verify import damaged_cells
 from trak_dist.store.run import Run
 
@@ -101,7 +101,7 @@ class Forked:
     workers: int
     of_worker: Callable[[int], None]
 
-    def run(self, job: Job, tasks: Sequence[Task], tick: Callable[[], None]) -> None:
+    def run(self, job: RunCells, tasks: Sequence[CellIds], tick: Callable[[], None]) -> None:
         """See `trak_dist.executors.protocol.Executor`."""
         count = min(self.workers, len(tasks))
         shares = [
@@ -119,13 +119,13 @@ class Forked:
                 os.waitpid(pid, 0)
             raise
 
-    def _start(self, job: Job, tasks: Sequence[Task], number: int) -> int:
+    def _start(self, job: RunCells, tasks: Sequence[CellIds], number: int) -> int:
         pid = os.fork()
         if pid:
             return pid
         try:
             self.of_worker(number)
-            work(job, [cell for one in tasks for cell in one])
+            run_logged(job, [cell for one in tasks for cell in one])
         except BaseException:
             traceback.print_exc()
         finally:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from injecting import Fault, Layer
+from fault_injection import Fault, Layer
 
 from trak_dist import open_run, worker
 from trak_dist.store import arrays, atomic

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from mutating import (
+from mutations import (
     Mutations,
     mutated_bytes,
     mutated_json,
@@ -37,9 +37,9 @@ from trak_dist.checkpoints import state_dicts
 from trak_dist.checkpoints.digests import content_digest
 from trak_dist.configuration.config import SlurmConfig
 from trak_dist.configuration.validation import (
+    check_sections,
     cluster_from_mapping,
     config_from_mapping,
-    refuse_other_shape,
 )
 from trak_dist.errors import CorruptChunk
 from trak_dist.interface import options
@@ -48,7 +48,7 @@ from trak_dist.status.state import read_status
 from trak_dist.status.text import lines
 from trak_dist.status.verify import damaged_cells
 from trak_dist.store import parts
-from trak_dist.store.jobs import Job, Jobs
+from trak_dist.store.jobs import JobRecord, JobRecords
 from trak_dist.store.prepare import prepare
 from trak_dist.store.run import Run
 
@@ -74,7 +74,7 @@ class Subject:
         self.run = Run.open(self.run_dir)
         self.scores = open_run(self.run_dir).scores("val")
         self.mapping: dict[str, Any] = {}
-        job = Job(
+        job = JobRecord(
             launch="a",
             step="featurize",
             fingerprint=self.run.plan.fingerprint,
@@ -83,8 +83,8 @@ class Subject:
             cluster=json.loads(json.dumps(SlurmConfig().__dict__, default=vars)),
             stages=("featurize",),
         )
-        Jobs(self.run).publish(job)
-        Jobs(self.run).begin("1", 0, done=0, by={"host": "n"})
+        JobRecords(self.run).publish(job)
+        JobRecords(self.run).begin("1", 0, done=0, by={"host": "n"})
         self.state = parent / "checkpoints" / "kept.safetensors"
         self.state.write_bytes(save({k: v.contiguous() for k, v in tiny.state(9).items()}))
         rows = np.arange(4)
@@ -183,7 +183,7 @@ def kinds(subject: Subject) -> dict[str, Kind]:
         return lambda draw, whole: mutated_text(draw, whole, seal)
 
     def jobs() -> str:
-        found = Jobs(subject.run)
+        found = JobRecords(subject.run)
         found.attempt("1", 0)
         for _, job in found.readable(found.numbers()):
             job.cells(10**6)
@@ -235,7 +235,7 @@ def kinds(subject: Subject) -> dict[str, Kind]:
         changed = mutated_json(draw, subject.mapping)
 
         def look() -> str:
-            refuse_other_shape(changed)
+            check_sections(changed)
             config_from_mapping(changed)
             return "correct"
 
@@ -289,7 +289,7 @@ def mutate(subject: Subject, mutations: Mutations, name: str, count: int) -> Non
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_each_mutation_is_told_or_harmless(subject, mutations, name: str, monkeypatch) -> None:
+def test_each_mutation_is_reported_or_harmless(subject, mutations, name: str, monkeypatch) -> None:
     monkeypatch.chdir(subject.run_dir)
     mutate(subject, mutations, name, FEW if name != "command lines" else FEW // 3)
 
@@ -301,7 +301,7 @@ def test_ten_thousand_mutations(subject, mutations, name: str, monkeypatch) -> N
     mutate(subject, mutations, name, MANY)
 
 
-def test_damaged_metadata_of_scores_is_mended_by_the_same_command(subject) -> None:
+def test_damaged_metadata_of_scores_is_repaired_by_the_same_command(subject) -> None:
     for content in (b"", b'{"zarr_format": 3}', b"[" * 10**5):
         (subject.run_dir / "store.zarr/scores/val/zarr.json").write_bytes(content)
         assert launched(subject.line) == 0
@@ -328,7 +328,7 @@ def test_a_changed_scale_in_a_receipt_is_noticed(subject) -> None:
         ({"counterfactuals": [1]}, "the facts of a receipt can't be read"),
     ],
 )
-def test_odd_facts_of_a_report_are_told(subject, facts: dict[str, Any], what: str) -> None:
+def test_odd_facts_of_a_report_are_reported(subject, facts: dict[str, Any], what: str) -> None:
     cell = ReportCell("val")
     receipt = subject.run.receipts.done([cell])[cell]
     subject.run.receipts.publish(cell, replace(receipt, facts=facts))

@@ -41,7 +41,7 @@ def numbers(run: Run) -> dict[str, Any]:
     found |= {"memory": {kind.kind: kind.memory(plan) for kind in KINDS if kind.kind in MEMORY}}
     found |= {"cpus": {step: batch._threads(plan, step) for step in STEPS}}
     found |= {"gpu": {step: batch.on_gpu(step) for step in GPU}}
-    return found | {"halves": {name: halves_targets(plan, name) for name in plan.scored()}}
+    return found | {"halves": {name: halves_targets(plan, name) for name in plan.scored_names()}}
 
 
 def everything(run: Run) -> list[Cell]:
@@ -68,7 +68,7 @@ def cell(run: Run, one: Cell) -> dict[str, Any]:
         name: sorted({c.id for c in one.dependencies(plan, done)})
         for name, done in (("none", ()), ("all", everything(run)))
     }
-    owned = contents.slabs(run, one).items()
+    owned = contents.array_regions(run, one).items()
     key = {} if one.kind == "report" else {"key": one.key(plan)}  # a report's may change
     return {
         **key,
@@ -96,7 +96,7 @@ def arrays(run: Run) -> dict[str, Any]:
             if meta["node_type"] == "array"
             else "group"
         )
-    for slab in (s for c in everything(run) for s in contents.slabs(run, c).values()):
+    for slab in (s for c in everything(run) for s in contents.array_regions(run, c).values()):
         spec = slab.spec
         taken_for = [spec.shape, spec.chunks, spec.dtype, spec.compression]
         taken_for.append(spec.if_changed == "grow")
@@ -110,7 +110,7 @@ def threads(run: Run) -> dict[str, int]:
     found, device = {}, torch.device("cpu")
     for one in everything(run):
         if one.kind not in found:
-            with worker.own_numerics(device):
+            with worker.cell_numerics(device):
                 worker._fix_numerics(SimpleNamespace(run=run, device=device), one)
                 found[one.kind] = torch.get_num_threads()
     return found
@@ -145,15 +145,15 @@ def graph_arrays(
     """
     owned = {cell: f"other.{cell.id}" for cell in owners}
     asked = {"done": done, "owners": owned, "skip": skip, "rows_per_task": 16}
-    for number, array in enumerate(graph.arrays(run.plan, list(STEPS), **asked)):
-        for index, task in enumerate(() if array.lacks else array.tasks):
+    for number, array in enumerate(graph.task_groups(run.plan, list(STEPS), **asked)):
+        for index, task in enumerate(() if array.missing_inputs else array.tasks):
             owned.update(dict.fromkeys(task, f"{array.step}.{number}.{index}"))
         yield {
             "step": array.step,
             "tasks": ["+".join(c.id for c in task) for task in array.tasks],
             "after": sorted(array.after),
-            "beside": sorted(array.beside),
-            "lacks": sorted(c.id for c in array.lacks),
+            "beside": sorted(array.after_any),
+            "lacks": sorted(c.id for c in array.missing_inputs),
         }
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import oracle
 import pytest
 import stored
-from launching import Ended, Launch
+from command_result import Ended, Launch
 
 from trak_dist import open_run
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from launching import Ended, Launch
+from command_result import Ended, Launch
 
 from trak_dist.store.run import Run
 

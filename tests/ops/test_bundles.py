@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from devices import DEVICE
-from gathering import gathered
+from gathered_gradients import gathered
 from test_layers import Weighed, moved
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from trak_dist.checkpoints.featurizer import adding
+from trak_dist.checkpoints.featurizer import projecting_sink
 from trak_dist.ops import bundles as bundling
 from trak_dist.ops.bundles import Bundles, has_bundles
 from trak_dist.ops.gradients import VmapGradients, select_params
@@ -86,12 +86,12 @@ def test_hooks_hand_over_what_vmap_would_have_bundled(layer: str, piece_elements
     model, x = LAYERS[layer]
     model = moved(model)
     wanted, found = torch.zeros(BATCH, DIM), torch.zeros(BATCH, DIM, device=DEVICE)
-    VmapGradients(model, Weighed(), ["*"])((x,), adding(projector(model), wanted))
+    VmapGradients(model, Weighed(), ["*"])((x,), projecting_sink(projector(model), wanted))
     project = projector(model.to(DEVICE))
     hooks = HookGradients(
         model, Weighed(), ["*"], piece_elements=piece_elements, bundles=project.bundles
     )
-    hooks((x.to(DEVICE),), adding(project, found))
+    hooks((x.to(DEVICE),), projecting_sink(project, found))
     torch.testing.assert_close(found.cpu(), wanted, rtol=0, atol=1e-5 * float(wanted.norm()))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from devices import DEVICE
-from gathering import gathered
+from gathered_gradients import gathered
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 

@@ -26,7 +26,7 @@ from trak_dist.configuration.config import FeaturizeConfig, ProjectionConfig, Sp
 from trak_dist.ingest.streamed_plan import new_plan
 from trak_dist.ops import projection as projections
 from trak_dist.ops.gradients import select_params
-from trak_dist.runtime.session import Loaded
+from trak_dist.runtime.session import CheckpointFeaturizer
 
 BATCHES = 2
 ON = torch.device("meta") if DEVICE.type == "cpu" else DEVICE
@@ -82,7 +82,7 @@ def of_featurizing(
     projection = ProjectionConfig(kind=spec.pop("projection", "sjlt"))
     settings = replace(Spec(problem={}, proj_dim=96, store_dim=96, projection=projection), **spec)
     plan = new_plan(settings, rows=9, parameters=parameters, model="", gradients=gradients)
-    loaded = Loaded(plan, 0, "", copy.deepcopy(model).to(ON).eval(), output)
+    loaded = CheckpointFeaturizer(plan, 0, "", copy.deepcopy(model).to(ON).eval(), output)
     batch = tuple(t.to(ON) for t in batch)
     grads = torch.zeros(len(batch[0]), plan.store_dim, device=ON)
     loaded.featurize(batch, grads)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from devices import DEVICE
-from gathering import gathered
+from gathered_gradients import gathered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn

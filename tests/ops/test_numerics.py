@@ -17,7 +17,7 @@ EXACT = {"ieee", False, "highest"}
 
 @pytest.fixture(autouse=True)
 def _leave_flags_as_they_were() -> Iterator[None]:
-    with numerics.kept():
+    with numerics.preserve():
         yield
 
 
@@ -77,7 +77,7 @@ def test_float32_is_exact_in_a_cell_and_as_it_was_afterwards(
     try:
         SETTINGS[setting]()
         before = precisions()
-        with numerics.kept():
+        with numerics.preserve():
             numerics.fix(device)
             assert set(precisions().values()) <= EXACT
         assert precisions() == before
@@ -88,7 +88,7 @@ def test_float32_is_exact_in_a_cell_and_as_it_was_afterwards(
 def test_a_script_that_uses_torchs_newer_names_can_feed() -> None:
     of_convolutions("ieee")
     assert precisions()["allow_tf32 of cudnn"] == "refused"
-    with worker.own_numerics(CPU):
+    with worker.cell_numerics(CPU):
         pass
 
 
@@ -101,7 +101,7 @@ def attention() -> list[bool]:
 def test_on_a_gpu_kernels_with_one_order_are_asked_for() -> None:
     torch.backends.cudnn.benchmark = True
     before = attention()
-    with numerics.kept():
+    with numerics.preserve():
         numerics.fix(GPU)
         assert torch.are_deterministic_algorithms_enabled()
         assert torch.is_deterministic_algorithms_warn_only_enabled()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 import pytest
 import torch
 from devices import DEVICE
-from gathering import gathered
+from gathered_gradients import gathered
 from test_bundles import LAYERS
 from test_hooks import MODELS, assert_agree, built
 from test_layers import BARE, Bare, Weighed, inputs, moved

@@ -49,13 +49,13 @@ def test_the_rows_of_a_sum_are_walked_over_in_their_order() -> None:
 
 def test_long_sums_are_those_of_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     keys, values = drawn(1000, 5, 2)
-    monkeypatch.setattr(segments, "WALK", 10)
+    monkeypatch.setattr(segments, "MIN_ROWS_PER_PART", 10)
     parted = Segments.of(keys, 5)
     assert len(parted.starts) == 20 * 5
     assert len(parted.order) == 1000
     longest = torch.diff(parted.starts, append=parted.starts.new_tensor([1000])).max()
     assert int(longest) <= 50  # each is of the rows among 50 neighbours that have one key
-    monkeypatch.setattr(segments, "WALK", 1000)
+    monkeypatch.setattr(segments, "MIN_ROWS_PER_PART", 1000)
     torch.testing.assert_close(parted.sums(values), Segments.of(keys, 5).sums(values))
 
 

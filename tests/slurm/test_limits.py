@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from on_slurm import SLURM, Lab, finish, overrides, scores
 
-from trak_dist.store.jobs import Jobs
+from trak_dist.store.jobs import JobRecords
 from trak_dist.store.run import Run
 
 
@@ -31,7 +31,7 @@ def test_an_array_is_split_below_the_largest_index(
     run = path / "run"
     ended = launch(*overrides(path, "run"), *SLURM, "cluster.rows_per_task=4")
     assert ended.code == 0
-    jobs = Jobs(Run.open(run))
+    jobs = JobRecords(Run.open(run))
     arrays = [jobs.read(n) for n in jobs.numbers()]
     assert [len(j.tasks) for j in arrays if j.step == "featurize"] == [11, 9]
     assert finish(run, 300).complete
@@ -39,7 +39,7 @@ def test_an_array_is_split_below_the_largest_index(
 
 
 @pytest.mark.long
-def test_a_cell_that_fails_is_not_submitted_again_by_the_job_that_goes_on(
+def test_a_cell_that_fails_is_not_submitted_again_by_the_job_that_resumes(
     launch, path: Path, small_lab: Lab
 ) -> None:
     run = path / "run"
@@ -47,6 +47,6 @@ def test_a_cell_that_fails_is_not_submitted_again_by_the_job_that_goes_on(
     assert launch(*overrides(path, "run"), *SLURM, "cluster.qos=tiny").code == 0
     found = finish(run, 300)
     assert len(found.stages["featurize"].failed) == 2
-    jobs = Jobs(Run.open(run))
+    jobs = JobRecords(Run.open(run))
     cells = [c for n in jobs.numbers() for task in jobs.read(n).tasks for c in task]
     assert len(cells) == len(set(cells))

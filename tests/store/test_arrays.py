@@ -201,7 +201,7 @@ def test_processes_that_make_the_same_array_at_once_all_succeed(tmp_path: Path) 
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_of_processes_that_make_different_arrays_at_once_the_losers_are_told(
+def test_of_processes_that_make_different_arrays_at_once_the_losers_are_reported(
     tmp_path: Path,
 ) -> None:
     path = tmp_path / "grads"
@@ -292,7 +292,7 @@ def test_metadata_that_is_not_what_is_planned_is_refused(
     np.testing.assert_array_equal(arrays.read_rows(made, spec, 0, 8), rows(0, 8))
 
 
-def test_any_flipped_bit_of_metadata_is_told_or_harmless(made: Path, spec: ArraySpec) -> None:
+def test_any_flipped_bit_of_metadata_is_reported_or_harmless(made: Path, spec: ArraySpec) -> None:
     arrays.write_rows(made, spec, 0, rows(0, 8))
     metadata = made / "zarr.json"
     whole = metadata.read_bytes()

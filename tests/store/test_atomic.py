@@ -172,7 +172,7 @@ def _build(content: str) -> Callable[[Path], None]:
     return build
 
 
-def test_a_directory_is_published_once_and_the_second_builder_is_told(tmp_path: Path) -> None:
+def test_a_directory_is_published_once_and_the_second_builder_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "models" / "grads"
     assert atomic.publish_directory(path, _build("first")) is True
     assert atomic.publish_directory(path, _build("second")) is False

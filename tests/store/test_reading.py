@@ -57,7 +57,9 @@ def test_what_was_replaced_while_it_was_read_is_read_again(
     assert len(asked) == 4
 
 
-def test_a_file_that_stays_stale_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_stays_stale_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     refusing(monkeypatch, "read_bytes", errno.ESTALE, times=99)
     with pytest.raises(StoreError, match=r"not readable: Stale file handle\n  where: .*receipt"):
         atomic.read(tmp_path / "receipt.json")
@@ -130,7 +132,7 @@ def test_other_names_beside_plans_and_jobs_are_no_plans_and_no_jobs(layout: Layo
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EIO])
-def test_a_run_that_may_not_be_looked_at_is_told(
+def test_a_run_that_may_not_be_looked_at_is_reported(
     layout: Layout, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     refusing(monkeypatch, "exists", code, times=1)
@@ -139,7 +141,7 @@ def test_a_run_that_may_not_be_looked_at_is_told(
 
 
 @pytest.mark.parametrize("code", [errno.EACCES, errno.EIO])
-def test_an_array_that_may_not_be_looked_at_is_told(
+def test_an_array_that_may_not_be_looked_at_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     spec = arrays.ArraySpec(shape=(2,), chunks=(2,), dtype="float32")

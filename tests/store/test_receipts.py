@@ -217,18 +217,18 @@ def test_damage_to_the_consolidated_file_loses_cells_and_raises_nothing(
     assert raised == {}
 
 
-def test_a_doubted_cell_stays_done_until_it_is_taken_back(receipts: Receipts) -> None:
+def test_a_stale_cell_stays_done_until_it_is_revoked(receipts: Receipts) -> None:
     receipts.publish(CELL, receipt(CELL))
     receipts.fail(KernelCell(0), failure(KernelCell(0)))
-    receipts.doubt(CELL, "shown other rows")
-    assert receipts.doubted(CELLS) == {CELL: "shown other rows"}
+    receipts.mark_stale(CELL, "shown other rows")
+    assert receipts.stale(CELLS) == {CELL: "shown other rows"}
     assert CELL in receipts.done([CELL])
     receipts.revoke(CELL, why="shown other rows")
-    assert receipts.doubted(CELLS) == {}
+    assert receipts.stale(CELLS) == {}
     assert set(receipts.failures(CELLS)) == {KernelCell(0)}
-    receipts.doubt(CELL, "again")
-    receipts.trust(CELL)
-    assert receipts.doubted(CELLS) == {}
+    receipts.mark_stale(CELL, "again")
+    receipts.clear_failure(CELL)
+    assert receipts.stale(CELLS) == {}
 
 
 def test_a_failure_is_on_record_until_the_cell_succeeds(receipts: Receipts) -> None:

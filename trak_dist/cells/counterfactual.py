@@ -42,19 +42,19 @@ class CounterfactualCell(Cell):
     @classmethod
     def of_targets(cls, plan: Plan, targets: str) -> Iterator[Self]:
         """Those of one target set, the ones without random rows last."""
-        asked = plan.counterfactuals
-        rows = evenly_spaced(plan.split(targets).rows, asked.targets)
+        requested = plan.counterfactuals
+        rows = evenly_spaced(plan.split(targets).rows, requested.targets)
         selections: list[Selection] = [HelpfulTo(row) for row in rows]
         for selection in (*selections, AtRandom()) if selections else ():
-            for removed in asked.remove:
-                for seed in range(asked.seeds):
+            for removed in requested.remove:
+                for seed in range(requested.seeds):
                     yield cls(targets, selection, removed, seed)
 
     @classmethod
     def count(cls, plan: Plan) -> int:
-        asked = plan.counterfactuals
-        chosen = [min(asked.targets, split.rows) for split in plan.targets]
-        return sum(c + 1 for c in chosen if c) * len(asked.remove) * asked.seeds
+        requested = plan.counterfactuals
+        chosen = [min(requested.targets, split.rows) for split in plan.targets]
+        return sum(c + 1 for c in chosen if c) * len(requested.remove) * requested.seeds
 
     def identity(self, plan: Plan) -> str:
         identity = _without_helpful if self.needs_scores else _without_random

@@ -38,7 +38,7 @@ class EvaluateCell(Cell):
 
     @classmethod
     def of(cls, plan: Plan) -> Iterator[Self]:
-        yield from (cls(name) for name in plan.scored() if plan.evaluated(name))
+        yield from (cls(name) for name in plan.scored_names() if plan.is_evaluated(name))
 
     @classmethod
     def count(cls, plan: Plan) -> int:
@@ -60,7 +60,7 @@ class EvaluateCell(Cell):
             return
         yield from CounterfactualCell.of_targets(plan, self.targets)
         yield from (MarginsCell(*model, self.targets) for model in retrained(plan))
-        for_truth = plan.has_truth(self.targets) and scores[0] in done
+        for_truth = plan.has_ground_truth(self.targets) and scores[0] in done
         for model_id in plan.model_ids if for_truth else ():
             kernel = KernelCell(model_id)
             yield kernel
@@ -97,7 +97,7 @@ def evaluated_on(plan: Plan, targets: str) -> list[object]:
         *(ground_truth.subsets, ground_truth.seeds),
     ]
     content: list[object] = ["evaluate", scores_identity(plan), plan.cut(targets)]
-    content += [truth] if plan.has_truth(targets) else []
+    content += [truth] if plan.has_ground_truth(targets) else []
     if plan.counterfactuals.targets and targets != TRAIN:
         content += [asdict(plan.counterfactuals)]
     content += [plan.mislabelled or ""] if targets == TRAIN else []

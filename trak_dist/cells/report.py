@@ -30,11 +30,11 @@ class ReportCell(Cell):
 
     @classmethod
     def of(cls, plan: Plan) -> Iterator[Self]:
-        yield from map(cls, plan.scored())
+        yield from map(cls, plan.scored_names())
 
     @classmethod
     def count(cls, plan: Plan) -> int:
-        return sum(1 for _ in plan.scored())
+        return sum(1 for _ in plan.scored_names())
 
     def identity(self, plan: Plan) -> str:
         return _identity(plan, self.targets)
@@ -44,7 +44,7 @@ class ReportCell(Cell):
         return True
 
     def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
-        evaluated = [EvaluateCell(self.targets)] if plan.evaluated(self.targets) else []
+        evaluated = [EvaluateCell(self.targets)] if plan.is_evaluated(self.targets) else []
         yield from evaluated
         if all(cell in done for cell in evaluated):
             yield from ScoreCell.of_targets(plan, self.targets)

@@ -38,7 +38,7 @@ class ScoreCell(Cell):
 
     @classmethod
     def of(cls, plan: Plan) -> Iterator[Self]:
-        for name in plan.scored():
+        for name in plan.scored_names():
             yield from cls.of_targets(plan, name)
 
     @classmethod
@@ -48,7 +48,7 @@ class ScoreCell(Cell):
 
     @classmethod
     def count(cls, plan: Plan) -> int:
-        return sum(_cut(plan, name).cells for name in plan.scored())
+        return sum(_cut(plan, name).cells for name in plan.scored_names())
 
     def identity(self, plan: Plan) -> str:
         return _identity(plan, self.targets)
@@ -75,8 +75,8 @@ class ScoreCell(Cell):
         Of an ensemble also `halves` (n_train, 2, ≤ 64 of the targets): of either half of it.
         """
         owned = {"scores": self._owned(plan, "scores", columns(plan, self.targets))}
-        if kept := halves_targets(plan, self.targets):
-            owned["halves"] = self._owned(plan, "halves", 2, len(kept))
+        if half_targets := halves_targets(plan, self.targets):
+            owned["halves"] = self._owned(plan, "halves", 2, len(half_targets))
         return owned
 
     def _owned(self, plan: Plan, name: str, *columns: int) -> OwnedRows:
@@ -98,7 +98,7 @@ class ScoreCell(Cell):
 
     @classmethod
     def one_per_array(cls, plan: Plan) -> Iterator[Self]:
-        yield from (next(cls.of_targets(plan, name)) for name in plan.scored())
+        yield from (next(cls.of_targets(plan, name)) for name in plan.scored_names())
 
     @classmethod
     def memory(cls, plan: Plan) -> int:

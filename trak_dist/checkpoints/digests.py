@@ -40,15 +40,15 @@ def load_into(run: Run, model: nn.Module, checkpoint: Checkpoint) -> str:
         under this `model_id`, or the same weights under another.
     """
     path = run.layout.checkpoint(checkpoint.file)
-    fitted = state_dicts.fitted(state_dicts.read(path), model, where=str(path))
+    fitted = state_dicts.fit_state_dict(state_dicts.read(path), model, where=str(path))
     digest = content_digest(fitted.state)
-    refuse_other_weights(run, checkpoint.model_id, digest, publish=True)
-    refuse_twins(run, checkpoint.model_id, digest)
+    check_weights(run, checkpoint.model_id, digest, publish=True)
+    check_distinct_weights(run, checkpoint.model_id, digest)
     fitted.load_into(model)
     return digest
 
 
-def refuse_other_weights(run: Run, model_id: int, digest: str, *, publish: bool) -> None:
+def check_weights(run: Run, model_id: int, digest: str, *, publish: bool) -> None:
     """Raise `CheckpointError` if other weights were planned, or seen, under `model_id`.
 
     The first worker to load a checkpoint publishes its digest; all compare.
@@ -71,7 +71,7 @@ def refuse_other_weights(run: Run, model_id: int, digest: str, *, publish: bool)
             )
 
 
-def twins(run: Run, model_id: int, digest: str) -> list[int]:
+def ids_with_same_weights(run: Run, model_id: int, digest: str) -> list[int]:
     """The other ids under which these weights are known.
 
     Asked after the own digest is published, so that of two workers at once at least one sees it.
@@ -80,9 +80,9 @@ def twins(run: Run, model_id: int, digest: str) -> list[int]:
     return [other for other in others if published(run, other) == digest]
 
 
-def refuse_twins(run: Run, model_id: int, digest: str) -> None:
+def check_distinct_weights(run: Run, model_id: int, digest: str) -> None:
     """Raise `CheckpointError` if these weights are known under another id."""
-    for other in twins(run, model_id, digest):
+    for other in ids_with_same_weights(run, model_id, digest):
         raise CheckpointError(
             f"model_ids {min(other, model_id)} and {max(other, model_id)} have the same "
             f"weights (digest {digest})",

@@ -15,26 +15,26 @@ from trak_dist.errors import NotCovered
 from trak_dist.ops.batches import Batch
 from trak_dist.ops.gradients import (
     GradientComputer,
+    GradientSink,
     LoopGradients,
-    Take,
     VmapGradients,
     select_params,
 )
 from trak_dist.ops.hooks import HookGradients
-from trak_dist.ops.intact import Intact, copied
 from trak_dist.ops.model_outputs import ModelOutput, out_to_loss
+from trak_dist.ops.model_state import ModelStateGuard, copy_model
 from trak_dist.ops.projection import Projector, make_projector
 from trak_dist.plan import Plan
 
 log = logging.getLogger("trak_dist")
 
 
-class Loaded:
+class CheckpointFeaturizer:
     """A model with a checkpoint's weights, on the device, and what computes its grads.
 
     Parameters
     ----------
-    way : str
+    method : str
         How: `hooks`, `vmap` or `loop`; the plan's, unless that was found to be wrong.
     """
 
@@ -46,21 +46,25 @@ class Loaded:
         model: nn.Module,
         model_output: ModelOutput,
         *,
-        way: str = "",
+        method: str = "",
     ) -> None:
         self.model_id, self.digest = model_id, digest
         self.plan, self.model_output = plan, model_output
         self.model = model_in(plan.spec.featurize.compute, model)
-        self.projector = projector(plan, model_id, self.model)
-        self.way = way or plan.gradients
+        self.projector = make_checkpoint_projector(plan, model_id, self.model)
+        self.method = method or plan.gradients
         self.slower_batches = 0
-        self._intact = Intact(self.model)
-        self.by_way = gradients(plan, self.way, self.model, model_output, self.projector)
+        self._state_guard = ModelStateGuard(self.model)
+        self.gradient_computer = make_gradient_computer(
+            plan, self.method, self.model, model_output, self.projector
+        )
 
     @cached_property
     def loop(self) -> GradientComputer:
         """Plain autograd, one example after the other."""
-        return gradients(self.plan, "loop", self.model, self.model_output, self.projector)
+        return make_gradient_computer(
+            self.plan, "loop", self.model, self.model_output, self.projector
+        )
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
@@ -82,42 +86,42 @@ class Loaded:
         """
         batch = batch_in(self.plan.spec.featurize.compute, batch)
         try:
-            f = self.by_way(batch, adding(self.projector, into))
+            f = self.gradient_computer(batch, projecting_sink(self.projector, into))
         except NotCovered as error:
             if self.plan.spec.featurize.gradients != "auto":
                 raise
             if not self.slower_batches:
                 log.warning("a batch goes one by one, not by hooks: %s", error.what)
             self.slower_batches += 1
-            f = self.loop(batch, adding(self.projector, into.zero_()))
+            f = self.loop(batch, projecting_sink(self.projector, into.zero_()))
         into /= math.sqrt(self.plan.parameters)
-        with self._intact.kept():
+        with self._state_guard.preserve():
             return out_to_loss(self.model_output, self.model, batch, f).to(into)
 
 
-def gradients(
-    plan: Plan, way: str, model: nn.Module, model_output: ModelOutput, into: Projector
+def make_gradient_computer(
+    plan: Plan, method: str, model: nn.Module, model_output: ModelOutput, into: Projector
 ) -> GradientComputer:
-    """What computes per-sample gradients by `way`, for a projection."""
+    """What computes per-sample gradients by `method`, for a projection."""
     params = plan.spec.featurize.params
-    if way != "hooks":
-        kind = VmapGradients if way == "vmap" else LoopGradients
+    if method != "hooks":
+        kind = VmapGradients if method == "vmap" else LoopGradients
         return kind(model, model_output, params)
     return HookGradients(
         model, model_output, params, piece_elements=into.piece_elements, bundles=into.bundles
     )
 
 
-def adding(project: Projector, into: Float[Tensor, "batch k"]) -> Take:
+def projecting_sink(project: Projector, into: Float[Tensor, "batch k"]) -> GradientSink:
     """What adds gradients that are handed over, projected, to a batch's rows."""
 
-    def take(name: str, rows: slice, grads: Float[Tensor, "rows ..."]) -> None:
+    def sink(name: str, rows: slice, grads: Float[Tensor, "rows ..."]) -> None:
         project.add(into[rows], name, grads.float())
 
-    return take
+    return sink
 
 
-def projector(plan: Plan, model_id: int, model: nn.Module) -> Projector:
+def make_checkpoint_projector(plan: Plan, model_id: int, model: nn.Module) -> Projector:
     """The projection of one checkpoint's gradients."""
     return make_projector(
         plan.spec.projection.kind,
@@ -130,7 +134,7 @@ def projector(plan: Plan, model_id: int, model: nn.Module) -> Projector:
 
 def model_in(compute: str, model: nn.Module) -> nn.Module:
     """`model`, or a copy of it in the type `compute`."""
-    return model if compute == "model" else copied(model).to(getattr(torch, compute))
+    return model if compute == "model" else copy_model(model).to(getattr(torch, compute))
 
 
 def batch_in(compute: str, batch: Batch) -> Batch:

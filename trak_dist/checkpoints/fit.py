@@ -24,14 +24,15 @@ class Fault(NamedTuple):
 class Fit:
     """Whether a part of a state dict fits a model, which stays as it is.
 
-    `given` are the ids of the model's tensors that it gives a value, `faults` what does not fit.
+    `matched_ids` are the ids of the model's tensors that it gives a value, `faults` what does not
+    fit.
     """
 
     def __init__(self, part: Part, model: nn.Module, own: Mapping[str, Tensor]) -> None:
         self.part, state = part, part.state
         shared = state.keys() & own.keys()
         others = {k for k in shared if state[k].shape != own[k].shape}
-        self.given = {id(own[k]) for k in shared - others}
+        self.matched_ids = {id(own[k]) for k in shared - others}
         faults = [
             *self._missing(own, own.keys() - state.keys()),
             *self._unexpected(state.keys() - own.keys()),
@@ -40,10 +41,14 @@ class Fit:
                 for k in others
             ),
         ]
-        self.faults = self._asked_of_torch(model, own, faults) if faults else _torn(state, own)
-        self.fits = bool(self.given) and not self.faults
+        self.faults = (
+            self._faults_after_torch_load(model, own, faults)
+            if faults
+            else _broken_ties(state, own)
+        )
+        self.fits = bool(self.matched_ids) and not self.faults
 
-    def _asked_of_torch(
+    def _faults_after_torch_load(
         self, model: nn.Module, own: Mapping[str, Tensor], faults: list[Fault]
     ) -> list[Fault]:
         """The faults that are left once its modules have read older names and versions."""
@@ -51,24 +56,24 @@ class Fit:
         extra = {name for name in state if name.endswith(_EXTRA_STATE)}
         # Copies, since some modules write into what they read.
         tensors = {name: t.clone() for name, t in state.items() if name not in extra}
-        noted = _Noted((*own.values(), *model.buffers()))
+        noted = _CopyRecorder((*own.values(), *model.buffers()))
         try:
             with noted:
                 found = model.load_state_dict(State(tensors, state.metadata), strict=False)
             missing, unexpected = set(found.missing_keys), set(found.unexpected_keys)
         except Exception as error:  # other sizes, or whatever the model's own hooks do
             by_size = str(error).startswith("Error(s) in loading state_dict")
-            return faults if by_size else [*faults, Fault(f"loading it raises {in_short(error)}")]
-        self.given = noted.given | {id(own[name]) for name in extra & own.keys()}
+            return faults if by_size else [*faults, Fault(f"loading it raises {one_line(error)}")]
+        self.matched_ids = noted.matched_ids | {id(own[name]) for name in extra & own.keys()}
         return [
             *self._missing(own, (missing & own.keys()) - extra),
             *self._unexpected(unexpected | (extra - own.keys())),
-            *_torn(state, own),
+            *_broken_ties(state, own),
         ]
 
     def _missing(self, own: Mapping[str, Tensor], names: Iterable[str]) -> list[Fault]:
         """Those of `names` that have to be there: not frozen, nor tied to what is there."""
-        needed = (k for k in names if id(own[k]) not in self.given and not is_frozen(own[k]))
+        needed = (k for k in names if id(own[k]) not in self.matched_ids and not is_frozen(own[k]))
         return [Fault(f"missing {k} {tuple(own[k].shape)}") for k in needed]
 
     def _unexpected(self, names: Iterable[str]) -> list[Fault]:
@@ -77,25 +82,25 @@ class Fit:
         return [Fault(f"unexpected {k} {shape}", surplus=True) for k, shape in shapes]
 
 
-class _Noted(TorchFunctionMode):
+class _CopyRecorder(TorchFunctionMode):
     """Notes what would be copied into which tensors, and copies nothing."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         super().__init__()
         self._tensors = {id(tensor): tensor for tensor in tensors}
-        self.given: set[int] = set()
+        self.matched_ids: set[int] = set()
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         if func is Tensor.copy_ and id(args[0]) in self._tensors:
             if id(args[1]) not in self._tensors:  # else a default: the model's own value
-                self.given.add(id(args[0]))
+                self.matched_ids.add(id(args[0]))
             return args[0]
         return func(*args, **(kwargs or {}))
 
 
-def same(one: State, other: State) -> bool:
+def same_weights(one: State, other: State) -> bool:
     """Whether two parts are the same weights, as of a module that has two names."""
     return one.keys() == other.keys() and all(
         a is b or (a.dtype == b.dtype and torch.equal(a, b))
@@ -103,19 +108,19 @@ def same(one: State, other: State) -> bool:
     )
 
 
-def in_short(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """What it is and says, on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def _torn(state: State, own: Mapping[str, Tensor]) -> list[Fault]:
+def _broken_ties(state: State, own: Mapping[str, Tensor]) -> list[Fault]:
     """Tensors that are one in the model, and differ in the checkpoint."""
     first: dict[int, str] = {}
     pairs = ((name, first.setdefault(id(own[name]), name)) for name in own if name in state)
     return [
         Fault(f"{other} and {name} are one tensor in the model, and two in the checkpoint")
         for name, other in pairs
-        if name != other and not same(State({"": state[name]}), State({"": state[other]}))
+        if name != other and not same_weights(State({"": state[name]}), State({"": state[other]}))
     ]
 
 

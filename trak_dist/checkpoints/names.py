@@ -44,24 +44,24 @@ class Part:
     wrappers: tuple[str, ...]
     left_out: tuple[str, ...]
 
-    def said(self) -> list[str]:
+    def notes(self) -> list[str]:
         """What was left out of the names, and of the tensors."""
-        said = [f"the prefix {self.prefix!r} of its names is left out"] if self.prefix else []
-        said += [f"{wrapper + '.'!r} inside of its names is left out" for wrapper in self.wrappers]
+        notes = [f"the prefix {self.prefix!r} of its names is left out"] if self.prefix else []
+        notes += [f"{wrapper + '.'!r} inside of its names is left out" for wrapper in self.wrappers]
         if self.left_out:
-            said.append(f"other parts that it holds are left out: {self.others()}")
-        return said
+            notes.append(f"other parts that it holds are left out: {self.left_out_summary()}")
+        return notes
 
-    def others(self) -> str:
+    def left_out_summary(self) -> str:
         """The parts that are left out, as `criterion.weight, ema.* (12 tensors)`."""
         below = defaultdict(list)
         for name in self.left_out:
-            below[_apart(name, self.prefix)].append(name)
-        told = [
+            below[_diverging_prefix(name, self.prefix)].append(name)
+        places = [
             names[0] if len(names) == 1 else f"{place}.* ({len(names)} tensors)"
             for place, names in below.items()
         ]
-        return first_few(told, _PLACES)
+        return first_few(places, _PLACES)
 
 
 class Names:
@@ -69,14 +69,18 @@ class Names:
 
     def __init__(self, model: nn.Module, own: Mapping[str, Tensor]) -> None:
         self._own = own
-        self._modules = {_bare(place): place for name in own for place in _places(name)}
-        ways = defaultdict(set)
+        self._modules = {
+            _without_wrappers(place): place for name in own for place in _module_paths(name)
+        }
+        aliases = defaultdict(set)
         for name in own:
-            for way in {name}.union(*(saved_by_peft(name, a) for a in adapters(model))):
-                ways[_bare(way)].add(name)
-        self._ways = {way: found for way, names in ways.items() if (found := self._one(names))}
+            for alias in {name}.union(*(saved_by_peft(name, a) for a in adapters(model))):
+                aliases[_without_wrappers(alias)].add(name)
+        self._aliases = {
+            alias: found for alias, names in aliases.items() if (found := self._unambiguous(names))
+        }
 
-    def _one(self, names: set[str]) -> str:
+    def _unambiguous(self, names: set[str]) -> str:
         """The one that is meant: of several adapters the one that is trained."""
         trained = {name for name in names if self._own[name].requires_grad} or names
         return next(iter(trained)) if len(trained) == 1 else ""
@@ -88,32 +92,41 @@ class Names:
     def parts(self, state: State) -> Iterator[Part]:
         """What lies below each prefix, in order of its length, that some name of the model has."""
         prefixes = {
-            name[:start] for name in state for start in _starts(name) if self.known(name[start:])
+            name[:start]
+            for name in state
+            for start in _prefix_ends(name)
+            if self.own_name(name[start:])
         }
         return (self._part(state, p) for p in sorted(prefixes, key=lambda p: (len(p), p)))
 
-    def known(self, name: str) -> str:
+    def own_name(self, name: str) -> str:
         """The model's name for it; empty if there is none, or if it begins with a wrapper's."""
         if name in self._own:
             return name
-        return "" if name.partition(".")[0] in WRAPPERS else self._ways.get(_bare(name), "")
+        return (
+            ""
+            if name.partition(".")[0] in WRAPPERS
+            else self._aliases.get(_without_wrappers(name), "")
+        )
 
     def _part(self, state: State, prefix: str) -> Part:
         tensors: dict[str, Tensor] = {}
         wrappers: dict[str, None] = {}
         below = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
         for name in sorted(below, key=lambda name: name not in self._own):  # the exact ones first
-            found = self.known(name)
+            found = self.own_name(name)
             if found in tensors and torch.equal(tensors[found], below[name]):
                 continue  # the same under another name
             if found and found not in tensors:
-                wrappers |= dict.fromkeys(w for w in WRAPPERS if w in _lost(name, found))
+                wrappers |= dict.fromkeys(w for w in WRAPPERS if w in _dropped_parts(name, found))
                 tensors[found] = below[name]
             else:
                 tensors[name] = below[name]
         left_out = tuple(name for name in state if not name.startswith(prefix))
         versions = {
-            self._modules.get(_bare(place[len(prefix) :]), place[len(prefix) :]): version
+            self._modules.get(
+                _without_wrappers(place[len(prefix) :]), place[len(prefix) :]
+            ): version
             for place, version in (state.metadata or {}).items()
             if f"{place}.".startswith(prefix)
         }
@@ -133,7 +146,7 @@ def saved_by_peft(name: str, adapter: str) -> set[str]:
     if name.endswith(f".lora_magnitude_vector.{adapter}.weight"):
         return {name.removesuffix(f".{adapter}.weight")}
     saved = {name, name.replace(f".modules_to_save.{adapter}.", ".")}
-    return {_without(adapter, way.split(".")) for way in saved}
+    return {_without(adapter, method.split(".")) for method in saved}
 
 
 def _without(adapter: str, parts: list[str]) -> str:
@@ -142,26 +155,26 @@ def _without(adapter: str, parts: list[str]) -> str:
     return ".".join(part for i, part in enumerate(parts, -len(parts)) if i != at)
 
 
-def _bare(name: str) -> str:
+def _without_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
-def _lost(name: str, found: str) -> set[str]:
+def _dropped_parts(name: str, found: str) -> set[str]:
     return set(name.split(".")) - set(found.split("."))
 
 
-def _starts(name: str) -> Iterable[int]:
+def _prefix_ends(name: str) -> Iterable[int]:
     """Where a prefix may end."""
     return (i + 1 for i, letter in enumerate(name) if letter == ".")
 
 
-def _places(name: str) -> Iterator[str]:
+def _module_paths(name: str) -> Iterator[str]:
     """The modules that a tensor lies in."""
     yield ""
-    yield from (name[: start - 1] for start in _starts(name))
+    yield from (name[: start - 1] for start in _prefix_ends(name))
 
 
-def _apart(name: str, prefix: str) -> str:
+def _diverging_prefix(name: str, prefix: str) -> str:
     """The beginning of a name up to where it leaves the prefix."""
     shared = 0
     parts, others = name.split("."), prefix.split(".")

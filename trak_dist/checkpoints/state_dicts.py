@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from trak_dist.checkpoints.fit import Fit, in_short, same
+from trak_dist.checkpoints.fit import Fit, one_line, same_weights
 from trak_dist.checkpoints.names import Names, State, adapters
 from trak_dist.errors import CheckpointError, CheckpointNotFound, UnreadableCheckpoint
 from trak_dist.listing import first_few
@@ -54,12 +54,12 @@ def read(path: Path) -> State:
     try:
         directory = path.is_dir()
     except OSError as error:
-        raise _refused(path, error) from error
+        raise _write_error(path, error) from error
     if directory:
         return _read_directory(path)
     if path.suffix == ".safetensors":
-        return State(_told(path, lambda: safetensors.torch.load_file(path)))
-    return named(_told(path, lambda: _load(path)), where=str(path))
+        return State(_load_or_explain(path, lambda: safetensors.torch.load_file(path)))
+    return named(_load_or_explain(path, lambda: _load(path)), where=str(path))
 
 
 def named(loaded: Any, *, where: str) -> State:
@@ -81,23 +81,23 @@ def named(loaded: Any, *, where: str) -> State:
 
 
 def _read_directory(path: Path) -> State:
-    there = next((path / name for name in FILES if (path / name).exists()), None)
-    if there is None:
+    existing = next((path / name for name in FILES if (path / name).exists()), None)
+    if existing is None:
         inside = sorted({file.parent.name for name in FILES for file in path.glob(f"*/{name}")})
-        such = f": {', '.join(inside)} in it" if inside else ""
+        suggestion = f": {', '.join(inside)} in it" if inside else ""
         raise CheckpointError(
             f"none of {', '.join(FILES)} is in this directory",
             where=str(path),
-            next=f"a directory that save_pretrained wrote{such}, or a file",
+            next=f"a directory that save_pretrained wrote{suggestion}, or a file",
         )
-    if there.suffix != ".json":
-        return read(there)
-    index: Any = _told(there, lambda: json.loads(there.read_bytes())["weight_map"])
+    if existing.suffix != ".json":
+        return read(existing)
+    index: Any = _load_or_explain(existing, lambda: json.loads(existing.read_bytes())["weight_map"])
     state = State({})
     for shard in sorted(set(index.values())):
         if Path(shard).name != shard:
             raise CheckpointError(
-                f"the index names a shard outside of its directory: {shard!r}", where=str(there)
+                f"the index names a shard outside of its directory: {shard!r}", where=str(existing)
             )
         state.update(read(path / shard))
     return state
@@ -109,7 +109,7 @@ def _load(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _told(path: Path, action: Callable[[], Any]) -> Any:
+def _load_or_explain(path: Path, action: Callable[[], Any]) -> Any:
     try:
         return action()
     except FileNotFoundError:
@@ -119,10 +119,10 @@ def _told(path: Path, action: Callable[[], Any]) -> Any:
             next="mend the problem's path, or run the stage train if the run is to train it",
         ) from None
     except OSError as error:
-        raise _refused(path, error) from error
+        raise _write_error(path, error) from error
     except pickle.UnpicklingError as error:
-        asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"asks for {asked[1]}" if asked else "holds more than tensors"
+        callable_name = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"asks for {callable_name[1]}" if callable_name else "holds more than tensors"
         raise CheckpointError(
             f"a pickle where a state dict should be: it {what}, and is not loaded",
             where=str(path),
@@ -136,7 +136,7 @@ def _told(path: Path, action: Callable[[], Any]) -> Any:
         ) from error
 
 
-def _refused(path: Path, error: OSError) -> UnreadableCheckpoint:
+def _write_error(path: Path, error: OSError) -> UnreadableCheckpoint:
     return UnreadableCheckpoint(
         f"not readable: {error.strerror or error}",
         where=str(path),
@@ -149,12 +149,12 @@ def _refused(path: Path, error: OSError) -> UnreadableCheckpoint:
 class Fitted:
     """A state dict under a model's own names, or under older ones that its modules read.
 
-    `said` tells what of the file is left out, or is converted. `absent` are the model's tensors
+    `notes` tells what of the file is left out, or is converted. `absent` are the model's tensors
     that the checkpoint does not give: they stay as the model has them.
     """
 
     state: State
-    said: str
+    notes: str
     absent: frozenset[str]
     where: str
 
@@ -170,13 +170,13 @@ class Fitted:
             model.load_state_dict(self.state, strict=False)
         except Exception as error:  # whatever the model's own hooks do
             raise CheckpointError(
-                f"the model does not load the checkpoint: {in_short(error)}",
+                f"the model does not load the checkpoint: {one_line(error)}",
                 where=self.where,
                 next=_SAVE,
             ) from error
 
 
-def fitted(state: Mapping[str, Tensor], model: nn.Module, *, where: str) -> Fitted:
+def fit_state_dict(state: Mapping[str, Tensor], model: nn.Module, *, where: str) -> Fitted:
     """`state` as the weights of `model`, which stays as it is.
 
     Raises
@@ -187,41 +187,44 @@ def fitted(state: Mapping[str, Tensor], model: nn.Module, *, where: str) -> Fitt
     state = state if isinstance(state, State) else State(state)
     own = {k: v for k, v in model.state_dict(keep_vars=True).items() if isinstance(v, Tensor)}
     names = Names(model, own)
-    tried = [Fit(names.whole(state), model, own)]
-    if not tried[0].fits:
-        tried += [Fit(part, model, own) for part in names.parts(state)]
-    chosen = max(tried, key=lambda one: (len(one.given), one.fits))
+    fits = [Fit(names.whole(state), model, own)]
+    if not fits[0].fits:
+        fits += [Fit(part, model, own) for part in names.parts(state)]
+    chosen = max(fits, key=lambda one: (len(one.matched_ids), one.fits))
     if not chosen.fits:
         raise _unfit(chosen, model, where)
-    rivals = [  # what has as much of the model is as good, whatever else it has
+    alternatives = [  # what has as much of the model is as good, whatever else it has
         other.part.prefix
-        for other in tried
+        for other in fits
         if other is not chosen
-        and (other.fits or len(other.given) == len(chosen.given))
-        and not same(other.part.state, chosen.part.state)
+        and (other.fits or len(other.matched_ids) == len(chosen.matched_ids))
+        and not same_weights(other.part.state, chosen.part.state)
     ]
-    if rivals:
-        prefixes = sorted([chosen.part.prefix, *rivals])
+    if alternatives:
+        prefixes = sorted([chosen.part.prefix, *alternatives])
         raise CheckpointError(
             "the checkpoint holds several parts that could be the model, with other weights: names "
             f"that begin with {' and '.join(repr(p) if p else 'no prefix' for p in prefixes)}",
             where=where,
             next=f"save the one that is meant alone: {_saving(chosen.part.prefix)}, for instance",
         )
-    absent = frozenset(name for name, tensor in own.items() if id(tensor) not in chosen.given)
-    said = "; ".join([*chosen.part.said(), *_conversions(chosen.part.state, own)])
-    return Fitted(chosen.part.state, said, absent, where)
+    absent = frozenset(name for name, tensor in own.items() if id(tensor) not in chosen.matched_ids)
+    notes = "; ".join([*chosen.part.notes(), *_conversions(chosen.part.state, own)])
+    return Fitted(chosen.part.state, notes, absent, where)
 
 
-def _unfit(tried: Fit, model: nn.Module, where: str) -> CheckpointError:
-    part, faults = tried.part, sorted(tried.faults)
+def _unfit(fit: Fit, model: nn.Module, where: str) -> CheckpointError:
+    part, faults = fit.part, sorted(fit.faults)
     below = f" below {part.prefix!r}" if part.prefix else ""
-    alone = f"save the model alone: {_saving(part.prefix)}"
+    save_hint = f"save the model alone: {_saving(part.prefix)}"
     hint = "give the problem the architecture that the checkpoint was saved from"
     if part.left_out:
-        hint = f"{hint}; other parts are in it too ({part.others()}): {alone}"
+        hint = f"{hint}; other parts are in it too ({part.left_out_summary()}): {save_hint}"
     elif faults and all(fault.surplus for fault in faults):
-        hint = f"{alone}, if the others are of the loss or of another part of a training; or {hint}"
+        hint = (
+            f"{save_hint}, if the others are of the loss or of another part of a training; or "
+            f"{hint}"
+        )
     elif adapters(model):
         hint = f"{hint}; or {_SAVE}"
     return CheckpointError(
@@ -244,7 +247,7 @@ def _conversions(state: State, own: Mapping[str, Tensor]) -> list[str]:
     return [f"what it holds in {a} is converted to the model's {b}" for a, b in named]
 
 
-def refuse_otherwise_absent(one: Fitted, absent: frozenset[str], *, where: str) -> None:
+def check_same_absent(one: Fitted, absent: frozenset[str], *, where: str) -> None:
     """Raise `CheckpointError` if a checkpoint lacks other tensors than the others do.
 
     One after the other is loaded into one model: what it lacks would be another's.

@@ -10,20 +10,20 @@ from trak_dist.store.layout import Layout
 from trak_dist.store.run import Run
 
 
-def made_of(run: Run, sources: Collection[Cell]) -> dict[Cell, str]:
+def derived_from(run: Run, sources: Collection[Cell]) -> dict[Cell, str]:
     """The done cells that were made of `sources`, or of what was; and of which."""
     found: dict[Cell, str] = {}
     cells = dict.fromkeys(of_run(run.plan))
     for cell in cells if sources else ():  # each after those it needs, done or taken back before
         needed = cell.dependencies(run.plan, cells)
-        of = next((other for other in needed if other in sources or other in found), None)
-        if of and cell not in sources:
-            found[cell] = f"made of {of.id}"
+        origin = next((other for other in needed if other in sources or other in found), None)
+        if origin and cell not in sources:
+            found[cell] = f"made of {origin.id}"
     done = run.receipts.done(found)
     return {cell: why for cell, why in found.items() if cell in done}
 
 
-def sharing(run: Run) -> Iterator[Run]:
+def runs_sharing_grads(run: Run) -> Iterator[Run]:
     """The run and its members by all plans that they ever had, if of the same grads."""
     base = Layout(run.layout.base)
     for layout in (base, *(Layout(base.sweeps / name) for name in base.members())):

@@ -21,12 +21,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from trak_dist.cells import FeaturizeCell
-from trak_dist.checkpoints.featurizer import Loaded, adding, batch_in
-from trak_dist.checks.dependents import made_of, sharing
+from trak_dist.checkpoints.featurizer import CheckpointFeaturizer, batch_in, projecting_sink
+from trak_dist.checks.dependents import derived_from, runs_sharing_grads
 from trak_dist.errors import WrongGradient
 from trak_dist.ops import audit
 from trak_dist.ops.batches import Batch, rows_of
-from trak_dist.ops.model_outputs import own_form
+from trak_dist.ops.model_outputs import own_method
 from trak_dist.store.run import Run
 
 ROWS = 2  # of each cell
@@ -54,25 +54,29 @@ class Audit:
     largest: float = 0.0
 
     @classmethod
-    def drawn(cls, key: str, rows: int, batch_rows: int) -> Audit:
+    def sample_for_cell(cls, key: str, rows: int, batch_rows: int) -> Audit:
         """The audit of `rows` rows, in batches of `batch_rows`; the same for the same key."""
         draw = random.Random(key)  # noqa: S311
         chosen = frozenset(draw.sample(range(rows), min(ROWS, rows)))
         batches = -(-rows // batch_rows)
-        lot, batch = draw.random(), draw.randrange(batches)
-        return cls(chosen, batch if lot < batches / BATCHES else None, draw.randrange(2**31))
+        chance, batch = draw.random(), draw.randrange(batches)
+        return cls(chosen, batch if chance < batches / BATCHES else None, draw.randrange(2**31))
 
     @classmethod
-    def of_call(cls, rows: NDArray[np.int64], *, first: bool) -> Audit:
+    def sample_for_batch(cls, rows: NDArray[np.int64], *, first: bool) -> Audit:
         """The audit of a batch that is fed: a row of the first, and of one in `CALLS`."""
         draw = random.Random(rows.tobytes())  # noqa: S311
-        row, alone, lot = draw.randrange(len(rows)), draw.randrange(CALLS), draw.randrange(BATCHES)
-        chosen = frozenset([row] if first or not alone else [])
-        return cls(chosen, None if lot else 0, draw.randrange(2**31))
+        row, pick, chance = (
+            draw.randrange(len(rows)),
+            draw.randrange(CALLS),
+            draw.randrange(BATCHES),
+        )
+        chosen = frozenset([row] if first or not pick else [])
+        return cls(chosen, None if chance else 0, draw.randrange(2**31))
 
     def check(
         self,
-        loaded: Loaded,
+        featurizer: CheckpointFeaturizer,
         batch: Batch,
         grads: Float[Tensor, "batch k"],
         out_to_loss: Float[Tensor, " batch"],
@@ -97,11 +101,15 @@ class Audit:
         # What is not finite is refused later; to ask that of each batch is to wait for it.
         if not (rows or whole) or not grads.isfinite().all():
             return
-        batch = batch_in(loaded.plan.spec.featurize.compute, batch)
+        batch = batch_in(featurizer.plan.spec.featurize.compute, batch)
         for row in rows:
-            self._check_alone(loaded, batch, row, grads, out_to_loss, name)
-        if whole and loaded.way == "hooks" and own_form(loaded.model_output, "get_batch_output"):
-            self._check_whole(loaded, batch, grads, name)
+            self._check_row(featurizer, batch, row, grads, out_to_loss, name)
+        if (
+            whole
+            and featurizer.method == "hooks"
+            and own_method(featurizer.model_output, "get_batch_output")
+        ):
+            self._check_batch(featurizer, batch, grads, name)
 
     def facts(self) -> dict[str, Any]:
         """For the receipt."""
@@ -111,25 +119,27 @@ class Audit:
             "largest_difference": self.largest,
         }
 
-    def _check_alone(
+    def _check_row(
         self,
-        loaded: Loaded,
+        featurizer: CheckpointFeaturizer,
         batch: Batch,
         row: int,
         grads: Tensor,
         out_to_loss: Tensor,
         name: Callable[[int], str],
     ) -> None:
-        alone = torch.zeros_like(grads[:1])
+        single = torch.zeros_like(grads[:1])
         example = rows_of(batch, slice(row, row + 1))
-        loaded.loop(example, adding(loaded.projector, alone))
-        alone /= math.sqrt(loaded.plan.parameters)
-        spare = float(grads.norm(dim=1).max())
-        close = max(CLOSE, audit.tolerance(loaded.model))
-        if not self._agree(grads[row], alone[0], close, spare):
-            raise _wrong(loaded, batch, row, name(row))
-        q = audit.out_to_loss_alone(loaded.model, loaded.model_output, example, [0]).to(grads)
-        if not torch.allclose(q[0], out_to_loss[row], rtol=close, atol=close):
+        featurizer.loop(example, projecting_sink(featurizer.projector, single))
+        single /= math.sqrt(featurizer.plan.parameters)
+        magnitude = float(grads.norm(dim=1).max())
+        tolerance = max(CLOSE, audit.tolerance(featurizer.model))
+        if not self._matches(grads[row], single[0], tolerance, magnitude):
+            raise _wrong(featurizer, batch, row, name(row))
+        q = audit.out_to_loss_alone(featurizer.model, featurizer.model_output, example, [0]).to(
+            grads
+        )
+        if not torch.allclose(q[0], out_to_loss[row], rtol=tolerance, atol=tolerance):
             raise WrongGradient(
                 f"{name(row)} has out-to-loss {float(out_to_loss[row]):.6g} in its batch, "
                 f"{float(q[0]):.6g} alone",
@@ -137,49 +147,57 @@ class Audit:
                 "output, then use another run_dir",
             )
 
-    def _check_whole(
-        self, loaded: Loaded, batch: Batch, grads: Tensor, name: Callable[[int], str]
+    def _check_batch(
+        self,
+        featurizer: CheckpointFeaturizer,
+        batch: Batch,
+        grads: Tensor,
+        name: Callable[[int], str],
     ) -> None:
         weights = audit.random_weights(len(grads), self.seed)
-        params = loaded.plan.spec.featurize.params
-        wanted = torch.zeros_like(grads[:1])
-        take = adding(loaded.projector, wanted)
-        audit.summed(loaded.model, loaded.model_output, params, batch, weights, take)
-        wanted /= math.sqrt(loaded.plan.parameters)
+        params = featurizer.plan.spec.featurize.params
+        expected = torch.zeros_like(grads[:1])
+        sink = projecting_sink(featurizer.projector, expected)
+        audit.weighted_sum_gradient(
+            featurizer.model, featurizer.model_output, params, batch, weights, sink
+        )
+        expected /= math.sqrt(featurizer.plan.parameters)
         self.audited_batches += 1
         found = weights.to(grads) @ grads
         # Of a sum whose terms cancel, what rounding leaves goes by the terms.
-        spare = float(grads.norm(dim=1).square().sum().sqrt())
-        if not self._agree(found, wanted[0], audit.tolerance(loaded.model), spare):
+        magnitude = float(grads.norm(dim=1).square().sum().sqrt())
+        if not self._matches(found, expected[0], audit.tolerance(featurizer.model), magnitude):
             raise WrongGradient(
                 f"the grads of a batch, {name(0)} and its companions, do not add up to those that "
                 "autograd gives",
-                next=_next(loaded),
+                next=_next(featurizer),
             )
 
-    def _agree(self, found: Tensor, wanted: Tensor, close: float, spare: float) -> bool:
-        """Whether two are the same but for rounding; `spare` is how large others of theirs are."""
-        error, norm = float((found - wanted).norm()), float(wanted.norm())
-        self.largest = max(self.largest, error / max(norm, 1e-2 * spare, 1e-30))
-        return error <= close * (norm + 1e-2 * spare)
+    def _matches(self, found: Tensor, expected: Tensor, tolerance: float, magnitude: float) -> bool:
+        """Whether two are the same but for rounding; `magnitude` is how large others of theirs are."""
+        error, norm = float((found - expected).norm()), float(expected.norm())
+        self.largest = max(self.largest, error / max(norm, 1e-2 * magnitude, 1e-30))
+        return error <= tolerance * (norm + 1e-2 * magnitude)
 
 
-def _wrong(loaded: Loaded, batch: Batch, row: int, name: str) -> WrongGradient:
+def _wrong(featurizer: CheckpointFeaturizer, batch: Batch, row: int, name: str) -> WrongGradient:
     """The error of a row, with the parameter whose gradient differs most."""
-    params, shapes = loaded.plan.spec.featurize.params, loaded.shapes
-    grads = audit.collected(loaded.by_way, batch, [row], shapes)[0]
-    wanted = audit.Alone.of(loaded.model, loaded.model_output, params, batch, [row]).grads
-    errors = {n: float((grads[n] - w).norm()) for n, w in wanted.items()}
+    params, shapes = featurizer.plan.spec.featurize.params, featurizer.shapes
+    grads = audit.gradients_of_rows(featurizer.gradient_computer, batch, [row], shapes)[0]
+    expected = audit.SingleExampleResults.of(
+        featurizer.model, featurizer.model_output, params, batch, [row]
+    ).grads
+    errors = {n: float((grads[n] - w).norm()) for n, w in expected.items()}
     worst = max(errors, key=lambda n: errors[n])
     return WrongGradient(
-        f"{name} has other gradients in its batch, by {loaded.way}, than alone: {worst} differs "
-        f"by {errors[worst]:.1e}, its norm is {float(wanted[worst].norm()):.1e}",
-        next=_next(loaded),
+        f"{name} has other gradients in its batch, by {featurizer.method}, than alone: {worst} "
+        f"differs by {errors[worst]:.1e}, its norm is {float(expected[worst].norm()):.1e}",
+        next=_next(featurizer),
     )
 
 
-def _next(loaded: Loaded) -> str:
-    if loaded.way == "loop":
+def _next(featurizer: CheckpointFeaturizer) -> str:
+    if featurizer.method == "loop":
         return "the model gives other gradients each time: see whether it is random"
     return "featurize.gradients=loop with the same run_dir, where there are no scores yet"
 
@@ -187,34 +205,34 @@ def _next(loaded: Loaded) -> str:
 # What is taken back -----------------------------------------------------------------------------
 
 
-def way(run: Run, model_id: int) -> str:
+def gradient_method(run: Run, model_id: int) -> str:
     """How a checkpoint's gradients are computed: as planned, unless an audit failed."""
-    return "loop" if run.receipts.distrusted(model_id) else run.plan.gradients
+    return "loop" if run.receipts.audit_failure(model_id) else run.plan.gradients
 
 
-def distrust(run: Run, cell: FeaturizeCell, error: WrongGradient) -> None:
+def fall_back_to_loop(run: Run, cell: FeaturizeCell, error: WrongGradient) -> None:
     """Have a checkpoint's gradients computed one by one from now on, all of them.
 
     What was computed of it otherwise is taken back, with all that was made of it.
     """
     log.warning("checkpoint %d goes one by one, by loop: %s", cell.model_id, error.what)
-    run.receipts.distrust(cell.model_id, why=f"{cell.id}: {error.what}")
-    take_back(run, cell.model_id)
+    run.receipts.record_audit_failure(cell.model_id, why=f"{cell.id}: {error.what}")
+    revoke_stale_cells(run, cell.model_id)
 
 
-def take_back(run: Run, model_id: int) -> None:
+def revoke_stale_cells(run: Run, model_id: int) -> None:
     """Make cells of a distrusted checkpoint missing that were not computed by the loop.
 
     What was made of a cell is taken back before it: the next call after a kill finds the rest.
     """
-    plan, why = run.plan, run.receipts.distrusted(model_id)
+    plan, why = run.plan, run.receipts.audit_failure(model_id)
     splits = (plan.train, *plan.targets)
     done = run.receipts.done(
         c for s in splits for c in FeaturizeCell.of_split(plan, model_id, s.name)
     )
     stale = [c for c, receipt in done.items() if receipt.fact("gradients", str) != "loop"]
-    for other in sharing(run) if stale else ():
-        for cell in reversed(made_of(other, stale)):
+    for other in runs_sharing_grads(run) if stale else ():
+        for cell in reversed(derived_from(other, stale)):
             other.receipts.revoke(cell, why=why)
     for one in stale:
         run.receipts.revoke(one, why=why)

@@ -25,7 +25,7 @@ from trak_dist.listing import first_few
 from trak_dist.ops.gradients import LoopGradients
 from trak_dist.ops.model_outputs import ModelOutput, out_to_loss
 from trak_dist.plan_inputs import Source
-from trak_dist.problem import own_draws
+from trak_dist.problem import fixed_seeds
 
 log = logging.getLogger(__name__)
 
@@ -40,25 +40,25 @@ _OWN = frozenset(vars(nn.Module()))
 Numbers = list[float]
 
 
-def unsaved(model: nn.Module, held: Collection[str]) -> dict[str, str | Numbers]:
+def unsaved_tensors(model: nn.Module, saved_names: Collection[str]) -> dict[str, str | Numbers]:
     """What tells the tensors of a model, as it is built, that checkpoints do not hold, by name.
 
     Parameters
     ----------
-    held : collection of str
+    saved_names : collection of str
         The names in `model.state_dict()` that checkpoints hold.
     """
     state = _state(model)
-    saved = {_memory(state[name]) for name in held if name in state} - {0}
+    saved = {_memory(state[name]) for name in saved_names if name in state} - {0}
     found: dict[str, str | Numbers] = {}
     for name, value in _tensors(model):
         computed = isinstance(value, Tensor) and value.grad_fn  # of weights, by a hook
         if not computed and _memory(value) not in saved:
-            found[name] = _told(value)
+            found[name] = _signature(value)
     return dict(sorted(found.items()))
 
 
-def built(
+def built_values(
     model: nn.Module,
     model_output: ModelOutput,
     batch: Sequence[Any],
@@ -73,11 +73,11 @@ def built(
     """
     gradients: dict[str, list[Tensor]] = {}
 
-    def take(name: str, _: slice, values: Tensor) -> None:
+    def sink(name: str, _: slice, values: Tensor) -> None:
         gradients.setdefault(name, []).append(values)
 
-    with own_draws():
-        f = LoopGradients(model, model_output, params)(batch, take)
+    with fixed_seeds():
+        f = LoopGradients(model, model_output, params)(batch, sink)
         q = out_to_loss(model_output, model, batch, None)
     held = (tensor.flatten()[:SAMPLE] for n, tensor in _state(model).items() if n not in unsaved)
     eps = max(torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point())
@@ -90,11 +90,11 @@ def built(
     }
 
 
-def refuse_other_unsaved(planned: Source, model: nn.Module, *, what: str) -> None:
+def check_unsaved(planned: Source, model: nn.Module, *, what: str) -> None:
     """Raise `ProblemError` if a tensor that no checkpoint holds is not the planned one."""
     if not planned.built:
         return  # a plan of an earlier version
-    now = unsaved(model, _state(model).keys() - planned.unsaved.keys())
+    now = unsaved_tensors(model, _state(model).keys() - planned.unsaved.keys())
     then = planned.unsaved
     differ = sorted(
         name
@@ -111,7 +111,7 @@ def refuse_other_unsaved(planned: Source, model: nn.Module, *, what: str) -> Non
         )
 
 
-def refuse_other_built(planned: Source, now: Mapping[str, Numbers], *, what: str) -> None:
+def check_built(planned: Source, now: Mapping[str, Numbers], *, what: str) -> None:
     """Raise `ProblemError` if the model, as it is built, computes otherwise than when planned."""
     then = planned.built
     if not then:
@@ -120,18 +120,18 @@ def refuse_other_built(planned: Source, now: Mapping[str, Numbers], *, what: str
     if not _close(then["weights"], now["weights"], tolerance):
         log.info("weights that checkpoints hold are built as others: outputs are not compared")
         return
-    for name, least in (("output", 1.0), ("out-to-loss", 1.0), ("gradient", 0.0)):
-        if not _close(then[name], now[name], tolerance, least):
+    for name, minimum in (("output", 1.0), ("out-to-loss", 1.0), ("gradient", 0.0)):
+        if not _close(then[name], now[name], tolerance, minimum):
             raise ProblemError(
                 f"the model of {what} gives another {name} of {ROWS} train rows than when it was "
-                f"planned: {_shown(then[name])} then, {_shown(now[name])} now",
+                f"planned: {_format_values(then[name])} then, {_format_values(now[name])} now",
                 where="problem._target_",
                 next="restore the code that it was planned with, or start a new run with another "
                 "run_dir; what is drawn when it is built has to be seeded, or saved",
             )
 
 
-def _shown(values: Numbers) -> str:
+def _format_values(values: Numbers) -> str:
     """The numbers, without their norm."""
     return ", ".join(f"{value:.4g}" for value in values[1:])
 
@@ -166,7 +166,7 @@ def _tensors(model: nn.Module, prefix: str = "", known: frozenset[int] = frozens
                     yield from _tensors(leaf, f"{full}.", known)
 
 
-def _told(value: Tensor | np.ndarray[Any, Any]) -> str | Numbers:
+def _signature(value: Tensor | np.ndarray[Any, Any]) -> str | Numbers:
     if isinstance(value, np.ndarray):
         if value.dtype.kind not in "biufc":
             return f"array of {value.dtype}"
@@ -219,9 +219,9 @@ def _same_tensor(then: str | Numbers, now: str | Numbers) -> bool:
     return _close(then, now, TENSORS)
 
 
-def _close(then: Numbers, now: Numbers, tolerance: float, least: float = 0.0) -> bool:
-    """Whether numbers, the norm first, agree to a share of the norm (of `least`, if it is less)."""
-    scale = tolerance * max(then[0], now[0], least, 1e-9)
+def _close(then: Numbers, now: Numbers, tolerance: float, minimum: float = 0.0) -> bool:
+    """Whether numbers, the norm first, agree to a share of the norm (of `minimum`, if it is less)."""
+    scale = tolerance * max(then[0], now[0], minimum, 1e-9)
     return len(then) == len(now) and all(
         abs(a - b) <= scale for a, b in zip(then, now, strict=True)
     )

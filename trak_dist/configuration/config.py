@@ -19,7 +19,7 @@ PROJECTION_VERSION = 2  # of what projections make of them
 CACHE_BYTES = 2**30  # what a projector may keep of its draws in memory
 DEVICES = ("auto", "cpu", "cuda")
 # Options of sbatch that have a setting of their own, or on which the job graph rests.
-SET_BY_US = {
+RESERVED_SBATCH_OPTIONS = {
     *("account", "array", "constraint", "cpus-per-task", "dependency", "error", "exclude"),
     *("gpus-per-node", "job-name", "kill-on-invalid-dep", "mem", "nodes", "open-mode", "output"),
     *("parsable", "partition", "qos", "requeue", "signal", "time"),

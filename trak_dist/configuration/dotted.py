@@ -10,7 +10,7 @@ from typing import Any
 from trak_dist.configuration.config import Spec
 
 
-def distinct(spec: Spec) -> dict[str, Any]:
+def non_default_settings(spec: Spec) -> dict[str, Any]:
     """The dotted settings that are not at their defaults.
 
     Keys are made of these, so that a later version's new setting, at its default, leaves what was

@@ -59,7 +59,7 @@ def unstructure(value: Any) -> dict[str, Any]:
     return plain
 
 
-def nearest(name: str, valid: Iterable[str]) -> str:
+def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """A half-sentence that names the valid key nearest to `name`, or lists all of them."""
     valid = sorted(valid)
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
@@ -75,7 +75,7 @@ def _lines(error: Exception, path: tuple[str, ...]) -> Iterator[str]:
         case ForbiddenExtraKeysError():
             valid = [field.name for field in fields(error.cl)]
             for name in sorted(map(str, error.extra_fields)):
-                yield f"{'.'.join((*path, name))}: unknown; {nearest(name, valid)}"
+                yield f"{'.'.join((*path, name))}: unknown; {did_you_mean(name, valid)}"
         case KeyError():
             yield f"{key}: missing"
         case Misfit():

@@ -9,7 +9,7 @@ from typing import Any
 from trak_dist import commands
 from trak_dist.configuration.config import (
     MIN_SUBSETS,
-    SET_BY_US,
+    RESERVED_SBATCH_OPTIONS,
     ClusterConfig,
     Config,
     Counterfactuals,
@@ -17,7 +17,7 @@ from trak_dist.configuration.config import (
     SlurmConfig,
     Spec,
 )
-from trak_dist.configuration.structuring import attempt, converter, nearest, structure
+from trak_dist.configuration.structuring import attempt, converter, did_you_mean, structure
 from trak_dist.errors import ConfigError
 
 _INVALID = "the configuration is not valid:"
@@ -35,7 +35,7 @@ def config_from_mapping(mapping: Mapping[str, Any]) -> Config:
         Naming every bad field, with its path, at once.
     """
     valid = {*_SPEC, *_INVOCATION}
-    unknown = [f"{n}: unknown; {nearest(n, valid)}" for n in sorted(mapping.keys() - valid)]
+    unknown = [f"{n}: unknown; {did_you_mean(n, valid)}" for n in sorted(mapping.keys() - valid)]
     spec = {name: value for name, value in mapping.items() if name in _SPEC}
     rest = {name: value for name, value in mapping.items() if name in _INVOCATION}
     config, bad = attempt(Config, {"spec": spec, **rest})
@@ -52,7 +52,7 @@ def cluster_from_mapping(mapping: Mapping[str, Any]) -> SlurmConfig:
     return structure(SlurmConfig, mapping, "the job's cluster settings are not valid:")
 
 
-def refuse_other_shape(mapping: Mapping[str, Any]) -> None:
+def check_sections(mapping: Mapping[str, Any]) -> None:
     """Raise `ConfigError` naming each setting that was taken out, and each that is no section."""
     settings = _INVOCATION | _SPEC
     bad = [f"{name}: it can't be taken out" for name in settings if name not in mapping]
@@ -101,7 +101,7 @@ def _of_cluster(cluster: ClusterConfig | SlurmConfig) -> Iterator[str]:
     if not isinstance(cluster, SlurmConfig):
         return
     options = {str(key).replace("_", "-"): key for key in cluster.sbatch}
-    for name in sorted(SET_BY_US & options.keys()):
+    for name in sorted(RESERVED_SBATCH_OPTIONS & options.keys()):
         yield f"cluster.sbatch.{options[name]}: the launcher sets --{name} itself"
     if cluster.signal_delay >= 60 * cluster.time:
         yield (

@@ -28,7 +28,7 @@ from trak_dist.cells import (
 from trak_dist.cells.train import retrained
 from trak_dist.coordinates import TRAIN
 from trak_dist.errors import EvaluationError
-from trak_dist.evaluation.ground_truth import Truth, read_truth
+from trak_dist.evaluation.ground_truth import GroundTruthData, read_ground_truth
 from trak_dist.ops import lds, projection
 from trak_dist.ops.kernel import Spectrum
 from trak_dist.ops.lds import Interval
@@ -58,7 +58,7 @@ class Curve:
     chosen_lambdas: tuple[float, float]
 
 
-def against_retrained(session: Session, cell: EvaluateCell) -> dict[str, Any]:
+def datamodeling_scores(session: Session, cell: EvaluateCell) -> dict[str, Any]:
     """What `report/<targets>.json` says of the LDS.
 
     Raises
@@ -72,30 +72,30 @@ def against_retrained(session: Session, cell: EvaluateCell) -> dict[str, Any]:
     models = [MarginsCell(*model, cell.targets) for model in retrained(plan)]
     kernels = [KernelCell(model_id) for model_id in plan.model_ids]
     require(run, [*models, *kernels], needed_by=cell)
-    truth = read_truth(run, cell.targets)
-    told = np.flatnonzero(np.ptp(truth.margins.mean(axis=1), axis=0) > 0)
-    truth = Truth(truth.masks, truth.margins[:, :, told])
-    if not len(told):
+    truth = read_ground_truth(run, cell.targets)
+    informative = np.flatnonzero(np.ptp(truth.margins.mean(axis=1), axis=0) > 0)
+    truth = GroundTruthData(truth.masks, truth.margins[:, :, informative])
+    if not len(informative):
         raise EvaluationError(
             f"the margins of every target of {cell.targets!r} are the same for all subsets",
             where=cell.id,
             next="see that they are outputs of models trained on different subsets",
         )
     margins = truth.margins.mean(axis=1)
-    own = _predictions(session, cell, truth.masks)[:, told]
+    own = _predictions(session, cell, truth.masks)[:, informative]
     per_target = lds.spearman(own, margins)
-    curves = list(_curves(session, cell, truth, told))
+    curves = list(_curves(session, cell, truth, informative))
     whole = next(c for c in curves if c.checkpoints == len(plan.model_ids))
     reliable = lds.reliability(truth.margins)
-    shown = evenly_spaced(len(told), SHOWN_TARGETS)
+    shown = evenly_spaced(len(informative), SHOWN_TARGETS)
     return {
         "subsets": len(truth.masks),
         "seeds": truth.margins.shape[1],
         "share": float(truth.masks.mean()),
         "lds": asdict(lds.interval(per_target)),
-        "lds_targets": told.tolist(),
+        "lds_targets": informative.tolist(),
         "lds_per_target": per_target.round(4).tolist(),
-        "left_out": plan.split(cell.targets).rows - len(told),
+        "left_out": plan.split(cell.targets).rows - len(informative),
         "chosen": {"lds": asdict(whole.chosen), "lambdas": whole.chosen_lambdas},
         "reliability": asdict(reliable) if reliable else None,
         "lambdas": LAMBDAS,
@@ -103,7 +103,7 @@ def against_retrained(session: Session, cell: EvaluateCell) -> dict[str, Any]:
         "curves": [asdict(curve) for curve in curves],
         "shown": [
             {
-                "target": int(told[t]),
+                "target": int(informative[t]),
                 "lds": float(per_target[t]),
                 "predicted": own[:, t].tolist(),
                 "margins": margins[:, t].tolist(),
@@ -137,7 +137,7 @@ def _own_lambda(session: Session) -> list[float]:
 
 
 def _curves(
-    session: Session, cell: EvaluateCell, truth: Truth, told: NDArray[np.intp]
+    session: Session, cell: EvaluateCell, truth: GroundTruthData, informative: NDArray[np.intp]
 ) -> Iterator[Curve]:
     """Of ensembles of the first 1, 2, … checkpoints, and of the whole one at smaller dimensions."""
     plan = session.run.plan
@@ -153,7 +153,7 @@ def _curves(
         sums = _masked_sums(session, model_id, truth.masks, means)
         targets = torch.cat(
             [read_grads(session, c) for c in FeaturizeCell.of_split(plan, model_id, cell.targets)]
-        ).double()[told]
+        ).double()[informative]
         gram = torch.from_numpy(contents.read(session.run, GramCell(model_id), "gram"))
         for dim in sorted({dim for size, dim in cases if size > position}):
             spectrum = Spectrum.of(_folded(gram, dim).to(session.device))

@@ -27,14 +27,14 @@ from trak_dist.store.run import Run
 
 
 @dataclass(frozen=True)
-class Truth:
+class GroundTruthData:
     """`masks` (subsets, n_train) bool, and `margins` (subsets, seeds, targets) float64."""
 
     masks: NDArray[np.bool_]
     margins: NDArray[np.float64]
 
 
-def refuse_without_truth(plan: Plan) -> None:
+def check_has_ground_truth(plan: Plan) -> None:
     """Raise `ConfigError` if there is nothing to hold scores against."""
     if not any(of_stage(plan, "evaluate")):
         raise ConfigError(
@@ -45,7 +45,7 @@ def refuse_without_truth(plan: Plan) -> None:
         )
 
 
-def trained_masks(plan: Plan) -> NDArray[np.bool_]:
+def subset_masks(plan: Plan) -> NDArray[np.bool_]:
     """The masks of the models that the run retrains."""
     masks = np.zeros((plan.ground_truth.subsets, plan.train.rows), dtype=bool)
     for index, mask in enumerate(masks):
@@ -57,18 +57,18 @@ def publish_masks(run: Run) -> None:
     """Write the masks where others find them, as TRAK's `masks.npy`; never fewer than before."""
     if not run.plan.ground_truth.subsets:
         return
-    masks = trained_masks(run.plan)
+    masks = subset_masks(run.plan)
     try:
-        there = _load(run.layout.masks)[: len(masks)]
+        existing = _load(run.layout.masks)[: len(masks)]
     except EvaluationError:
-        there = None
-    if there is None or not np.array_equal(there, masks):
+        existing = None
+    if existing is None or not np.array_equal(existing, masks):
         buffer = io.BytesIO()
         np.save(buffer, masks)
         atomic.write(run.layout.masks, buffer.getvalue())
 
 
-def read_truth(run: Run, targets: str) -> Truth:
+def read_ground_truth(run: Run, targets: str) -> GroundTruthData:
     """The ground truth for one target set.
 
     Raises
@@ -87,11 +87,11 @@ def read_truth(run: Run, targets: str) -> Truth:
                 for subset in range(plan.ground_truth.subsets)
             ]
         )
-        return Truth(trained_masks(plan), margins.astype(np.float64))
+        return GroundTruthData(subset_masks(plan), margins.astype(np.float64))
     imported = plan.imported_truth
     assert imported is not None
     rows = {targets: plan.split(targets).rows}
-    found = read_files(plan.ground_truth, plan.train.rows, rows, tell=lambda _: None)
+    found = import_ground_truth(plan.ground_truth, plan.train.rows, rows, notify=lambda _: None)
     if found.digest != imported.digest:
         raise EvaluationError(
             f"the ground truth changed since planning: digest {imported.digest} then, "
@@ -103,24 +103,28 @@ def read_truth(run: Run, targets: str) -> Truth:
 
 
 @dataclass(frozen=True)
-class Brought:
+class ImportedGroundTruth:
     """The ground truth that a user brought, for one target set, and the digest of its files."""
 
-    truth: Truth
+    truth: GroundTruthData
     targets: str
     digest: str
 
 
-def read_files(
-    files: GroundTruth, train_rows: int, targets: Mapping[str, int], *, tell: Callable[[str], None]
-) -> Brought:
+def import_ground_truth(
+    files: GroundTruth,
+    train_rows: int,
+    targets: Mapping[str, int],
+    *,
+    notify: Callable[[str], None],
+) -> ImportedGroundTruth:
     """Read `masks.npy` and `margins.npy`, a row per subset or a column per subset.
 
     Parameters
     ----------
     targets : mapping of names to numbers of rows
         The target sets; the margins are those of the one that has as many rows.
-    tell : callable
+    notify : callable
         Is told what was made of the files.
 
     Raises
@@ -138,8 +142,8 @@ def read_files(
             where=where,
             next="masks over the rows of the train set that the run uses",
         )
-    turned = masks.shape[1] != train_rows
-    masks = masks.T if turned else masks
+    transposed = masks.shape[1] != train_rows
+    masks = masks.T if transposed else masks
     subsets = len(masks)
     fitting = [
         (name, margins.shape != (subsets, rows))
@@ -154,21 +158,21 @@ def read_files(
             where=where,
             next="a run with targets=… of the one set that the margins are of",
         )
-    ((name, margins_turned),) = fitting
-    margins = margins.T if margins_turned else margins
+    ((name, margins_transposed),) = fitting
+    margins = margins.T if margins_transposed else margins
     if not set(np.unique(masks)) <= {0, 1} or not np.isfinite(margins).all():
         raise EvaluationError(
             "masks must hold 0 and 1, or False and True, margins finite numbers", where=where
         )
     if subsets < MIN_SUBSETS:
         raise EvaluationError(f"{subsets} subsets are too few for a correlation", where=where)
-    for what, other_way in (("masks", turned), ("margins", margins_turned)):
-        if other_way:
-            tell(f"ground truth: {what} have a column per subset, read transposed")
-    tell(f"ground truth: {subsets} subsets, margins of {name!r}")
+    for what, is_transposed in (("masks", transposed), ("margins", margins_transposed)):
+        if is_transposed:
+            notify(f"ground truth: {what} have a column per subset, read transposed")
+    notify(f"ground truth: {subsets} subsets, margins of {name!r}")
     masks, margins = masks.astype(bool), margins.astype(np.float64)
     content = arrays.content_digest(masks) + arrays.content_digest(margins)
-    return Brought(Truth(masks, margins[:, None]), name, content)
+    return ImportedGroundTruth(GroundTruthData(masks, margins[:, None]), name, content)
 
 
 def _load(path: Path) -> NDArray[Any]:

@@ -15,9 +15,9 @@ def lines(run: Run) -> Iterator[str]:
     """All that was found, the LDS last."""
     done = run.receipts.done([*ReportCell.of(run.plan), *EvaluateCell.of(run.plan)])
     facts = [(cell.id.partition("/")[2], receipt.facts) for cell, receipt in done.items()]
-    for part in (_halves, _removed, _labels):
+    for part in (_half_agreement_lines, _counterfactual_lines, _label_lines):
         for name, found in facts:
-            with _odd_facts_told(name):
+            with _facts_errors(name):
                 yield from part(name, found)
     yield from lds(run)
 
@@ -27,20 +27,23 @@ def lds(run: Run) -> Iterator[str]:
     chosen_here = ", λ chosen on these targets" if run.plan.lambda_from else ""
     for cell, receipt in run.receipts.done(EvaluateCell.of(run.plan)).items():
         name = cell.id.partition("/")[2]
-        with _odd_facts_told(name):
-            yield from _lds(name, receipt.facts, chosen_here)
+        with _facts_errors(name):
+            yield from _lds_line(name, receipt.facts, chosen_here)
 
 
-def _lds(name: str, found: Mapping[str, Any], chosen_here: str) -> Iterator[str]:
+def _lds_line(name: str, found: Mapping[str, Any], chosen_here: str) -> Iterator[str]:
     if "lds" in found:
-        own, fair = _interval(found["lds"]), _interval(found["chosen"]["lds"])
-        few = f"; {found['left_out']} constant targets left out" if found["left_out"] else ""
+        own, cross_fitted = _interval(found["lds"]), _interval(found["chosen"]["lds"])
+        left_out_note = (
+            f"; {found['left_out']} constant targets left out" if found["left_out"] else ""
+        )
         yield (
-            f"LDS:    {name} {own} (95 %{chosen_here}), with λ chosen on other targets {fair}{few}"
+            f"LDS:    {name} {own} (95 %{chosen_here}), with λ chosen on other targets "
+            f"{cross_fitted}{left_out_note}"
         )
 
 
-def _halves(name: str, found: Mapping[str, Any]) -> Iterator[str]:
+def _half_agreement_lines(name: str, found: Mapping[str, Any]) -> Iterator[str]:
     for count, share in found.get("stability", {}).items():
         yield (
             f"halves: {name} share {_interval(share)} of the {count} most helpful rows, by "
@@ -48,7 +51,7 @@ def _halves(name: str, found: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _removed(name: str, found: Mapping[str, Any]) -> Iterator[str]:
+def _counterfactual_lines(name: str, found: Mapping[str, Any]) -> Iterator[str]:
     for one in found.get("counterfactuals", []):
         yield (
             f"remove: {name} {one['removed']} most helpful rows: output drops by "
@@ -56,7 +59,7 @@ def _removed(name: str, found: Mapping[str, Any]) -> Iterator[str]:
         )
 
 
-def _labels(_: str, found: Mapping[str, Any]) -> Iterator[str]:
+def _label_lines(_: str, found: Mapping[str, Any]) -> Iterator[str]:
     if wrong := found.get("mislabelled"):
         yield (
             f"labels: AUC {_interval(wrong['auc'])} of self-influence, "
@@ -66,7 +69,7 @@ def _labels(_: str, found: Mapping[str, Any]) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _odd_facts_told(name: str) -> Iterator[None]:
+def _facts_errors(name: str) -> Iterator[None]:
     try:
         yield
     except (AttributeError, KeyError, TypeError, ValueError) as error:

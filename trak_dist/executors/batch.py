@@ -46,7 +46,7 @@ REQUEUE = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class BatchRequest:
     """What is asked of Slurm for one array; `number` is that of its file, `tasks` how many."""
 
     name: str
@@ -56,7 +56,7 @@ class Batch:
     number: int
 
 
-def submit(run: Run, cluster: SlurmConfig, batch: Batch) -> str:
+def submit(run: Run, cluster: SlurmConfig, batch: BatchRequest) -> str:
     """Submit an array; return its job id.
 
     Raises
@@ -67,52 +67,52 @@ def submit(run: Run, cluster: SlurmConfig, batch: Batch) -> str:
         If neither sbatch nor squeue answer, so that the array may be in the queue or not.
     """
     logs = run.layout.job_logs(batch.number)
-    with atomic.told(logs):
+    with atomic.write_errors(logs):
         logs.mkdir(parents=True, exist_ok=True)
-    executor, said = _executor(run, cluster, batch), ""
+    executor, answer = _executor(run, cluster, batch), ""
     for _ in range(TRIES):
         try:
             with slurm.clean_environment(), contextlib.redirect_stderr(io.StringIO()):
-                return executor.send(_command(run, cluster, batch), batch.tasks)
+                return executor.submit_command(_command(run, cluster, batch), batch.tasks)
         except FileNotFoundError:
-            raise slurm.not_there("sbatch") from None
+            raise slurm.missing_command("sbatch") from None
         except OSError:  # the batch script can't be written
-            with atomic.told(logs):
+            with atomic.write_errors(logs):
                 raise
         except FailedSubmissionError as error:
             for task in slurm.queue(batch.name):  # submitted, by an sbatch that words its answer so
                 return task.job_id.split("_")[0]
             raise SlurmError(str(error), next="see what sbatch is on this machine") from None
         except FailedJobError as error:
-            said = str(error).strip()
-        if any(text in said for text in FULL):
+            answer = str(error).strip()
+        if any(text in answer for text in FULL):
             raise QueueFull(
-                f"Slurm takes no more jobs: {said}",
+                f"Slurm takes no more jobs: {answer}",
                 next="run the same command again when some of yours have ended",
             )
-        if not any(text in said for text in PASSING):
+        if not any(text in answer for text in PASSING):
             raise SlurmRefused(
-                f"sbatch refused the {batch.step} array: {said}",
+                f"sbatch refused the {batch.step} array: {answer}",
                 where="cluster",
-                next=_correction(run.plan, cluster, batch, said),
+                next=_correction(run.plan, cluster, batch, answer),
             )
         time.sleep(PAUSE_SECONDS)
         for task in slurm.queue(batch.name):  # an answer that was lost may have been a yes
             return task.job_id.split("_")[0]
     raise SlurmTimeout(
-        f"sbatch gave no answer for the {batch.step} array: {said}",
+        f"sbatch gave no answer for the {batch.step} array: {answer}",
         next="see whether Slurm is up (scontrol ping), then run the same command again",
     )
 
 
-def _correction(plan: Plan, cluster: SlurmConfig, batch: Batch, said: str) -> str:
-    if "Memory" in said:
-        asked = math.ceil(memory_gb(plan, cluster, batch.step))
-        return f"cluster.memory_gb=… with less than the {asked} GiB that a task asks for"
+def _correction(plan: Plan, cluster: SlurmConfig, batch: BatchRequest, recorded: str) -> str:
+    if "Memory" in recorded:
+        requested = math.ceil(memory_gb(plan, cluster, batch.step))
+        return f"cluster.memory_gb=… with less than the {requested} GiB that a task asks for"
     return "correct the setting it names; cluster.dry_run=true shows the script"
 
 
-def script(run: Run, cluster: SlurmConfig, batch: Batch) -> str:
+def script(run: Run, cluster: SlurmConfig, batch: BatchRequest) -> str:
     """The batch script of an array."""
     return _executor(run, cluster, batch).text(_command(run, cluster, batch), batch.tasks)
 
@@ -150,28 +150,28 @@ class _Sbatch(submitit.SlurmExecutor):
         self.parameters["map_count"] = tasks
         return self._make_submission_file_text(command, "")
 
-    def send(self, command: str, tasks: int) -> str:
+    def submit_command(self, command: str, tasks: int) -> str:
         self.parameters["map_count"] = tasks
         return self._submit_command(command).job_id
 
 
-def _command(run: Run, cluster: SlurmConfig, batch: Batch) -> str:
+def _command(run: Run, cluster: SlurmConfig, batch: BatchRequest) -> str:
     python = cluster.python or shlex.quote(sys.executable)
     return f"{python} -u -m trak_dist.task {shlex.quote(str(run.layout.run_dir))} {batch.number}"
 
 
-def _executor(run: Run, cluster: SlurmConfig, batch: Batch) -> _Sbatch:
+def _executor(run: Run, cluster: SlurmConfig, batch: BatchRequest) -> _Sbatch:
     executor = _Sbatch(folder=run.layout.job_logs(batch.number))
     executor.update_parameters(**_parameters(run, cluster, batch))
     return executor
 
 
-def _parameters(run: Run, cluster: SlurmConfig, batch: Batch) -> dict[str, Any]:
+def _parameters(run: Run, cluster: SlurmConfig, batch: BatchRequest) -> dict[str, Any]:
     gpu = on_gpu(batch.step) and cluster.device != "cpu"
     cpus = cluster.cpus_per_task or 1 + _threads(run.plan, batch.step)
     logs = shlex.quote(str(run.layout.job_logs(batch.number)))
     log = '"${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}_0_log.out"'
-    given: dict[str, Any] = {
+    parameters: dict[str, Any] = {
         "job_name": batch.name,
         "time": cluster.time,
         "mem": f"{math.ceil(1024 * memory_gb(run.plan, cluster, batch.step))}M",
@@ -196,7 +196,7 @@ def _parameters(run: Run, cluster: SlurmConfig, batch: Batch) -> dict[str, Any]:
         },
     }
     # Without a wckey of submitit's: some sites refuse those that they don't know.
-    return {k: v for k, v in given.items() if v is not None} | {"wckey": None}
+    return {k: v for k, v in parameters.items() if v is not None} | {"wckey": None}
 
 
 def _threads(plan: Plan, step: str) -> int:

@@ -17,7 +17,7 @@ import submitit
 from submitit.core.utils import DelayedSubmission, JobPaths
 
 from trak_dist.errors import TrakDistError
-from trak_dist.executors.protocol import Job, Task
+from trak_dist.executors.protocol import CellIds, RunCells
 from trak_dist.store import atomic
 
 log = logging.getLogger(__name__)
@@ -36,17 +36,17 @@ class LocalExecutor:
         self._logs, self._workers, self._gpus = logs, workers, gpus
         self._log_variable = log_variable
 
-    def run(self, job: Job, tasks: Sequence[Task], tick: Callable[[int], None]) -> None:
+    def run(self, job: RunCells, tasks: Sequence[CellIds], tick: Callable[[int], None]) -> None:
         """See `Executor`."""
         if not tasks:
             return
-        with atomic.told(Path(tempfile.gettempdir())):
+        with atomic.write_errors(Path(tempfile.gettempdir())):
             private = tempfile.TemporaryDirectory(prefix="trak_dist-", ignore_cleanup_errors=True)
         with private:
             self._run(job, tasks, tick, Path(private.name))
 
     def _run(
-        self, job: Job, tasks: Sequence[Task], tick: Callable[[int], None], private: Path
+        self, job: RunCells, tasks: Sequence[CellIds], tick: Callable[[int], None], private: Path
     ) -> None:
         count = min(self._workers, len(tasks))
         bounds = [round(i * len(tasks) / count) for i in range(count + 1)]
@@ -54,7 +54,7 @@ class LocalExecutor:
         try:
             for worker, (start, stop) in enumerate(itertools.pairwise(bounds)):
                 cells = [cell for task in tasks[start:stop] for cell in task]
-                with atomic.told(self._logs):  # where submitit puts what a worker prints
+                with atomic.write_errors(self._logs):  # where submitit puts what a worker prints
                     jobs.append(self._submit(job, cells, worker, private))
             while running := sum(not j.done() for j in jobs):
                 tick(running)
@@ -67,10 +67,10 @@ class LocalExecutor:
             raise
 
     def _submit(
-        self, job: Job, cells: Sequence[str], worker: int, private: Path
+        self, job: RunCells, cells: Sequence[str], worker: int, private: Path
     ) -> submitit.Job[None]:
         logs = self._logs / "local"
-        with atomic.told(logs):
+        with atomic.write_errors(logs):
             executor = _Local(folder=logs)
         gpus: dict[str, Any] = {}
         if self._gpus:
@@ -86,7 +86,7 @@ class _Local(submitit.LocalExecutor):
     def start(self, call: DelayedSubmission, private: Path) -> submitit.Job[None]:
         """Start a worker that loads `call` from the directory `private`, of this user alone."""
         pickled = private / "call.pkl"
-        with atomic.told(pickled):
+        with atomic.write_errors(pickled):
             call.dump(pickled)
         python = shlex.quote(sys.executable)
         worker: submitit.Job[None] = self._submit_command(
@@ -96,16 +96,16 @@ class _Local(submitit.LocalExecutor):
         return worker
 
 
-def _in_worker(job: Job, cells: Sequence[str], logs: Path, log_variable: str) -> None:
+def _in_worker(job: RunCells, cells: Sequence[str], logs: Path, log_variable: str) -> None:
     log = JobPaths(logs, submitit.JobEnvironment().job_id).stderr
     os.environ[log_variable] = str(log)
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
     )
-    work(job, cells)
+    run_logged(job, cells)
 
 
-def work(job: Job, cells: Sequence[str]) -> None:
+def run_logged(job: RunCells, cells: Sequence[str]) -> None:
     """Run cells; that a worker could not even begin is in its log, and told by the launcher."""
     try:
         job(cells)

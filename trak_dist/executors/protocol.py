@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 # A task: ids of cells, to run in this order in one process.
-Task = tuple[str, ...]
-Job = Callable[[Sequence[str]], object]
+CellIds = tuple[str, ...]
+RunCells = Callable[[Sequence[str]], object]
 
 
 class Executor(Protocol):
     """Runs tasks with a job. What came of them is in the run directory, not returned."""
 
-    def run(self, job: Job, tasks: Sequence[Task], tick: Callable[[int], None]) -> None:
+    def run(self, job: RunCells, tasks: Sequence[CellIds], tick: Callable[[int], None]) -> None:
         """Run all `tasks`, in any order; call `tick` with the workers at work now and then."""
         ...

@@ -23,7 +23,7 @@ from trak_dist.errors import ConfigError, PlanMismatch
 from trak_dist.ops.model_outputs import (
     ImageClassification,
     ModelOutput,
-    OfBatches,
+    SingleExampleBatches,
     TextClassification,
 )
 from trak_dist.plan import Plan
@@ -38,17 +38,17 @@ TASKS: Mapping[str, type[Any]] = {
 }
 
 
-def whole_number(name: str, value: Any, *, least: int | None = None) -> int:
+def check_whole_number(name: str, value: Any, *, minimum: int | None = None) -> int:
     """`value`, numpy's too, as an int.
 
     Raises
     ------
     ConfigError
-        If it is none, or smaller than `least`.
+        If it is none, or smaller than `minimum`.
     """
     whole = hasattr(value, "__index__") and not isinstance(value, bool | np.bool_)
-    if not whole or (least is not None and operator.index(value) < least):
-        of = "" if least is None else f" of at least {least}"
+    if not whole or (minimum is not None and operator.index(value) < minimum):
+        of = "" if minimum is None else f" of at least {minimum}"
         raise ConfigError(f"{name} {value!r} is not a whole number{of}", where=name)
     return operator.index(value)
 
@@ -76,11 +76,13 @@ def model_output(task: str | ModelOutput, gradient_computer: type[Any]) -> Model
         )
     assert not isinstance(task, str)
     iterative = gradient_computer is IterativeGradientComputer
-    return OfBatches(task) if iterative and not hasattr(task, "get_batch_output") else task
+    return (
+        SingleExampleBatches(task) if iterative and not hasattr(task, "get_batch_output") else task
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class TRAKerArguments:
     """What the arguments of a `TRAKer` say of a run; those that are None say nothing."""
 
     gradient_computer: type[Any] = FunctionalGradientComputer
@@ -93,10 +95,11 @@ class Wanted:
     lambda_reg: float | None = None
 
     def __post_init__(self) -> None:
-        given = [name for name, value in self.unsupported.items() if value is not None]
-        if given:
+        unsupported = [name for name, value in self.unsupported.items() if value is not None]
+        if unsupported:
             raise ConfigError(
-                f"{', '.join(given)} can't be replaced: the store and its kernels are the run's",
+                f"{', '.join(unsupported)} can't be replaced: the store and its kernels are the "
+                "run's",
                 where="TRAKer",
                 next="leave them out",
             )
@@ -134,8 +137,8 @@ class Wanted:
         else:
             dim = dim if self.proj_dim is None else self.proj_dim
             seed = seed if self.projector_seed is None else self.projector_seed
-        dim = whole_number("proj_dim", dim, least=1)
-        seed = whole_number("projector_seed", seed)
+        dim = check_whole_number("proj_dim", dim, minimum=1)
+        seed = check_whole_number("projector_seed", seed)
         projection = replace(spec.projection, kind=kind, seed=seed)
         if self.grad_wrt is not None and set(self.grad_wrt) != set(featurize.params):
             featurize = replace(featurize, params=tuple(self.grad_wrt))
@@ -155,20 +158,20 @@ class Wanted:
         """`plan` with our λ; its checkpoints stay."""
         return replace(plan, spec=self._with_lambda(plan.spec))
 
-    def refuse_other(self, run: Run, rows: int, parameters: int, model: str) -> None:
+    def check_matches(self, run: Run, rows: int, parameters: int, model: str) -> None:
         """Raise `PlanMismatch` if the run is not one that these arguments belong to."""
         plan = run.plan
         found = differences(asdict(plan.spec), asdict(self.spec(plan.spec)))
-        told = {k: v for k, v in found.items() if not k.startswith("reduce.lambda_")}
+        changed = {k: v for k, v in found.items() if not k.startswith("reduce.lambda_")}
         if rows != plan.train.rows:
-            told["train_set_size"] = (plan.train.rows, rows)
+            changed["train_set_size"] = (plan.train.rows, rows)
         if parameters != plan.parameters:
-            told["parameters that require gradients"] = (plan.parameters, parameters)
+            changed["parameters that require gradients"] = (plan.parameters, parameters)
         if model != plan.source.model:
-            told["the model, or the model output"] = (plan.source.model, model)
-        if told:
+            changed["the model, or the model output"] = (plan.source.model, model)
+        if changed:
             listed = "\n".join(
-                f"  {k}: {old!r} in the run, {new!r} now" for k, (old, new) in told.items()
+                f"  {k}: {old!r} in the run, {new!r} now" for k, (old, new) in changed.items()
             )
             raise PlanMismatch(
                 f"the run in save_dir is another one:\n{listed}",
@@ -179,13 +182,13 @@ class Wanted:
     def _with_lambda(self, spec: Spec) -> Spec:
         if self.lambda_reg is None:
             return spec
-        absolute = self.lambda_reg / units_of_lambda(spec)
+        lambda_absolute = self.lambda_reg / lambda_unit_factor(spec)
         return replace(
-            spec, reduce=replace(spec.reduce, lambda_reg=absolute, lambda_unit="absolute")
+            spec, reduce=replace(spec.reduce, lambda_reg=lambda_absolute, lambda_unit="absolute")
         )
 
 
-def units_of_lambda(spec: Spec) -> int:
+def lambda_unit_factor(spec: Spec) -> int:
     """How much larger λ is in TRAK's units: its dense projections have no factor 1/√k."""
     return 1 if spec.projection.kind == "identity" else spec.proj_dim
 
@@ -205,7 +208,7 @@ def rows_of_call(inds: Any, num_samples: int | None, *, first: int) -> NDArray[n
             next="inds: the batch's rows; num_samples: how many there are, in order",
         )
     if num_samples is not None:
-        num_samples = whole_number("num_samples", num_samples, least=0)
+        num_samples = check_whole_number("num_samples", num_samples, minimum=0)
         return np.arange(first, first + num_samples)
     rows = np.asarray(inds.cpu() if isinstance(inds, torch.Tensor) else inds).reshape(-1)
     if rows.size and rows.dtype.kind not in "iu":
@@ -217,7 +220,7 @@ def rows_of_call(inds: Any, num_samples: int | None, *, first: int) -> NDArray[n
     return rows.astype(np.int64)
 
 
-def refuse_rows(rows: NDArray[np.int64], size: int, split: Split) -> None:
+def check_rows(rows: NDArray[np.int64], size: int, split: Split) -> None:
     """Raise `ConfigError` if rows are not those of a batch of `size` examples of a split."""
     outside = rows[(rows < 0) | (rows >= split.rows)]
     what = ""

@@ -9,16 +9,16 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from trak_dist.checkpoints import digests, state_dicts
-from trak_dist.checkpoints.featurizer import Loaded
+from trak_dist.checkpoints.featurizer import CheckpointFeaturizer
 from trak_dist.errors import CheckpointError
-from trak_dist.ingest.streamed_rows import Feed
+from trak_dist.ingest.streamed_rows import RowStream
 from trak_dist.ops.model_outputs import ModelOutput
 from trak_dist.plan import Plan
 
 log = logging.getLogger("trak_dist")
 
 
-class FedCheckpoint:
+class StreamedCheckpoint:
     """The checkpoint in the model, until another is loaded into it."""
 
     def __init__(
@@ -26,7 +26,7 @@ class FedCheckpoint:
         model: nn.Module,
         checkpoint: Mapping[str, Tensor] | str | Path,
         model_id: int,
-        before: FedCheckpoint | None,
+        before: StreamedCheckpoint | None,
     ) -> None:
         if isinstance(checkpoint, str | Path):
             self.path: str | None = (where := str(Path(checkpoint).absolute()))
@@ -34,19 +34,19 @@ class FedCheckpoint:
         else:
             self.path, where = None, f"model_id {model_id}"
             state = state_dicts.named(checkpoint, where=where)
-        fitted = state_dicts.fitted(state, model, where=where)
+        fitted = state_dicts.fit_state_dict(state, model, where=where)
         if before is not None:
-            state_dicts.refuse_otherwise_absent(fitted, before.absent, where=where)
-        elif fitted.said:
-            log.info("checkpoints: %s", fitted.said)
+            state_dicts.check_same_absent(fitted, before.absent, where=where)
+        elif fitted.notes:
+            log.info("checkpoints: %s", fitted.notes)
         self.model_id = model_id
         self.absent: frozenset[str] = fitted.absent
         self.digest = digests.content_digest(fitted.state)
         fitted.load_into(model)
         self._model = model.eval()
         self._weights = self._versions()
-        self.feeds: dict[str, Feed] = {}
-        self._in_plan: Loaded | None = None
+        self.streams: dict[str, RowStream] = {}
+        self._featurizer: CheckpointFeaturizer | None = None
 
     def make_ready(self) -> None:
         """Put the model in evaluation mode: a script may have trained it meanwhile.
@@ -72,8 +72,10 @@ class FedCheckpoint:
         tensors = (*self._model.parameters(), *self._model.buffers())
         return [(t.data_ptr(), t._version) for t in tensors]  # noqa: SLF001
 
-    def in_plan(self, plan: Plan, model_output: ModelOutput) -> Loaded:
+    def featurizer(self, plan: Plan, model_output: ModelOutput) -> CheckpointFeaturizer:
         """The same with what computes its grads, which there is once there is a plan."""
-        if self._in_plan is None:
-            self._in_plan = Loaded(plan, self.model_id, self.digest, self._model, model_output)
-        return self._in_plan
+        if self._featurizer is None:
+            self._featurizer = CheckpointFeaturizer(
+                plan, self.model_id, self.digest, self._model, model_output
+            )
+        return self._featurizer

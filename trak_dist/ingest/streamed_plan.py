@@ -69,26 +69,26 @@ def with_targets(plan: Plan, name: str, rows: int) -> Plan:
         raise ConfigError(
             f"an experiment can't be called {TRAIN!r}", where="exp_name", next="another name"
         )
-    there = next((s for s in plan.targets if s.name == name), None)
-    if there and there.rows != rows:
+    existing = next((s for s in plan.targets if s.name == name), None)
+    if existing and existing.rows != rows:
         raise ConfigError(
-            f"experiment {name!r} has {there.rows} targets, not {rows}",
+            f"experiment {name!r} has {existing.rows} targets, not {rows}",
             where="num_targets",
-            next=f"num_targets={there.rows}, or another exp_name",
+            next=f"num_targets={existing.rows}, or another exp_name",
         )
-    if there:
+    if existing:
         return plan
     split = Split(name, rows, planned_cell_rows(rows, plan.spec, plan.store_dim), Streamed())
     return replace(plan, targets=(*plan.targets, split))
 
 
-def created(run_dir: Path, plan: Plan) -> None:
+def create_run(run_dir: Path, plan: Plan) -> None:
     """Publish the plan of a new run, unless another process was first."""
     with contextlib.suppress(PlanMismatch):
         Run.create(run_dir, plan)
 
 
-def extended(run: Run, change: Callable[[Plan], Plan]) -> Run:
+def extend_run(run: Run, change: Callable[[Plan], Plan]) -> Run:
     """`run` with its plan changed, whatever other processes change meanwhile."""
     while True:
         run = Run.open(run.layout.run_dir)

@@ -36,14 +36,14 @@ from trak_dist.store.run import Run
 log = logging.getLogger("trak_dist")
 
 
-class Feed:
+class RowStream:
     """What one process feeds into one checkpoint's split."""
 
     def __init__(self, run: Run, model_id: int, split: str, checkpoint_digest: str) -> None:
         self._run, self._model_id, self.split = run, model_id, split
         self._directory = run.layout.parts(run.plan, model_id, split)
         self._checkpoint_digest = checkpoint_digest
-        self.begun = False  # by this process
+        self.has_written = False  # by this process
         self._seen: set[str] = set()
         rows = run.plan.split(split).rows
         self._done = np.zeros(rows, bool)
@@ -62,19 +62,19 @@ class Feed:
         for path in listed:
             if path.name not in self._seen:
                 try:
-                    self._note(*parts.rows_of(path))
+                    self._record(*parts.rows_of(path))
                 except FileNotFoundError:
                     return self.done()  # discarded: its rows are in cells by now
                 self._seen.add(path.name)
         return self._done
 
-    def _note(self, rows: NDArray[np.int64], inputs: NDArray[np.uint8]) -> None:
+    def _record(self, rows: NDArray[np.int64], inputs: NDArray[np.uint8]) -> None:
         self._done[rows] = True
         new = ~self._known[rows]
         self._inputs[rows[new]] = inputs[new]
         self._known[rows] = True
 
-    def refuse_others(self, rows: NDArray[np.int64], inputs: NDArray[np.uint8]) -> None:
+    def check_same_examples(self, rows: NDArray[np.int64], inputs: NDArray[np.uint8]) -> None:
         """Raise `DatasetError` if rows that are done were computed from other examples.
 
         Parameters
@@ -93,13 +93,13 @@ class Feed:
         ):
             if ((unknown >= cell.rows.start) & (unknown < cell.rows.stop)).any():
                 inputs_of_cell = contents.read(self._run, cell, "inputs")
-                self._note(np.arange(cell.rows.start, cell.rows.stop), inputs_of_cell)
+                self._record(np.arange(cell.rows.start, cell.rows.stop), inputs_of_cell)
         others = rows[(self._inputs[rows] != inputs).any(1)]
         if len(others):
             name = "save_dir" if self.split == TRAIN else "exp_name"
             raise DatasetError(
                 f"{len(others)} of {len(rows)} rows of {self.split!r} that are there were computed "
-                f"from other examples than these: {spans(np.sort(others))}",
+                f"from other examples than these: {format_ranges(np.sort(others))}",
                 where=f"model_id {self._model_id}",
                 next=f"the same examples as before, or another {name}; inds, if they come in "
                 "another order; no random augmentation",
@@ -120,8 +120,8 @@ class Feed:
         facts = grads_facts(plan, self._checkpoint_digest)
         part = Part({"rows": rows, "inputs": inputs, **arrays}, facts)
         self._seen.add(parts.write(self._directory, part).name)
-        self._note(rows, inputs)
-        self.begun = True
+        self._record(rows, inputs)
+        self.has_written = True
 
 
 def row_digests(batch: Sequence[Any], size: int) -> NDArray[np.uint8]:
@@ -149,14 +149,14 @@ def row_digests(batch: Sequence[Any], size: int) -> NDArray[np.uint8]:
     return found
 
 
-def refuse_missing(run: Run, model_id: int, split: str) -> None:
+def check_rows_present(run: Run, model_id: int, split: str) -> None:
     """Raise `ModelIDException` naming the rows of a checkpoint's split that are not there."""
-    missing = np.flatnonzero(~Feed(run, model_id, split, "").done())
+    missing = np.flatnonzero(~RowStream(run, model_id, split, "").done())
     if len(missing):
         rows = "train rows" if split == TRAIN else f"targets of {split!r}"
         raise ModelIDException(
             f"{len(missing)} of {run.plan.split(split).rows} {rows} are missing for model_id "
-            f"{model_id}: {spans(missing)}",
+            f"{model_id}: {format_ranges(missing)}",
             where=str(run.layout.run_dir),
             next="featurize them" if split == TRAIN else "score them, or allow_skip=True",
         )
@@ -176,7 +176,7 @@ def complete(
     for model_id in model_ids:
         try:
             for split in splits:
-                refuse_missing(run, model_id, split)
+                check_rows_present(run, model_id, split)
             chosen.append(model_id)
         except ModelIDException as error:
             if not allow_skip:
@@ -189,7 +189,7 @@ def complete(
     return chosen
 
 
-def spans(rows: NDArray[np.int64]) -> str:
+def format_ranges(rows: NDArray[np.int64]) -> str:
     """Rows in ascending order, as their ranges: `3, 5-7`."""
     breaks = np.flatnonzero(np.diff(rows) != 1) + 1
     ranges = [
@@ -198,7 +198,7 @@ def spans(rows: NDArray[np.int64]) -> str:
     return first_few(ranges)
 
 
-def gather(run: Run, cell: FeaturizeCell) -> Outcome:
+def gather_parts(run: Run, cell: FeaturizeCell) -> Outcome:
     """Write a cell's chunk from parts, one of which is in memory at a time.
 
     Raises
@@ -225,11 +225,11 @@ def gather(run: Run, cell: FeaturizeCell) -> Outcome:
             rows = part.arrays["rows"] - cell.rows.start
             inside = np.flatnonzero((rows >= 0) & (rows < size))
             position[rows[inside]] = inside
-            mine = np.flatnonzero(source == index)
+            filled = np.flatnonzero(source == index)
             for name, values in part.arrays.items():
                 if name not in arrays:
                     arrays[name] = np.empty((size, *values.shape[1:]), values.dtype)
-                arrays[name][mine] = values[position[mine]]
+                arrays[name][filled] = values[position[filled]]
     except (FileNotFoundError, ModelIDException) as error:
         if isinstance(error, FileNotFoundError) or run.receipts.done([cell]):
             what = "another process has just gathered its parts"
@@ -253,7 +253,7 @@ def _sources(paths: Sequence[Path], cell: FeaturizeCell) -> NDArray[np.int64]:
     if len(missing):
         raise ModelIDException(
             f"{len(missing)} of {size} rows of {cell.split!r} are not featurized for model_id "
-            f"{cell.model_id}: {spans(missing)}",
+            f"{cell.model_id}: {format_ranges(missing)}",
             where=cell.id,
             next="featurize them: TRAKer.featurize, or score for targets",
         )
@@ -268,9 +268,9 @@ def _mixed(
     cell: FeaturizeCell,
 ) -> MixedRun:
     names = sorted(n for n in {*facts, *others} if facts.get(n) != others.get(n))
-    told = "; ".join(f"{n}: {facts.get(n)!r} and {others.get(n)!r}" for n in names)
+    differences = "; ".join(f"{n}: {facts.get(n)!r} and {others.get(n)!r}" for n in names)
     return MixedRun(
-        f"parts that belong together disagree: {told} in {first.name} and {path.name}",
+        f"parts that belong together disagree: {differences} in {first.name} and {path.name}",
         where=cell.id,
         next="remove the parts that are wrong, and featurize their rows again",
     )

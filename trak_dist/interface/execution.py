@@ -22,8 +22,8 @@ from trak_dist.store.receipts import Failure, rows_per_second
 from trak_dist.store.run import Run
 
 if TYPE_CHECKING:
-    from trak_dist.executors.protocol import Executor, Job
-    from trak_dist.executors.sending import Submitted
+    from trak_dist.executors.protocol import Executor, RunCells
+    from trak_dist.executors.submission import SubmissionResult
 
 QUEUE_SECONDS = 15.0  # between two looks at Slurm's queue
 
@@ -32,20 +32,20 @@ QUEUE_SECONDS = 15.0  # between two looks at Slurm's queue
 class Submission:
     """What was submitted to Slurm: `arrays`, and of a dry run their batch `scripts`."""
 
-    arrays: Submitted
+    arrays: SubmissionResult
     scripts: tuple[str, ...] = ()
 
     @property
     def job_ids(self) -> tuple[str, ...]:
         """Of the arrays submitted, and of the job that submits what had no room."""
-        ids = [line.job_id for line in self.arrays.lines]
-        return tuple(i for i in (*ids, self.arrays.goes_on) if i)
+        ids = [line.job_id for line in self.arrays.jobs]
+        return tuple(i for i in (*ids, self.arrays.continuation_job) if i)
 
     @property
     def pending(self) -> int:
         """How many cells are in the queue, or are still to be submitted."""
-        submitted = sum(line.cells for line in self.arrays.lines)
-        return submitted + self.arrays.queued_before + self.arrays.left
+        submitted = sum(line.cells for line in self.arrays.jobs)
+        return submitted + self.arrays.already_queued + self.arrays.deferred_cells
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def execute(
     """
     run, config = prepared.run, prepared.config
     if isinstance(config.cluster, SlurmConfig):
-        outcome = _submitted(run, config, config.cluster)
+        outcome = _submitted_assignment(run, config, config.cluster)
         return _waited(prepared, outcome, on_progress) if wait else outcome
     _check_upstream(run, config.stage)
     outcome = Outcome(run.layout.run_dir, config.stage)
@@ -149,7 +149,7 @@ class _Execution:
         from trak_dist import worker
         from trak_dist.runtime.session import open_device
 
-        return worker.own_numerics(open_device(self.cluster.device))
+        return worker.cell_numerics(open_device(self.cluster.device))
 
     def run_stage(self, stage: str) -> Outcome:
         run = self.run
@@ -161,12 +161,12 @@ class _Execution:
             waiting = [cell for task in tasks for cell in task]
             if not waiting:
                 continue
-            distrusted = run.receipts.all_distrusted()
+            failed_before = run.receipts.failed_audits()
             label = stage if len(steps) == 1 else f"{stage} {number}/{len(steps)}"
             with Counter(run, waiting, step=label, report=self.on_progress) as counter:
                 ids = [tuple(cell.id for cell in task) for task in tasks if task]
                 self._executor().run(self._job, ids, counter.tick)
-            if run.receipts.all_distrusted() != distrusted:
+            if run.receipts.failed_audits() != failed_before:
                 return self.run_stage(stage)  # cells were taken back, of other tasks too
             outcome = outcome_of(run, stage, waiting)
             if not outcome.complete:
@@ -174,7 +174,7 @@ class _Execution:
         return outcome
 
     @cached_property
-    def _job(self) -> Job:
+    def _job(self) -> RunCells:
         """What runs cells: in this process, by one session for all stages."""
         from trak_dist import worker
         from trak_dist.runtime.session import Sessions
@@ -218,11 +218,11 @@ def _check_upstream(run: Run, stage: str) -> None:
     own = set(of_stage(run.plan, stage))
     needed = graph.upstream(run.plan, own, done) - own
     for upstream, steps in STAGE_STEPS.items():
-        wanted = [c for c in needed if c.step in steps]
-        missing = sum(c not in done for c in wanted)
+        requested = [c for c in needed if c.step in steps]
+        missing = sum(c not in done for c in requested)
         if missing:
             raise MissingInputs(
-                f"stage={stage} needs {upstream}, of which {missing} of {len(wanted)} cells are "
+                f"stage={stage} needs {upstream}, of which {missing} of {len(requested)} cells are "
                 "missing",
                 where=str(run.layout.run_dir),
                 next=commands.launch(run.layout.run_dir, f"stage={upstream}"),
@@ -232,7 +232,7 @@ def _check_upstream(run: Run, stage: str) -> None:
 # Slurm --------------------------------------------------------------------------------------
 
 
-def _submitted(run: Run, config: Config, cluster: SlurmConfig) -> Outcome:
+def _submitted_assignment(run: Run, config: Config, cluster: SlurmConfig) -> Outcome:
     from trak_dist import planning
     from trak_dist.executors import slurm
 

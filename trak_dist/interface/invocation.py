@@ -125,19 +125,23 @@ def run_dir(value: object) -> Path:
     ConfigError
         If it can't be one.
     """
-    wanted = ""
+    requirement = ""
     text = str(value) if isinstance(value, str | Path) else ""
     if not text or "%" in text:
-        wanted = "a path without '%', which submitit and Slurm take for a job's number"
+        requirement = "a path without '%', which submitit and Slurm take for a job's number"
     elif control := control_character(text):
-        wanted = f"a path without the control character {control!r}, which may be a command's end"
+        requirement = (
+            f"a path without the control character {control!r}, which may be a command's end"
+        )
     try:
-        found = Path("" if wanted else text).expanduser().absolute()
+        found = Path("" if requirement else text).expanduser().absolute()
     except RuntimeError as error:
-        wanted = str(error)
-    if wanted:
+        requirement = str(error)
+    if requirement:
         raise ConfigError(
-            f"run_dir {value!r} is not usable: {wanted}", where="run_dir", next="run_dir=runs/…"
+            f"run_dir {value!r} is not usable: {requirement}",
+            where="run_dir",
+            next="run_dir=runs/…",
         )
     return found
 

@@ -118,11 +118,14 @@ def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def _joined(there: Any, value: Any) -> Any:
+def _joined(existing: Any, value: Any) -> Any:
     """`value` over what is there, section by section."""
-    if not (isinstance(there, dict) and isinstance(value, dict)):
+    if not (isinstance(existing, dict) and isinstance(value, dict)):
         return value
-    return {**there, **{name: _joined(there.get(name), inner) for name, inner in value.items()}}
+    return {
+        **existing,
+        **{name: _joined(existing.get(name), inner) for name, inner in value.items()},
+    }
 
 
 def _keys(nested: Mapping[str, Any]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from trak_dist.configuration.structuring import nearest
+from trak_dist.configuration.structuring import did_you_mean
 from trak_dist.errors import ConfigError
 
 _PACKAGE = Path(__file__).parents[1]
@@ -41,7 +41,7 @@ def read(group: str, name: str) -> dict[str, Any]:
     if path is None:
         valid = names(group, own)
         raise ConfigError(
-            f"{group}: {name!r} is not the name of an option; {nearest(name, valid)}",
+            f"{group}: {name!r} is not the name of an option; {did_you_mean(name, valid)}",
             where=group,
             next=f"one of {', '.join(valid)}",
         )

@@ -72,7 +72,7 @@ def resolve(invocation: Invocation, note: Note, *, sweep_dims: Sequence[int] | N
         If λ is to be chosen, and there is nothing to choose it from.
     """
     run_dir = invocation.run_dir
-    with atomic.told(run_dir):
+    with atomic.write_errors(run_dir):
         base = Run.open(run_dir) if Run.exists(run_dir) else None
     if base is None or sweep_dims is not None:
         members.check_not_nested(run_dir)
@@ -82,9 +82,9 @@ def resolve(invocation: Invocation, note: Note, *, sweep_dims: Sequence[int] | N
         invocation = invocation.with_explicit("store_dim", dim)
         if why:
             note(why)
-    kept = invocation.from_plan(plan) if plan else []
-    if kept and invocation.values(plan).get("stage") not in ("status", "cancel"):
-        note(f"from the plan: {', '.join(kept)}")
+    from_plan = invocation.from_plan(plan) if plan else []
+    if from_plan and invocation.values(plan).get("stage") not in ("status", "cancel"):
+        note(f"from the plan: {', '.join(from_plan)}")
     invocation, lambda_from = _with_chosen_lambda(invocation, base, note)
     return Resolved(invocation, invocation.merged(plan), base, lambda_from, sweep_dims)
 
@@ -98,8 +98,8 @@ def open_existing(resolved: Resolved, note: Note) -> Run:
         If there is none, or it has other settings.
     """
     base = resolved.base or Run.open(Path(resolved.config.run_dir))  # raises, says how to begin
-    may = SWEEP_KEYS if resolved.sweep_dims is not None else ()
-    plan = _with_settings(resolved.config, base, may, note)
+    changeable = SWEEP_KEYS if resolved.sweep_dims is not None else ()
+    plan = _with_settings(resolved.config, base, changeable, note)
     return members.open_member(base, plan) if resolved.sweep_dims is not None else base
 
 
@@ -125,19 +125,19 @@ def prepare_run(resolved: Resolved, note: Note) -> Prepared:
             plan = run.plan if run else fresh
             plan = replace(plan, lambda_from=resolved.lambda_from or plan.lambda_from)
         else:
-            planning.refuse_scored(base, plan)
+            planning.check_no_scores(base, plan)
     plan = _extended(resolved, run or base, plan, note)
-    planning.refuse_unknown_ids(plan)
-    planning.refuse_rank_deficient(plan)
+    planning.check_ensemble(plan)
+    planning.check_full_rank(plan)
     if config.stage == "evaluate":
-        truth.refuse_without_truth(plan)
+        truth.check_has_ground_truth(plan)
     workers = _fit_workers(plan, config.cluster)
-    there = resources.disk_bytes(run.plan) if run else 0
+    existing = resources.disk_bytes(run.plan) if run else 0
     if base and not run:
-        there = resources.disk_bytes(base.plan, (TrainCell, MarginsCell))
+        existing = resources.disk_bytes(base.plan, (TrainCell, MarginsCell))
         if base.plan.projection_id == plan.projection_id:
-            there += FeaturizeCell.disk_bytes(plan)
-    _check_disk(run_dir, resources.disk_bytes(plan) - there)
+            existing += FeaturizeCell.disk_bytes(plan)
+    _check_disk(run_dir, resources.disk_bytes(plan) - existing)
     if run is None:
         run = Run.create(run_dir, plan)
     elif plan != run.plan:
@@ -166,17 +166,17 @@ def _with_chosen_lambda(
     from trak_dist.planning import lambda_selection as choice
 
     other = invocation.with_explicit(LAMBDA_KEY, 1.0).merged(plan)  # all else has to be valid
-    found = choice.best_lambda(base, other.spec, other.checkpoints.ensemble)
+    found = choice.select_lambda(base, other.spec, other.checkpoints.ensemble)
     note(f"auto: {found.why}")
     return invocation.with_explicit(LAMBDA_KEY, found.lambda_reg), found.why
 
 
-def _with_settings(config: Config, run: Run, may: tuple[str, ...], note: Note) -> Plan:
+def _with_settings(config: Config, run: Run, changeable: tuple[str, ...], note: Note) -> Plan:
     """The plan of `run` with the settings asked for, which differ only where they may."""
-    asked = {**asdict(config.spec), "checkpoints": {"use": config.checkpoints.ensemble}}
+    requested = {**asdict(config.spec), "checkpoints": {"use": config.checkpoints.ensemble}}
     where = str(run.layout.run_dir)
-    found = differences(run.plan.settings, asked)
-    if not all(key.startswith(may) for key in found):
+    found = differences(run.plan.settings, requested)
+    if not all(key.startswith(changeable) for key in found):
         listed = "\n".join(
             f"  {k}: {old!r} in the plan, {new!r} now" for k, (old, new) in found.items()
         )
@@ -221,18 +221,18 @@ def _with_problem(resolved: Resolved, run: Run | None, plan: Plan | None, note: 
     invocation, config = resolved.invocation, resolved.config
     spec = plan.spec.problem if plan else config.spec.problem
     import_root = plan.source.import_root if plan else str(Path.cwd())
-    said = plan is None or config.trust or config.accept_source
-    if plan and run and not said and not trust.planned_here(invocation.problem, plan):
-        trust.refuse_foreign(plan, run.layout.run_dir)
-    elif why := trust.give_word(spec, import_root):
+    recorded = plan is None or config.trust or config.accept_source
+    if plan and run and not recorded and not trust.is_planned_here(invocation.problem, plan):
+        trust.check_trusted(plan, run.layout.run_dir)
+    elif why := trust.record_trust(spec, import_root):
         note(why)
     if plan and not plan.has_problem:
         _check_needs_no_problem(invocation, config)
         return plan
     problem, source = problems.build(spec, import_root=import_root)
-    problem = problems.drawing(problem, config.spec.featurize.random)
+    problem = problems.with_random_policy(problem, config.spec.featurize.random)
     if plan is None:
-        plan = planning.make_plan(config, problem, source, tell=note)
+        plan = planning.make_plan(config, problem, source, notify=note)
     else:
         trained = sum(c.trained for c in plan.checkpoints)
         more = invocation.names("checkpoints.train")
@@ -248,13 +248,13 @@ def _with_problem(resolved: Resolved, run: Run | None, plan: Plan | None, note: 
         plan = planning.with_gradients(plan, problem)
     if config.stage != "report":
         plan = planning.check_checkpoints(plan, problem, run, note)
-    if asked := invocation.names_in("ground_truth"):
+    if requested := invocation.names_in("ground_truth"):
         plan = planning.with_ground_truth(
-            plan, problem, config.ground_truth, asked, others=_ground_truths(run), tell=note
+            plan, problem, config.ground_truth, requested, others=_ground_truths(run), notify=note
         )
-    plan = replace(plan, mislabelled=problems.flags_digest(problem))
-    if asked := invocation.names_in("counterfactuals"):
-        plan = planning.with_counterfactuals(plan, problem, config.counterfactuals, asked)
+    plan = replace(plan, mislabelled=problems.mislabelled_digest(problem))
+    if requested := invocation.names_in("counterfactuals"):
+        plan = planning.with_counterfactuals(plan, problem, config.counterfactuals, requested)
     return plan
 
 
@@ -269,17 +269,17 @@ def _ground_truths(run: Run | None) -> list[GroundTruth]:
 
 def _check_needs_no_problem(invocation: Invocation, config: Config) -> None:
     sections = ("ground_truth", "counterfactuals", "targets", "checkpoints.train")
-    asked = [key for key in sorted(invocation.explicit) if key.startswith(sections)]
-    if asked:
+    requested = [key for key in sorted(invocation.explicit) if key.startswith(sections)]
+    if requested:
         raise ConfigError(
-            f"{', '.join(asked)}: there is no problem here to take it from",
+            f"{', '.join(requested)}: there is no problem here to take it from",
             where=config.run_dir,
             next="the run is fed by TRAKer: more checkpoints and targets come from there",
         )
 
 
 def _check_disk(run_dir: Path, needed: int) -> None:
-    with atomic.told(run_dir):
+    with atomic.write_errors(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         free = atomic.free_bytes(run_dir.absolute())
     if free < needed:
@@ -295,9 +295,9 @@ def _check_disk(run_dir: Path, needed: int) -> None:
 def _fit_workers(plan: Plan, cluster: ClusterConfig | SlurmConfig) -> int:
     memory = int(cluster.memory_gb * 2**30)
     if isinstance(cluster, SlurmConfig):
-        wanted, memory = 1, memory or sys.maxsize
+        requested, memory = 1, memory or sys.maxsize
     else:
         threads = max(plan.spec.featurize.threads, plan.spec.reduce.threads)
-        wanted = cluster.workers or gpus(cluster) or max(1, machine.cores() // threads)
+        requested = cluster.workers or gpus(cluster) or max(1, machine.cores() // threads)
         memory = memory or machine.memory_bytes()
-    return resources.fit_workers(plan, wanted=wanted, memory=memory)
+    return resources.fit_workers(plan, requested=requested, memory=memory)

@@ -16,10 +16,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from trak_dist.errors import ProblemError
-from trak_dist.ops.batches import Batch, examples_in, fresh, rows_of
-from trak_dist.ops.gradients import GradientComputer, LoopGradients, Take, select_params
-from trak_dist.ops.intact import Intact
-from trak_dist.ops.model_outputs import ModelOutput, out_to_loss, own_form
+from trak_dist.ops.batches import Batch, clone_batch, examples_in, rows_of
+from trak_dist.ops.gradients import GradientComputer, GradientSink, LoopGradients, select_params
+from trak_dist.ops.model_outputs import ModelOutput, out_to_loss, own_method
+from trak_dist.ops.model_state import ModelStateGuard
 
 Grads = Mapping[str, Float[Tensor, "rows ..."]]
 
@@ -34,7 +34,7 @@ def tolerance(model: nn.Module) -> float:
 
 
 @dataclass(frozen=True)
-class Alone:
+class SingleExampleResults:
     """Some examples, each computed without companions: gradients, f (rows,), Q (rows,)."""
 
     grads: Grads
@@ -49,11 +49,11 @@ class Alone:
         params: Sequence[str],
         batch: Batch,
         rows: Sequence[int],
-    ) -> Alone:
+    ) -> SingleExampleResults:
         """By a loop, one after the other."""
         loop = LoopGradients(model, model_output, params)
         chosen = rows_of(batch, list(rows))
-        grads, f = collected(loop, chosen, range(len(rows)), select_params(model, params))
+        grads, f = gradients_of_rows(loop, chosen, range(len(rows)), select_params(model, params))
         assert f is not None
         return cls(grads, f, out_to_loss_alone(model, model_output, batch, rows))
 
@@ -62,7 +62,7 @@ def out_to_loss_alone(
     model: nn.Module, model_output: ModelOutput, batch: Batch, rows: Sequence[int]
 ) -> Float[Tensor, " rows"]:
     """Q of some examples, each in a batch of its own."""
-    with Intact(model).kept():
+    with ModelStateGuard(model).preserve():
         q = [
             out_to_loss(model_output, model, rows_of(batch, slice(row, row + 1)), None)
             for row in rows
@@ -70,7 +70,7 @@ def out_to_loss_alone(
     return torch.cat(q)
 
 
-def refuse_random(
+def check_deterministic(
     model: nn.Module, model_output: ModelOutput, params: Sequence[str], batch: Batch, *, where: str
 ) -> None:
     """Raise `ProblemError` if the output of an example is another one when it is computed again."""
@@ -86,15 +86,15 @@ def refuse_random(
         )
 
 
-def collected(
+def gradients_of_rows(
     compute: GradientComputer, batch: Batch, rows: Sequence[int], shapes: Mapping[str, torch.Size]
 ) -> tuple[Grads, Float[Tensor, " batch"] | None]:
     """The float64 gradients of some rows of a batch, in their order; and f, if it is known."""
-    grads, _, f = weighed(compute, batch, rows, None, shapes)
+    grads, _, f = gradients_and_weighted_sum(compute, batch, rows, None, shapes)
     return grads, f
 
 
-def weighed(
+def gradients_and_weighted_sum(
     compute: GradientComputer,
     batch: Batch,
     rows: Sequence[int],
@@ -102,39 +102,39 @@ def weighed(
     shapes: Mapping[str, torch.Size],
 ) -> tuple[Grads, Grads, Float[Tensor, " batch"] | None]:
     """The same, and the weighted sum of all rows' gradients; (batch, p) numbers are never held."""
-    kept = {n: torch.zeros(len(rows), *s, dtype=torch.float64) for n, s in shapes.items()}
+    selected = {n: torch.zeros(len(rows), *s, dtype=torch.float64) for n, s in shapes.items()}
     sums = {
         n: torch.zeros(s, dtype=torch.float64) for n, s in shapes.items() if weights is not None
     }
 
-    def take(name: str, piece: slice, grads: Tensor) -> None:
+    def sink(name: str, piece: slice, grads: Tensor) -> None:
         values = grads.detach().cpu().double()
         for position, row in enumerate(rows):
             if piece.start <= row < piece.stop:
-                kept[name][position] += values[row - piece.start]
+                selected[name][position] += values[row - piece.start]
         if weights is not None:
             sums[name] += torch.tensordot(weights[piece], values, 1)
 
-    f = compute(batch, take)
-    return kept, sums, None if f is None else f.detach()
+    f = compute(batch, sink)
+    return selected, sums, None if f is None else f.detach()
 
 
-def summed(
+def weighted_sum_gradient(
     model: nn.Module,
     model_output: ModelOutput,
     params: Sequence[str],
     batch: Batch,
     weights: Float[Tensor, " batch"],
-    take: Take,
+    sink: GradientSink,
 ) -> None:
     """Hand over the gradient of Σ wᵢ fᵢ, as that of one example, from one plain backward pass."""
-    output: Callable[..., Tensor] | None = own_form(model_output, "get_batch_output")
+    output: Callable[..., Tensor] | None = own_method(model_output, "get_batch_output")
     assert output is not None
     selected = select_params(model, params)
     leaves = {n: p.detach().requires_grad_(n in selected) for n, p in model.named_parameters()}
     buffers = {n: b.detach() for n, b in model.named_buffers()}
-    with Intact(model).kept(), torch.enable_grad():
-        f = output(model, leaves, buffers, fresh(batch)).reshape(examples_in(batch))
+    with ModelStateGuard(model).preserve(), torch.enable_grad():
+        f = output(model, leaves, buffers, clone_batch(batch)).reshape(examples_in(batch))
         found = torch.autograd.grad(
             (f.float() * weights.to(f.device)).sum(),
             [leaves[n] for n in selected],
@@ -142,7 +142,7 @@ def summed(
         )
     for name, grads in zip(selected, found, strict=True):
         if grads is not None:
-            take(name, slice(0, 1), grads[None])
+            sink(name, slice(0, 1), grads[None])
 
 
 def random_weights(size: int, seed: int) -> Float[Tensor, " batch"]:

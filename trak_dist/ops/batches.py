@@ -34,7 +34,7 @@ def examples_in(batch: Sequence[Any]) -> int:
     )
 
 
-def fresh(batch: Sequence[Any]) -> tuple[Any, ...]:
+def clone_batch(batch: Sequence[Any]) -> tuple[Any, ...]:
     """A copy of a batch's tensors, for a model that may change its input in place."""
     copied: tuple[Any, ...] = pytree.tree_map_only(Tensor, torch.clone, tuple(batch))
     return copied

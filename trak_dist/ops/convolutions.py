@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from trak_dist.ops.bundles import GROUPS, Bundles
-from trak_dist.ops.use import Use
+from trak_dist.ops.parameter_use import ParameterUse
 
 
 def convolution(  # noqa: PLR0913, PLR0917
@@ -23,20 +23,20 @@ def convolution(  # noqa: PLR0913, PLR0917
     padding: int | str | Sequence[int] = 0,
     dilation: int | Sequence[int] = 1,
     groups: int = 1,
-) -> Iterable[Use]:
+) -> Iterable[ParameterUse]:
     """Convolution in 1, 2 or 3 dimensions."""
     if input.ndim != weight.ndim:  # a single example
         return
     dims = weight.ndim - 2
     dilations = _each(dilation, dims)
     if padding == "same":
-        spare = [d * (size - 1) for d, size in zip(dilations, weight.shape[2:], strict=True)]
-        if any(s % 2 for s in spare):
-            padded = F.pad(input, [side for s in reversed(spare) for side in (0, s % 2)])
-            padding = [s // 2 for s in spare]
+        total = [d * (size - 1) for d, size in zip(dilations, weight.shape[2:], strict=True)]
+        if any(s % 2 for s in total):
+            padded = F.pad(input, [side for s in reversed(total) for side in (0, s % 2)])
+            padding = [s // 2 for s in total]
             yield from convolution(padded, weight, bias, stride, padding, dilation, groups)
             return
-        padding = [s // 2 for s in spare]
+        padding = [s // 2 for s in total]
     pads = [0] * dims if isinstance(padding, str) else _each(padding, dims)
     settings = (_each(stride, dims), pads, dilations, False, [0] * dims, groups)
     yield from _convolution(input, weight, bias, settings)
@@ -51,7 +51,7 @@ def transposed_convolution(  # noqa: PLR0913, PLR0917
     output_padding: int | Sequence[int] = 0,
     groups: int = 1,
     dilation: int | Sequence[int] = 1,
-) -> Iterable[Use]:
+) -> Iterable[ParameterUse]:
     """Transposed convolution in 1, 2 or 3 dimensions."""
     if input.ndim != weight.ndim:
         return
@@ -63,7 +63,7 @@ def transposed_convolution(  # noqa: PLR0913, PLR0917
 
 def _convolution(
     input: Tensor, weight: Tensor, bias: Tensor | None, settings: tuple[Any, ...]
-) -> Iterable[Use]:
+) -> Iterable[ParameterUse]:
     *_, transposed, _, groups = settings
     by_weight = functools.partial(_weight_gradients, weight.shape, settings)
 
@@ -75,9 +75,9 @@ def _convolution(
         in_groups = (*settings[:-1], GROUPS)
         return _weight_gradients(bundles.bundled_shape, in_groups, g, x)
 
-    yield Use(weight, (input,), by_weight, by_bundled_weight if groups == 1 else None)
+    yield ParameterUse(weight, (input,), by_weight, by_bundled_weight if groups == 1 else None)
     if bias is not None:
-        yield Use(bias, (), per_channel)
+        yield ParameterUse(bias, (), per_channel)
 
 
 def _bundled(

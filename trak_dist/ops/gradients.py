@@ -17,24 +17,24 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from trak_dist.errors import ConfigError, ProblemError
-from trak_dist.ops.batches import examples_in, fresh, rows_of
-from trak_dist.ops.intact import Intact
+from trak_dist.ops.batches import clone_batch, examples_in, rows_of
 from trak_dist.ops.model_outputs import ModelOutput
+from trak_dist.ops.model_state import ModelStateGuard
 
-Take = Callable[[str, slice, Float[Tensor, "rows ..."]], None]
+GradientSink = Callable[[str, slice, Float[Tensor, "rows ..."]], None]
 
 
 class GradientComputer(Protocol):
     """Per-sample gradients of one model with its weights loaded."""
 
-    def __call__(self, batch: Sequence[Any], take: Take) -> Float[Tensor, " batch"] | None:
+    def __call__(self, batch: Sequence[Any], sink: GradientSink) -> Float[Tensor, " batch"] | None:
         """Hand over the gradients of each example's model output, and give the output if known.
 
         Parameters
         ----------
         batch : sequence
             The arguments of the model output; every tensor in it has the examples first.
-        take : callable
+        sink : callable
             Gets a parameter's name, a slice of the batch's examples, and their gradients. What it
             gets of one parameter and example adds up: it may come in parts, or, where it is zero,
             not at all. The parts and their order depend on nothing but model and batch.
@@ -50,20 +50,20 @@ class VmapGradients:
         self._weights = {n: p.detach() for n, p in model.named_parameters() if n in selected}
         self._buffers = {n: b.detach() for n, b in model.named_buffers()}
         self._frozen = {n: p.detach() for n, p in model.named_parameters() if n not in selected}
-        self._model, self._intact = model, Intact(model)
+        self._model, self._state_guard = model, ModelStateGuard(model)
         self._gradient = torch.func.grad(model_output.get_output, argnums=1)
 
-    def __call__(self, batch: Sequence[Any], take: Take) -> None:
+    def __call__(self, batch: Sequence[Any], sink: GradientSink) -> None:
         """See `GradientComputer`; the output is not known."""
         axes = (None, None, None, *([0] * len(batch)))
         per_sample = torch.func.vmap(self._gradient, in_dims=axes)
-        with self._intact.kept():
+        with self._state_guard.preserve():
             grads: dict[str, Tensor] = per_sample(
-                self._model, self._weights, {**self._buffers, **self._frozen}, *fresh(batch)
+                self._model, self._weights, {**self._buffers, **self._frozen}, *clone_batch(batch)
             )
         for name in sorted(grads):
             values = grads.pop(name)
-            take(name, slice(0, len(values)), values)
+            sink(name, slice(0, len(values)), values)
 
 
 class LoopGradients:
@@ -74,21 +74,21 @@ class LoopGradients:
         self._weights = dict(model.named_parameters())
         self._selected = {n: self._weights[n] for n in select_params(model, params)}
         self._buffers = {n: b.detach() for n, b in model.named_buffers()}
-        self._model, self._intact = model, Intact(model)
+        self._model, self._state_guard = model, ModelStateGuard(model)
         self._output = model_output.get_output
 
-    def __call__(self, batch: Sequence[Any], take: Take) -> Float[Tensor, " batch"]:
+    def __call__(self, batch: Sequence[Any], sink: GradientSink) -> Float[Tensor, " batch"]:
         """See `GradientComputer`."""
         outputs = []
         for row in range(examples_in(batch)):
-            example = fresh(rows_of(batch, row))
-            with self._intact.kept(), torch.enable_grad():
+            example = clone_batch(rows_of(batch, row))
+            with self._state_guard.preserve(), torch.enable_grad():
                 f = _scalar(self._output(self._model, self._weights, self._buffers, *example))
                 found = torch.autograd.grad(f, list(self._selected.values()), allow_unused=True)
             outputs.append(f.detach())
             for name, grads in zip(self._selected, found, strict=True):
                 if grads is not None:
-                    take(name, slice(row, row + 1), grads[None])
+                    sink(name, slice(row, row + 1), grads[None])
         return torch.stack(outputs)
 
 
@@ -109,15 +109,15 @@ def outputs(
     weights = {n: p.detach() for n, p in model.named_parameters()}
     buffers = dict(model.named_buffers())
     axes = (None, None, None, *([0] * len(batch)))
-    intact = Intact(model)
+    guard = ModelStateGuard(model)
     try:
-        with intact.kept():
+        with guard.preserve():
             values: Tensor = torch.func.vmap(model_output.get_output, in_dims=axes)(
-                model, weights, buffers, *fresh(batch)
+                model, weights, buffers, *clone_batch(batch)
             )
     except RuntimeError:  # torch.func can't trace it
-        examples = [fresh(rows_of(batch, row)) for row in range(examples_in(batch))]
-        with torch.no_grad(), intact.kept():
+        examples = [clone_batch(rows_of(batch, row)) for row in range(examples_in(batch))]
+        with torch.no_grad(), guard.preserve():
             of_each = [model_output.get_output(model, weights, buffers, *e) for e in examples]
         values = torch.stack([_scalar(f) for f in of_each])
     return values
@@ -134,9 +134,9 @@ def activation_bytes(model: nn.Module, model_output: ModelOutput, batch: Sequenc
         held[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    kept = Intact(model).kept()
-    with kept, torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        output = model_output.get_output(model, weights, buffers, *fresh(rows_of(batch, 0)))
+    guarded = ModelStateGuard(model).preserve()
+    with guarded, torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        output = model_output.get_output(model, weights, buffers, *clone_batch(rows_of(batch, 0)))
     del output
     for tensor in (*weights.values(), *buffers.values()):
         held.pop(tensor.untyped_storage().data_ptr(), None)

@@ -7,7 +7,7 @@ pieces, and lets go of them. So neither the (batch, p) matrix nor the summed wei
 
 What is watched are functions and not modules, so `F.linear(x, self.fc.weight)`, tied weights and
 modules used twice need no case of their own; a use without a rule is found, never passed over. The
-examples are followed too (`ops.following`): a layer's rows are read as examples only where it is
+examples are followed too (`ops.tracking`): a layer's rows are read as examples only where it is
 known whose they are, however the model has sorted, packed or routed them.
 """
 
@@ -22,15 +22,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from trak_dist.errors import NotCovered, ProblemError
-from trak_dist.ops import examples
-from trak_dist.ops.batches import examples_in, fresh
+from trak_dist.ops import example_axis
+from trak_dist.ops.batches import clone_batch, examples_in
 from trak_dist.ops.bundles import Bundles
-from trak_dist.ops.examples import Lost
-from trak_dist.ops.following import holds_examples
-from trak_dist.ops.gradients import Take, select_params
-from trak_dist.ops.intact import Intact
-from trak_dist.ops.model_outputs import ModelOutput, own_form
-from trak_dist.ops.watch import Watch
+from trak_dist.ops.example_axis import Untracked
+from trak_dist.ops.gradients import GradientSink, select_params
+from trak_dist.ops.model_outputs import ModelOutput, own_method
+from trak_dist.ops.model_state import ModelStateGuard
+from trak_dist.ops.parameter_tracer import ParameterTracer
+from trak_dist.ops.tracking import depend_on_examples
 
 
 class HookGradients:
@@ -66,7 +66,7 @@ class HookGradients:
         bundles: Callable[[str, torch.device], Bundles | None] = lambda *_: None,
     ) -> None:
         # TRAK's model outputs have no such method: it is optional.
-        output = own_form(model_output, "get_batch_output")
+        output = own_method(model_output, "get_batch_output")
         if output is None:
             kind = type(model_output).__qualname__
             inherits = hasattr(model_output, "get_batch_output")
@@ -76,36 +76,38 @@ class HookGradients:
                 else f"{kind} has no get_batch_output"
             )
         self._output: Callable[..., Tensor] = output
-        self._model, self._intact = model, Intact(model)
+        self._model, self._state_guard = model, ModelStateGuard(model)
         self._weights = {n: p.detach() for n, p in model.named_parameters()}
         self._buffers = {n: b.detach() for n, b in model.named_buffers()}
         self._selected = select_params(model, params)
         self._piece_elements = piece_elements
         self._bundles = bundles
 
-    def __call__(self, batch: Sequence[Any], take: Take) -> Float[Tensor, " batch"]:
+    def __call__(self, batch: Sequence[Any], sink: GradientSink) -> Float[Tensor, " batch"]:
         """See `GradientComputer`."""
         size = examples_in(batch)
-        watch = Watch(size, self._piece_elements)
+        watch = ParameterTracer(size, self._piece_elements)
         for name in self._selected:
             weight = self._weights[name].requires_grad_()
-            watch.add_parameter(name, weight, take, self._bundles(name, weight.device))
-        batch = pytree.tree_map_only(Tensor, lambda t: examples.come_first(t, size), fresh(batch))
-        with self._intact.kept():
+            watch.add_parameter(name, weight, sink, self._bundles(name, weight.device))
+        batch = pytree.tree_map_only(
+            Tensor, lambda t: example_axis.mark_batch_first(t, size), clone_batch(batch)
+        )
+        with self._state_guard.preserve():
             with torch.enable_grad(), watch:
                 f = self._output(self._model, self._weights, self._buffers, batch)
-            watch.refuse_uncovered()
-            if watch.unseen:
+            watch.check_covered()
+            if watch.escaped_by:
                 raise NotCovered(
-                    f"the model output, since what {watch.unseen} does is not followed"
+                    f"the model output, since what {watch.escaped_by} does is not followed"
                 )
-            _refuse_mixed(f, size)
+            _check_outputs(f, size)
             if watch.roots:
                 torch.autograd.grad(f, watch.roots, torch.ones_like(f), allow_unused=True)
         return f.detach().reshape(size)
 
 
-def _refuse_mixed(f: Any, size: int) -> None:
+def _check_outputs(f: Any, size: int) -> None:
     """Raise `NotCovered` unless there is one output for each example, in their order."""
     if not isinstance(f, Tensor) or f.numel() != size:
         found = tuple(f.shape) if isinstance(f, Tensor) else type(f).__name__
@@ -114,9 +116,9 @@ def _refuse_mixed(f: Any, size: int) -> None:
             where="the model output",
             next="it must give one value for each example: no mean over the batch",
         )
-    holds_examples([f])
-    where = examples.of(f)
-    if isinstance(where, Lost):
+    depend_on_examples([f])
+    where = example_axis.axis_of(f)
+    if isinstance(where, Untracked):
         raise NotCovered(f"the model output, since examples can't be told apart after {where.by}")
     if where is None:
         raise NotCovered("the model output, which is made of no example as far as torch shows")

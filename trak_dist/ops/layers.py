@@ -1,7 +1,8 @@
 """Per-sample gradients of one use of a parameter, from the input and the gradient of the output.
 
-One rule (`ops.use`) for each function of torch that parameters go into: those of look-ups,
-normalisation, arithmetic and concatenation are here, `RULES` has all; `ops.hooks` applies them.
+One rule (`ops.parameter_use`) for each function of torch that parameters go into: those of
+look-ups, normalisation, arithmetic and concatenation are here, `RULES` has all; `ops.hooks` applies
+them.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from torch.nn import functional as F  # noqa: N812
 from trak_dist.ops import segments
 from trak_dist.ops.bundles import GROUPS, Bundles
 from trak_dist.ops.convolutions import convolution, per_channel, transposed_convolution
+from trak_dist.ops.parameter_use import Formula, ParameterUse, Rule
 from trak_dist.ops.products import addmm, einsum, linear, matmul
 from trak_dist.ops.segments import Segments
-from trak_dist.ops.use import Formula, Rule, Use
 
 # Look-up --------------------------------------------------------------------------------------
 
@@ -33,7 +34,7 @@ def embedding(  # noqa: PLR0913, PLR0917
     norm_type: float = 2.0,  # noqa: ARG001
     scale_grad_by_freq: bool = False,
     sparse: bool = False,  # noqa: ARG001
-) -> Iterable[Use]:
+) -> Iterable[ParameterUse]:
     """Rows of a table."""
     if scale_grad_by_freq:
         return
@@ -59,7 +60,7 @@ def embedding(  # noqa: PLR0913, PLR0917
             table = Segments.of(place, len(index) * size).sums(g)
         return table.view(len(index), size, -1)
 
-    yield Use(weight, (input,), by_weight, by_bundled_weight)
+    yield ParameterUse(weight, (input,), by_weight, by_bundled_weight)
 
 
 # Normalisation --------------------------------------------------------------------------------
@@ -72,14 +73,14 @@ def layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
     cudnn_enable: bool = True,  # noqa: ARG001
-) -> Iterable[Use]:
+) -> Iterable[ParameterUse]:
     """Layer normalisation."""
     shape = tuple(normalized_shape)
     yield from _normalised_last(
         input, len(shape), weight, lambda x: F.layer_norm(x, shape, eps=eps)
     )
     if bias is not None:
-        yield Use(bias, (), lambda g: g.flatten(1, -len(shape) - 1).sum(1))
+        yield ParameterUse(bias, (), lambda g: g.flatten(1, -len(shape) - 1).sum(1))
 
 
 def rms_norm(
@@ -87,7 +88,7 @@ def rms_norm(
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
-) -> Iterable[Use]:
+) -> Iterable[ParameterUse]:
     """Root-mean-square normalisation."""
     shape = tuple(normalized_shape)
     yield from _normalised_last(input, len(shape), weight, lambda x: F.rms_norm(x, shape, eps=eps))
@@ -95,9 +96,11 @@ def rms_norm(
 
 def _normalised_last(
     input: Tensor, dims: int, weight: Tensor | None, normalise: Callable[[Tensor], Tensor]
-) -> Iterable[Use]:
+) -> Iterable[ParameterUse]:
     if weight is not None:
-        yield Use(weight, (input,), lambda g, x: (g * normalise(x)).flatten(1, -dims - 1).sum(1))
+        yield ParameterUse(
+            weight, (input,), lambda g, x: (g * normalise(x)).flatten(1, -dims - 1).sum(1)
+        )
 
 
 def group_norm(
@@ -106,7 +109,7 @@ def group_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
-) -> Iterable[Use]:
+) -> Iterable[ParameterUse]:
     """Group normalisation."""
     yield from _normalised(input, weight, bias, lambda x: F.group_norm(x, num_groups, eps=eps))
 
@@ -120,7 +123,7 @@ def batch_norm(  # noqa: PLR0913, PLR0917
     training: bool = False,
     momentum: float = 0.1,  # noqa: ARG001
     eps: float = 1e-5,
-) -> Iterable[Use]:
+) -> Iterable[ParameterUse]:
     """Batch normalisation by its running statistics; by the batch's, examples would mix."""
     if training or running_mean is None:
         return
@@ -138,7 +141,7 @@ def instance_norm(  # noqa: PLR0913, PLR0917
     use_input_stats: bool = True,
     momentum: float = 0.1,  # noqa: ARG001
     eps: float = 1e-5,
-) -> Iterable[Use]:
+) -> Iterable[ParameterUse]:
     """Normalisation of each channel of each example."""
 
     def normalise(x: Tensor) -> Tensor:
@@ -153,50 +156,50 @@ def _normalised(
     weight: Tensor | None,
     bias: Tensor | None,
     normalise: Callable[[Tensor], Tensor],
-) -> Iterable[Use]:
+) -> Iterable[ParameterUse]:
     def by_weight(g: Tensor, x: Tensor) -> Float[Tensor, "rows c"]:
         return per_channel(g * normalise(x.flatten(0, 1)).view_as(g))
 
     if weight is not None:
-        yield Use(weight, (input,), by_weight)
+        yield ParameterUse(weight, (input,), by_weight)
     if bias is not None:
-        yield Use(bias, (), per_channel)
+        yield ParameterUse(bias, (), per_channel)
 
 
 # Element by element ---------------------------------------------------------------------------
 
 
-def prelu(input: Tensor, weight: Tensor) -> Iterable[Use]:
+def prelu(input: Tensor, weight: Tensor) -> Iterable[ParameterUse]:
     """`max(x, 0) + a min(x, 0)`, with an a for each channel or for all."""
 
     def by_slope(g: Tensor, x: Tensor) -> Float[Tensor, "rows slopes"]:
         product = g * x.clamp(max=0)
         return product.flatten(1).sum(1, keepdim=True) if len(weight) == 1 else per_channel(product)
 
-    yield Use(weight, (input,), by_slope)
+    yield ParameterUse(weight, (input,), by_slope)
 
 
-def add(input: Any, other: Any, *, alpha: float = 1) -> Iterable[Use]:
+def add(input: Any, other: Any, *, alpha: float = 1) -> Iterable[ParameterUse]:
     """`a + b`."""
     if alpha == 1:
         yield from _broadcast(input, other, (), lambda g: g)
         yield from _broadcast(other, input, (), lambda g: g)
 
 
-def subtract(input: Any, other: Any, *, alpha: float = 1) -> Iterable[Use]:
+def subtract(input: Any, other: Any, *, alpha: float = 1) -> Iterable[ParameterUse]:
     """`a − b`."""
     if alpha == 1:
         yield from _broadcast(input, other, (), lambda g: g)
         yield from _broadcast(other, input, (), torch.neg)
 
 
-def multiply(input: Any, other: Any) -> Iterable[Use]:
+def multiply(input: Any, other: Any) -> Iterable[ParameterUse]:
     """`a ⊙ b`."""
     yield from _broadcast(input, other, (other,), torch.mul)
     yield from _broadcast(other, input, (input,), torch.mul)
 
 
-def divide(input: Any, other: Any, *, rounding_mode: str | None = None) -> Iterable[Use]:
+def divide(input: Any, other: Any, *, rounding_mode: str | None = None) -> Iterable[ParameterUse]:
     """`a / b`."""
     if rounding_mode is None:
         yield from _broadcast(input, other, (other,), torch.div)
@@ -205,7 +208,7 @@ def divide(input: Any, other: Any, *, rounding_mode: str | None = None) -> Itera
 
 def _broadcast(
     operand: Any, partner: Any, saved: tuple[Any, ...], derivative: Formula
-) -> Iterable[Use]:
+) -> Iterable[ParameterUse]:
     """`operand`, that the function broadcasts to the shape of its result."""
     if not (isinstance(operand, Tensor) and isinstance(partner, Tensor)):
         return
@@ -222,23 +225,23 @@ def _broadcast(
         return _rows_of(operand, product.sum_to_size((*g.shape[:2], *own[1:])), at)
 
     if own[0] == 1:
-        yield Use(operand, values, one_for_all)
+        yield ParameterUse(operand, values, one_for_all)
     else:
-        yield Use(operand, (_positions(operand), *values), row_by_row)
+        yield ParameterUse(operand, (_positions(operand), *values), row_by_row)
 
 
 # Laying side by side --------------------------------------------------------------------------
 
 
-def concatenate(tensors: Sequence[Tensor], dim: int = 0) -> Iterable[Use]:
+def concatenate(tensors: Sequence[Tensor], dim: int = 0) -> Iterable[ParameterUse]:
     """Tensors side by side, as a class token before an example's patches."""
     dim %= tensors[0].ndim
     start = 0
     for operand in tensors:
         stop = start + operand.shape[dim]
         if dim > 0:
-            take = functools.partial(_slice_rows, operand, dim, start, stop)
-            yield Use(operand, (_positions(operand),), take)
+            slice_rows = functools.partial(_slice_rows, operand, dim, start, stop)
+            yield ParameterUse(operand, (_positions(operand),), slice_rows)
         start = stop
 
 

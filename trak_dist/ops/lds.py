@@ -57,14 +57,14 @@ def spearman(a: Matrix, b: Matrix) -> Matrix:
     return correlation
 
 
-def interval(per_target: Matrix, *, least: float = -1.0) -> Interval:
+def interval(per_target: Matrix, *, minimum: float = -1.0) -> Interval:
     """The mean over targets with its percentile bootstrap interval over targets.
 
-    One target says nothing of others: the interval is all that can be, from `least` to 1.
+    One target says nothing of others: the interval is all that can be, from `minimum` to 1.
     """
     mean = float(per_target.mean())
     if len(per_target) < 2:
-        return Interval(mean, least, 1.0)
+        return Interval(mean, minimum, 1.0)
     found = stats.bootstrap(
         (per_target,),
         np.mean,

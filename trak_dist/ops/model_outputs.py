@@ -21,12 +21,13 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from trak_dist.errors import ProblemError
-from trak_dist.ops.batches import examples_in, fresh, rows_of
+from trak_dist.ops.batches import clone_batch, examples_in, rows_of
 
 Weights = Mapping[str, Tensor]
 State = tuple[dict[str, Tensor], dict[str, Tensor]]
 
-OF_TEXT = ("input_ids", "token_type_ids", "attention_mask", "labels")  # as TRAK's batches have them
+# as TRAK's batches have them
+TEXT_FIELDS = ("input_ids", "token_type_ids", "attention_mask", "labels")
 
 
 class ModelOutput(Protocol):
@@ -116,7 +117,7 @@ class TextClassification(_Classification):
     def _logits(
         self, model: nn.Module, state: State, batch: Sequence[Any]
     ) -> tuple[Float[Tensor, "batch classes"], Int64[Tensor, " batch"]]:
-        inputs = dict(batch[0] if len(batch) == 1 else zip(OF_TEXT, batch, strict=True))
+        inputs = dict(batch[0] if len(batch) == 1 else zip(TEXT_FIELDS, batch, strict=True))
         labels = inputs.pop("labels")
         found = functional_call(model, state, (), inputs)
         return getattr(found, "logits", found), labels
@@ -124,7 +125,7 @@ class TextClassification(_Classification):
 
 def attention_mask(batch: Sequence[Any]) -> Tensor | None:
     """Where a batch of texts is not padding, (batch, tokens); None if it does not say so."""
-    inputs = batch[0] if len(batch) == 1 else dict(zip(OF_TEXT, batch, strict=False))
+    inputs = batch[0] if len(batch) == 1 else dict(zip(TEXT_FIELDS, batch, strict=False))
     if not isinstance(inputs, Mapping):
         return None
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
@@ -133,7 +134,7 @@ def attention_mask(batch: Sequence[Any]) -> Tensor | None:
     return mask if mask.ndim == 2 and not mask.is_floating_point() else None
 
 
-class OfBatches:
+class SingleExampleBatches:
     """A model output written for TRAK's `IterativeGradientComputer`, one example at a time.
 
     That computer gives a batch, and the model with its weights in it.
@@ -200,7 +201,7 @@ def _alone(example: tuple[Any, ...]) -> tuple[Any, ...]:
     return batch
 
 
-def own_form(model_output: ModelOutput, name: str) -> Callable[..., Any] | None:
+def own_method(model_output: ModelOutput, name: str) -> Callable[..., Any] | None:
     """The method `name` of a model output, if it is of the function that its class has now.
 
     A class that overrides `get_output`, and inherits the form for batches of another function, has
@@ -235,18 +236,18 @@ def out_to_loss(
         If it is no numbers, or not one for each example.
     """
     size = examples_in(batch)
-    from_output = own_form(model_output, "get_out_to_loss_from_output")
+    from_output = own_method(model_output, "get_out_to_loss_from_output")
     with torch.no_grad():
         # What half precision left of f is too little for 1 − p.
         if from_output and output is not None and output.dtype.itemsize >= 4:
-            given = from_output(output, fresh(batch))
+            raw = from_output(output, clone_batch(batch))
         else:
             weights, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-            given = model_output.get_out_to_loss_grad(model, weights, buffers, fresh(batch))
+            raw = model_output.get_out_to_loss_grad(model, weights, buffers, clone_batch(batch))
     try:
-        q = torch.as_tensor(given)
+        q = torch.as_tensor(raw)
     except (TypeError, ValueError, RuntimeError):
-        found = f"{type(given).__name__}, which is no numbers"
+        found = f"{type(raw).__name__}, which is no numbers"
     else:
         if q.numel() == size:
             return q.reshape(size)  # TRAK's own classes give (size, 1)

@@ -26,7 +26,7 @@ def fix(device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def kept() -> Iterator[None]:
+def preserve() -> Iterator[None]:
     """Leave what `fix` sets as it was."""
     cudnn = torch.backends.cudnn
     flags = cudnn.deterministic, cudnn.benchmark

@@ -11,20 +11,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trak_dist.ops.bundles import GROUPS, Bundles
-from trak_dist.ops.use import Use
+from trak_dist.ops.parameter_use import ParameterUse
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterable[Use]:
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Iterable[ParameterUse]:
     """`x Wᵀ + b`."""
-    yield Use(weight, (input,), _outer, _bundled_outer)
+    yield ParameterUse(weight, (input,), _outer, _bundled_outer)
     if bias is not None:
-        yield Use(bias, (), lambda g: g.flatten(1, -2).sum(1))
+        yield ParameterUse(bias, (), lambda g: g.flatten(1, -2).sum(1))
 
 
-def matmul(input: Tensor, other: Tensor) -> Iterable[Use]:
+def matmul(input: Tensor, other: Tensor) -> Iterable[ParameterUse]:
     """`x W`."""
     if other.ndim == 2:
-        yield Use(
+        yield ParameterUse(
             other,
             (input,),
             lambda g, x: _outer(x, g),
@@ -34,14 +34,14 @@ def matmul(input: Tensor, other: Tensor) -> Iterable[Use]:
 
 def addmm(
     input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
-) -> Iterable[Use]:
+) -> Iterable[ParameterUse]:
     """`b + x W`, as in Hugging Face's Conv1D."""
     if beta == 1 and alpha == 1 and input.ndim == 1:
         yield from matmul(mat1, mat2)
-        yield Use(input, (), lambda g: g.flatten(1, -2).sum(1))
+        yield ParameterUse(input, (), lambda g: g.flatten(1, -2).sum(1))
 
 
-def einsum(equation: str, *operands: Any) -> Iterable[Use]:
+def einsum(equation: str, *operands: Any) -> Iterable[ParameterUse]:
     """A product of two, examples being the first dimension of one and of the result."""
     terms, _, result = equation.replace(" ", "").partition("->")
     names = terms.split(",")
@@ -54,7 +54,7 @@ def einsum(equation: str, *operands: Any) -> Iterable[Use]:
         if result[0] == other[0] and not alone and all(len(set(n)) == len(n) for n in names):
             # In a formula's terms examples come before what the function saw.
             derivative = f"...{result},...{other}->...{own}"
-            yield Use(operand, (partner,), functools.partial(torch.einsum, derivative))
+            yield ParameterUse(operand, (partner,), functools.partial(torch.einsum, derivative))
 
 
 def _outer(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from trak_dist.ops.examples import Along, of
+from trak_dist.ops.example_axis import ExampleAxis, axis_of
 
 # Their first operand may have any dimensions before those that they work on.
 _LEADING = {
@@ -28,7 +28,7 @@ _BROADCAST = {
 _JOINS = {torch.cat, torch.concat}
 
 
-def rewritten(  # noqa: PLR0911
+def rewrite_call(  # noqa: PLR0911
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, uses: bool
 ) -> Callable[[], Any] | None:
     """The same call by others, if it is one of those; what that gives is None if it can't be.
@@ -42,7 +42,7 @@ def rewritten(  # noqa: PLR0911
         return lambda: multi_head_attention(*args, **kwargs)
     if not uses:
         return None
-    if func in _LEADING and isinstance(found := of(args[0]), Along):
+    if func in _LEADING and isinstance(found := axis_of(args[0]), ExampleAxis):
         x, *others = args
         if x.ndim == 1 and func is not F.embedding:
             return lambda: func(x[None], *others, **kwargs)[0]
@@ -50,11 +50,11 @@ def rewritten(  # noqa: PLR0911
             return lambda: func(x.movedim(found.dim, 0), *others, **kwargs).movedim(0, found.dim)
     if func in _BROADCAST and all(isinstance(t, Tensor) for t in args):
         ndim = max(t.ndim for t in args)
-        dims = {ndim + f.dim - t.ndim for t in args if isinstance(f := of(t), Along)}
+        dims = {ndim + f.dim - t.ndim for t in args if isinstance(f := axis_of(t), ExampleAxis)}
         if len(dims) == 1 and (dim := dims.pop()) > 0:
             return lambda: func(*(_turned(t, ndim, dim) for t in args), **kwargs).movedim(0, dim)
     if func in _JOINS and args:
-        dims = {f.dim for t in args[0] if isinstance(f := of(t), Along)}
+        dims = {f.dim for t in args[0] if isinstance(f := axis_of(t), ExampleAxis)}
         along = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % args[0][0].ndim
         if len(dims) == 1 and (dim := dims.pop()) > 0 and along != dim:
             moved = along + 1 if along < dim else along

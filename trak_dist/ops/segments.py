@@ -14,7 +14,8 @@ from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-WALK = 64  # rows that are about as many as one thread adds up: a longer sum is that of several
+# rows that are about as many as one thread adds up: a longer sum is that of several
+MIN_ROWS_PER_PART = 64
 
 
 def scatters_in_order(device: torch.device) -> bool:
@@ -37,7 +38,7 @@ class Segments:
     def of(cls, keys: Int64[Tensor, " n"], count: int) -> Segments:
         """The sums of rows with equal keys, each of which is in [0, `count`)."""
         rows = len(keys)
-        parts = max(1, rows // (WALK * count))
+        parts = max(1, rows // (MIN_ROWS_PER_PART * count))
         part = torch.arange(rows, device=keys.device) * parts // max(1, rows)
         sorted_keys, order = (keys + count * part).sort(stable=True)
         starts = torch.searchsorted(

@@ -8,18 +8,18 @@ and `counterfactuals` what it is evaluated by, `lambda_selection` which λ is be
 from trak_dist.planning.checkpoints import check_checkpoints
 from trak_dist.planning.counterfactuals import with_counterfactuals
 from trak_dist.planning.dry_run import trial_rate
-from trak_dist.planning.ensemble import refuse_unknown_ids, without_missing
+from trak_dist.planning.ensemble import check_ensemble, without_missing
 from trak_dist.planning.ground_truth import with_ground_truth
 from trak_dist.planning.plans import extend_plan, make_plan, with_gradients
-from trak_dist.planning.reduction import refuse_rank_deficient, refuse_scored
+from trak_dist.planning.reduction import check_full_rank, check_no_scores
 
 __all__ = [
     "check_checkpoints",
+    "check_ensemble",
+    "check_full_rank",
+    "check_no_scores",
     "extend_plan",
     "make_plan",
-    "refuse_rank_deficient",
-    "refuse_scored",
-    "refuse_unknown_ids",
     "trial_rate",
     "with_counterfactuals",
     "with_gradients",

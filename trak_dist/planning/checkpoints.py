@@ -9,10 +9,10 @@ from pathlib import Path
 from trak_dist.cells.train import checkpoint_path
 from trak_dist.checkpoints import fit, state_dicts
 from trak_dist.checkpoints.digests import (
+    check_distinct_weights,
+    check_weights,
     content_digest,
     published,
-    refuse_other_weights,
-    refuse_twins,
 )
 from trak_dist.errors import CheckpointError
 from trak_dist.plan import Plan
@@ -48,11 +48,11 @@ def held_names(problem: Problem, checkpoints: Sequence[Checkpoint]) -> set[str]:
     if first.trained:
         return {name for name, tensor in own.items() if not fit.is_frozen(tensor)}
     state = state_dicts.read(Path(first.file))
-    return own.keys() - state_dicts.fitted(state, model, where=first.file).absent
+    return own.keys() - state_dicts.fit_state_dict(state, model, where=first.file).absent
 
 
 def check_checkpoints(
-    plan: Plan, problem: Problem, run: Run | None, tell: Callable[[str], None]
+    plan: Plan, problem: Problem, run: Run | None, notify: Callable[[str], None]
 ) -> Plan:
     """Read every checkpoint of the ensemble that is not ours to train, before anything is queued.
 
@@ -65,18 +65,18 @@ def check_checkpoints(
     """
     seen: dict[str, int] = {}
     new: dict[int, str] = {}
-    told = set[str]()
+    notes = set[str]()
     absent: frozenset[str] | None = None
     for checkpoint in plan.checkpoints:
         if checkpoint.trained or checkpoint.model_id not in plan.model_ids:
             continue
         where = checkpoint.file
         state = state_dicts.read(Path(where))
-        fitted = state_dicts.fitted(state, problem.model, where=where)
+        fitted = state_dicts.fit_state_dict(state, problem.model, where=where)
         absent = fitted.absent if absent is None else absent
-        state_dicts.refuse_otherwise_absent(fitted, absent, where=where)
-        if fitted.said:
-            told.add(fitted.said)
+        state_dicts.check_same_absent(fitted, absent, where=where)
+        if fitted.notes:
+            notes.add(fitted.notes)
         digest = content_digest(fitted.state)
         if digest in seen:
             raise CheckpointError(
@@ -88,12 +88,12 @@ def check_checkpoints(
         seen[digest] = checkpoint.model_id
         before = checkpoint.digest
         if run and checkpoint in run.plan.checkpoints:
-            refuse_other_weights(run, checkpoint.model_id, digest, publish=False)
-            refuse_twins(run, checkpoint.model_id, digest)
+            check_weights(run, checkpoint.model_id, digest, publish=False)
+            check_distinct_weights(run, checkpoint.model_id, digest)
             before = before or published(run, checkpoint.model_id)
         if not before:
             new[checkpoint.model_id] = digest
-    for said in sorted(told):
-        tell(f"checkpoints: {said}")
+    for note in sorted(notes):
+        notify(f"checkpoints: {note}")
     digested = (replace(c, digest=new.get(c.model_id, c.digest)) for c in plan.checkpoints)
     return replace(plan, checkpoints=tuple(digested))

@@ -12,39 +12,40 @@ from trak_dist.problem import Problem
 
 
 def with_counterfactuals(
-    plan: Plan, problem: Problem, asked: Counterfactuals, given: Collection[str]
+    plan: Plan, problem: Problem, config: Counterfactuals, explicit_fields: Collection[str]
 ) -> Plan:
     """`plan` with the counterfactuals asked for.
 
     Parameters
     ----------
-    given : collection of str
-        The fields of `asked` that count; the others stay as they are.
+    explicit_fields : collection of str
+        The fields of `config` that count; the others stay as they are.
 
     Raises
     ------
     ConfigError
         If models can't be retrained, or nothing would be left to train on.
     """
-    there = plan.counterfactuals
-    wanted = replace(there, **{name: getattr(asked, name) for name in given})
-    if wanted.targets and problem.train_checkpoint is None:
+    planned = plan.counterfactuals
+    requested = replace(planned, **{name: getattr(config, name) for name in explicit_fields})
+    if requested.targets and problem.train_checkpoint is None:
         raise ConfigError(
             "the problem has no train_checkpoint to retrain models with",
             where="counterfactuals.targets",
             next="give it one",
         )
-    if wanted.targets and max(wanted.remove) >= plan.train.rows:
+    if requested.targets and max(requested.remove) >= plan.train.rows:
         raise ConfigError(
-            f"{max(wanted.remove)} of {plan.train.rows} train rows can't be removed",
+            f"{max(requested.remove)} of {plan.train.rows} train rows can't be removed",
             where="counterfactuals.remove",
             next=f"counterfactuals.remove={max(1, plan.train.rows // 40)}",
         )
-    alone = [split.name for split in plan.targets if split.rows == 1]
-    if wanted.targets and alone:
+    single_target_sets = [split.name for split in plan.targets if split.rows == 1]
+    if requested.targets and single_target_sets:
         raise ConfigError(
-            f"the target set {alone[0]!r} has one target, over which there is no interval",
+            f"the target set {single_target_sets[0]!r} has one target, over which there is no "
+            "interval",
             where="counterfactuals.targets",
             next="a run with targets=… that has more",
         )
-    return replace(plan, counterfactuals=wanted)
+    return replace(plan, counterfactuals=requested)

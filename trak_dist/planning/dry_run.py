@@ -9,7 +9,13 @@ import torch
 
 from trak_dist import datasets
 from trak_dist import problem as problems
-from trak_dist.checkpoints.featurizer import adding, batch_in, gradients, model_in, projector
+from trak_dist.checkpoints.featurizer import (
+    batch_in,
+    make_checkpoint_projector,
+    make_gradient_computer,
+    model_in,
+    projecting_sink,
+)
 from trak_dist.configuration.config import FeaturizeConfig
 from trak_dist.coordinates import TRAIN
 from trak_dist.errors import ProblemError
@@ -62,7 +68,7 @@ def dry_run(problem: Problem, name: str, dataset: MapDataset, spec: FeaturizeCon
             where=type(problem.model_output).__qualname__,
             next="it must give one value for each example: no mean over the batch",
         )
-    datasets.rendered(problem, name, 0)
+    datasets.render_row(problem, name, 0)
 
 
 def trial_rate(plan: Plan) -> float:
@@ -71,18 +77,18 @@ def trial_rate(plan: Plan) -> float:
     The first pass, which also allocates and draws, is not counted.
     """
     problem = problems.rebuild(plan.spec.problem, plan.source)
-    problem = problems.drawing(problem, plan.spec.featurize.random)
+    problem = problems.with_random_policy(problem, plan.spec.featurize.random)
     torch.set_num_threads(plan.spec.featurize.threads)
     compute_in = plan.spec.featurize.compute
     batch = batch_in(compute_in, first_batch(problem, problem.dataset(TRAIN), name=TRAIN))
     size = examples_in(batch)
-    project = projector(plan, 0, problem.model)
+    project = make_checkpoint_projector(plan, 0, problem.model)
     model = model_in(compute_in, problem.model.eval())
-    compute = gradients(plan, plan.gradients, model, problem.model_output, project)
+    compute = make_gradient_computer(plan, plan.gradients, model, problem.model_output, project)
     seconds = 0.0
     for _ in range(2):
         started = time.perf_counter()
         into = torch.zeros(size, plan.store_dim)
-        compute(batch, adding(project, into))
+        compute(batch, projecting_sink(project, into))
         seconds = time.perf_counter() - started
     return size / seconds

@@ -13,16 +13,16 @@ from trak_dist.store.receipts import Receipts
 from trak_dist.store.run import Run
 
 
-def refuse_unknown_ids(plan: Plan) -> None:
+def check_ensemble(plan: Plan) -> None:
     """Raise `ConfigError` if the ensemble names a checkpoint twice, or one that is not there."""
-    there = range(len(plan.checkpoints))
-    bad = [f"{i} is unknown" for i in dict.fromkeys(plan.use) if i not in there]
+    known = range(len(plan.checkpoints))
+    bad = [f"{i} is unknown" for i in dict.fromkeys(plan.use) if i not in known]
     bad += [f"{i} is there {n} times" for i, n in Counter(plan.use).items() if n > 1]
     if bad:
         raise ConfigError(
             f"checkpoints.use={list(plan.use)} is no ensemble: {', '.join(bad)}",
             where="checkpoints.use",
-            next=f"name each checkpoint once; there are 0 to {there[-1]}",
+            next=f"name each checkpoint once; there are 0 to {known[-1]}",
         )
 
 
@@ -42,18 +42,18 @@ def without_missing(run: Run, plan: Plan) -> Plan:
             where="checkpoints.allow_missing",
             next=f"the same with -m {commands.on(run.layout.base)}",
         )
-    refuse_unknown_ids(plan)
-    receipts, left = Receipts(run.layout, plan), []
+    check_ensemble(plan)
+    receipts, featurized = Receipts(run.layout, plan), []
     for model_id in plan.model_ids:
         splits = (plan.train, *plan.targets)
         cells = [c for s in splits for c in FeaturizeCell.of_split(plan, model_id, s.name)]
         if len(receipts.done(cells)) == len(cells):
-            left.append(model_id)
-    if not left:
+            featurized.append(model_id)
+    if not featurized:
         raise MissingInputs(
             f"checkpoints.allow_missing leaves no ensemble: none of the {len(plan.model_ids)} "
             "checkpoints is featurized",
             where=str(run.layout.run_dir),
             next=commands.launch(run.layout.run_dir, "stage=featurize"),
         )
-    return plan if len(left) == len(plan.model_ids) else replace(plan, use=tuple(left))
+    return plan if len(featurized) == len(plan.model_ids) else replace(plan, use=tuple(featurized))

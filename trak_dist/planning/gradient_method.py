@@ -20,8 +20,8 @@ from trak_dist.ops import audit
 from trak_dist.ops.batches import Batch, examples_in, rows_of
 from trak_dist.ops.gradients import GradientComputer, VmapGradients, select_params
 from trak_dist.ops.hooks import HookGradients
-from trak_dist.ops.intact import Intact, copied
 from trak_dist.ops.model_outputs import ModelOutput, out_to_loss
+from trak_dist.ops.model_state import ModelStateGuard, copy_model
 from trak_dist.ops.projection import CACHED_PIECE
 from trak_dist.spacing import evenly_spaced
 
@@ -30,13 +30,13 @@ ROUNDING = 1e-2  # of the tolerance, of all gradients: where a parameter's are z
 VMAP_BYTES = 2**30  # what a batch's gradients may take here; a worker has its own memory
 
 
-def choose(
+def select_gradient_method(
     model: nn.Module,
     model_output: ModelOutput,
     batches: Mapping[str, Batch],
     *,
     params: Sequence[str],
-    asked: str,
+    requested: str,
 ) -> tuple[str, str]:
     """`hooks`, `vmap` or `loop`; and, where `auto` does not come to the first, why.
 
@@ -48,7 +48,7 @@ def choose(
         Whole batches, by what they are of.
     params : sequence of str
         Globs that select parameters.
-    asked : str
+    requested : str
         `featurize.gradients`.
 
     Raises
@@ -58,26 +58,30 @@ def choose(
     ProblemError
         If no way can be right.
     """
-    moved = _moved(model)
+    moved = _perturbed(model)
     for name, batch in batches.items():
-        refuse_unfit(moved, model_output, params, batch, where=name)
+        check_per_example(moved, model_output, params, batch, where=name)
     reasons: list[str] = []
-    for way in ("hooks", "vmap") if asked == "auto" else (asked,):
-        why = "" if way == "loop" else _objection(moved, model_output, batches, params, way)
+    for method in ("hooks", "vmap") if requested == "auto" else (requested,):
+        why = (
+            ""
+            if method == "loop"
+            else _reason_against(moved, model_output, batches, params, method)
+        )
         if not why:
-            return way, ", ".join(reasons)
-        if asked != "auto":
+            return method, ", ".join(reasons)
+        if requested != "auto":
             raise ConfigError(
-                f"{way} can't compute the gradients: {why}",
+                f"{method} can't compute the gradients: {why}",
                 where="featurize.gradients",
                 next="featurize.gradients=auto, which finds one that can; or leave these "
                 "parameters out (featurize.params)",
             )
-        reasons.append(f"not by {way}: {why}")
+        reasons.append(f"not by {method}: {why}")
     return "loop", ", ".join(reasons)
 
 
-def refuse_unfit(
+def check_per_example(
     model: nn.Module,
     model_output: ModelOutput,
     params: Sequence[str],
@@ -95,9 +99,9 @@ def refuse_unfit(
     rows = evenly_spaced(examples_in(batch), ROWS)
     kind = type(model_output).__qualname__
     try:
-        audit.refuse_random(model, model_output, params, batch, where=kind)
+        audit.check_deterministic(model, model_output, params, batch, where=kind)
         own = audit.out_to_loss_alone(model, model_output, batch, rows)
-        with Intact(model).kept():
+        with ModelStateGuard(model).preserve():
             q = out_to_loss(model_output, model, batch, None)[rows]
     except TrakDistError:
         raise
@@ -108,8 +112,8 @@ def refuse_unfit(
             where=f"{kind}, {type(model).__qualname__}",
             next="see docs/your-problem.md on what a batch holds and what a model output gives",
         ) from error
-    close = audit.tolerance(model)
-    if not torch.allclose(q.float(), own.float(), rtol=close, atol=close, equal_nan=True):
+    tolerance = audit.tolerance(model)
+    if not torch.allclose(q.float(), own.float(), rtol=tolerance, atol=tolerance, equal_nan=True):
         at = int((q.float() - own.float()).abs().nan_to_num(torch.inf).argmax())
         raise ProblemError(
             f"the out-to-loss of an example of {where} depends on its companions: "
@@ -120,19 +124,19 @@ def refuse_unfit(
         )
 
 
-def _objection(
+def _reason_against(
     model: nn.Module,
     output: ModelOutput,
     batches: Mapping[str, Batch],
     params: Sequence[str],
-    way: str,
+    method: str,
 ) -> str:
     """What speaks against hooks or vmap; empty if nothing."""
     p = sum(shape.numel() for shape in select_params(model, params).values())
     for name, whole in batches.items():
-        batch = whole if way == "hooks" else rows_of(whole, slice(max(2, VMAP_BYTES // (4 * p))))
+        batch = whole if method == "hooks" else rows_of(whole, slice(max(2, VMAP_BYTES // (4 * p))))
         try:
-            why = _difference(model, output, batch, params, way)
+            why = _difference(model, output, batch, params, method)
         except NotCovered as error:
             return error.what
         except Exception as error:  # whatever a rule, a trace, or the user's batched output does
@@ -143,35 +147,37 @@ def _objection(
 
 
 def _difference(
-    model: nn.Module, output: ModelOutput, batch: Batch, params: Sequence[str], way: str
+    model: nn.Module, output: ModelOutput, batch: Batch, params: Sequence[str], method: str
 ) -> str:
     shapes, size = select_params(model, params), examples_in(batch)
     rows, weights = evenly_spaced(size, ROWS), audit.random_weights(size, seed=0)
-    if way == "hooks":
+    if method == "hooks":
         compute: GradientComputer = HookGradients(
             model, output, params, piece_elements=CACHED_PIECE
         )
     else:
         compute = VmapGradients(model, output, params)
-    grads, sums, f = audit.weighed(compute, batch, rows, weights, shapes)
+    grads, sums, f = audit.gradients_and_weighted_sum(compute, batch, rows, weights, shapes)
     q = out_to_loss(output, model, batch, f)[rows]
-    alone = audit.Alone.of(model, output, params, batch, rows)
-    exact, close = _exact(model, output, params, batch, rows, alone), audit.tolerance(model)
-    if why := _differing(grads, exact, close, alone.grads, f"one by one in a batch of {size}"):
+    single = audit.SingleExampleResults.of(model, output, params, batch, rows)
+    exact, tolerance = _exact(model, output, params, batch, rows, single), audit.tolerance(model)
+    if why := _mismatch(grads, exact, tolerance, single.grads, f"one by one in a batch of {size}"):
         return why
-    if f is not None and not torch.allclose(f[rows].double(), alone.f.double(), close, close):
+    if f is not None and not torch.allclose(
+        f[rows].double(), single.f.double(), tolerance, tolerance
+    ):
         return f"the output of an example in a batch of {size} is another one than alone"
-    if not torch.allclose(q.double(), alone.q.double(), close, close, equal_nan=True):
+    if not torch.allclose(q.double(), single.q.double(), tolerance, tolerance, equal_nan=True):
         return "get_out_to_loss_from_output differs from get_out_to_loss_grad"
-    if way == "hooks":
+    if method == "hooks":
         whole = {n: torch.zeros(1, *shape, dtype=torch.float64) for n, shape in shapes.items()}
 
-        def take(name: str, _: slice, values: Tensor) -> None:
+        def sink(name: str, _: slice, values: Tensor) -> None:
             whole[name] += values.cpu()
 
-        audit.summed(model, output, params, batch, weights, take)
+        audit.weighted_sum_gradient(model, output, params, batch, weights, sink)
         together = {n: values[None] for n, values in sums.items()}
-        return _differing(together, whole, close, whole, f"autograd gives of a batch of {size}")
+        return _mismatch(together, whole, tolerance, whole, f"autograd gives of a batch of {size}")
     return ""
 
 
@@ -181,29 +187,31 @@ def _exact(
     params: Sequence[str],
     batch: Batch,
     rows: Sequence[int],
-    alone: audit.Alone,
+    single: audit.SingleExampleResults,
 ) -> audit.Grads:
     """Gradients of rows: those of the loop, but for weights of half precision in float64."""
     if not any(p.dtype.itemsize < 4 for p in model.parameters() if p.is_floating_point()):
-        return alone.grads
+        return single.grads
     doubled: Batch = pytree.tree_map_only(
         Tensor, lambda t: t.double() if t.is_floating_point() else t, batch
     )
     try:
-        return audit.Alone.of(copied(model).double(), output, params, doubled, rows).grads
+        return audit.SingleExampleResults.of(
+            copy_model(model).double(), output, params, doubled, rows
+        ).grads
     except RuntimeError:  # a model that says itself in which types it computes
-        return alone.grads
+        return single.grads
 
 
-def _differing(
-    found: audit.Grads, wanted: audit.Grads, close: float, loop: audit.Grads, than: str
+def _mismatch(
+    found: audit.Grads, expected: audit.Grads, tolerance: float, loop: audit.Grads, than: str
 ) -> str:
     """Which parameter has other gradients than wanted; they may be as far off as the loop's are."""
-    whole = sum(float(w.square().sum()) for w in wanted.values()) ** 0.5
-    for name, want in wanted.items():
-        error, of_loop = (float((g[name] - want).norm()) for g in (found, loop))
-        norm = float(want.norm())
-        if not error <= max(close * norm, 2 * of_loop) + close * ROUNDING * whole:
+    whole = sum(float(w.square().sum()) for w in expected.values()) ** 0.5
+    for name, reference in expected.items():
+        error, of_loop = (float((g[name] - reference).norm()) for g in (found, loop))
+        norm = float(reference.norm())
+        if not error <= max(tolerance * norm, 2 * of_loop) + tolerance * ROUNDING * whole:
             return (
                 f"{name} has other gradients than {than} (difference {error:.1e}, norm {norm:.1e})"
             )
@@ -214,8 +222,8 @@ def _text(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 
-def _moved(model: nn.Module) -> nn.Module:
-    moved = copied(model).eval()
+def _perturbed(model: nn.Module) -> nn.Module:
+    moved = copy_model(model).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in moved.parameters():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from trak_dist.configuration.config import GroundTruth
 from trak_dist.errors import ConfigError, PlanMismatch
-from trak_dist.evaluation.ground_truth import read_files
+from trak_dist.evaluation.ground_truth import import_ground_truth
 from trak_dist.plan import Plan
 from trak_dist.plan_inputs import ImportedTruth
 from trak_dist.problem import Problem
@@ -17,18 +17,18 @@ from trak_dist.problem import Problem
 def with_ground_truth(
     plan: Plan,
     problem: Problem,
-    asked: GroundTruth,
-    given: Collection[str],
+    config: GroundTruth,
+    explicit_fields: Collection[str],
     *,
     others: Collection[GroundTruth] = (),
-    tell: Callable[[str], None],
+    notify: Callable[[str], None],
 ) -> Plan:
     """`plan` with the ground truth asked for; of one that is there more or fewer models count.
 
     Parameters
     ----------
-    given : collection of str
-        The fields of `asked` that count; the others stay as they are.
+    explicit_fields : collection of str
+        The fields of `config` that count; the others stay as they are.
     others : collection of GroundTruth
         Those of the other members of its sweep, which share the models.
 
@@ -41,35 +41,35 @@ def with_ground_truth(
     EvaluationError
         If the files that were brought do not fit.
     """
-    there = plan.ground_truth
-    wanted = replace(there, **{name: getattr(asked, name) for name in given})
-    if wanted.masks:
-        masks, margins = (str(Path(p).absolute()) for p in (wanted.masks, wanted.margins))
-        wanted = replace(wanted, masks=masks, margins=margins)
-    for known in (there, *others):  # of one run and its members: their models are the same files
-        alike = (wanted.alpha, wanted.masks) == (known.alpha, known.masks)
-        if wanted.subsets and (wanted.masks or (known.subsets and not alike)):
+    planned = plan.ground_truth
+    requested = replace(planned, **{name: getattr(config, name) for name in explicit_fields})
+    if requested.masks:
+        masks, margins = (str(Path(p).absolute()) for p in (requested.masks, requested.margins))
+        requested = replace(requested, masks=masks, margins=margins)
+    for known in (planned, *others):  # of one run and its members: their models are the same files
+        alike = (requested.alpha, requested.masks) == (known.alpha, known.masks)
+        if requested.subsets and (requested.masks or (known.subsets and not alike)):
             raise PlanMismatch(
                 f"the run has another ground truth: {known.subsets} subsets, {known.seeds} seeds, "
                 f"alpha {known.alpha}, masks {known.masks!r}",
                 where="ground_truth",
                 next=f"ground_truth.alpha={known.alpha} and no masks, or use another run_dir",
             )
-    if wanted.subsets and problem.train_checkpoint is None:
+    if requested.subsets and problem.train_checkpoint is None:
         raise ConfigError(
             "the problem has no train_checkpoint to retrain models with",
             where="ground_truth.subsets",
             next="give it one, or bring ground_truth.masks and ground_truth.margins",
         )
-    if wanted.subsets and not 0 < round(wanted.alpha * plan.train.rows) < plan.train.rows:
+    if requested.subsets and not 0 < round(requested.alpha * plan.train.rows) < plan.train.rows:
         raise ConfigError(
-            f"a share of {wanted.alpha} of {plan.train.rows} train rows is none or all of them",
+            f"a share of {requested.alpha} of {plan.train.rows} train rows is none or all of them",
             where="ground_truth.alpha",
             next="ground_truth.alpha=0.5",
         )
-    if not wanted.masks:
-        return replace(plan, ground_truth=wanted, imported_truth=None)
+    if not requested.masks:
+        return replace(plan, ground_truth=requested, imported_truth=None)
     rows = {split.name: split.rows for split in plan.targets}
-    found = read_files(wanted, plan.train.rows, rows, tell=tell)
+    found = import_ground_truth(requested, plan.train.rows, rows, notify=notify)
     imported = ImportedTruth(found.digest, found.targets)
-    return replace(plan, ground_truth=wanted, imported_truth=imported)
+    return replace(plan, ground_truth=requested, imported_truth=imported)

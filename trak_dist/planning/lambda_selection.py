@@ -15,14 +15,14 @@ from trak_dist.store.run import Run
 
 
 @dataclass(frozen=True)
-class Choice:
+class LambdaSelection:
     """λ as a multiple of the Gram's mean diagonal, and a sentence on how it was chosen."""
 
     lambda_reg: float
     why: str
 
 
-def best_lambda(base: Run | None, spec: Spec, use: Sequence[int]) -> Choice:
+def select_lambda(base: Run | None, spec: Spec, use: Sequence[int]) -> LambdaSelection:
     """The λ with the highest mean LDS over the target sets, from `report/<targets>.json`.
 
     Asked are the run and the members of its sweeps, whose evaluations know their own projection,
@@ -49,9 +49,9 @@ def best_lambda(base: Run | None, spec: Spec, use: Sequence[int]) -> Choice:
             next="reduce.lambda_unit=mean_diagonal",
         )
     layout = base.layout if base else None
-    homes = [layout.base, *(layout.sweeps / name for name in layout.members())] if layout else []
-    for home in homes:
-        if found := _best(Run.open(home), spec, use):
+    run_dirs = [layout.base, *(layout.sweeps / name for name in layout.members())] if layout else []
+    for run_dir in run_dirs:
+        if found := _best(Run.open(run_dir), spec, use):
             return found
     raise EvaluationError(
         "auto chooses λ from an evaluation against retrained models, and there is none yet of "
@@ -62,17 +62,17 @@ def best_lambda(base: Run | None, spec: Spec, use: Sequence[int]) -> Choice:
     )
 
 
-def _best(run: Run, spec: Spec, use: Sequence[int]) -> Choice | None:
+def _best(run: Run, spec: Spec, use: Sequence[int]) -> LambdaSelection | None:
     plan = run.plan
     whole = tuple(use) or tuple(c.model_id for c in plan.checkpoints)
-    alike = (
+    same_settings = (
         plan.spec.projection == spec.projection
         and plan.spec.reduce.kernel_scale == spec.reduce.kernel_scale
         and plan.model_ids == whole
     )
-    names = [s.name for s in plan.targets if plan.has_truth(s.name)]
+    names = [s.name for s in plan.targets if plan.has_ground_truth(s.name)]
     done = run.receipts.done([EvaluateCell(name) for name in names])
-    if not alike or not names or len(done) < len(names):
+    if not same_settings or not names or len(done) < len(names):
         return None
     dim = plan.proj_dim if spec.projection.kind == "identity" else spec.proj_dim
     found = [Results(run).evaluation(name) for name in names]
@@ -88,7 +88,7 @@ def _best(run: Run, spec: Spec, use: Sequence[int]) -> Choice | None:
     best = int(average.argmax())
     value = float(f"{found[0]['lambdas'][best]:.3g}")
     at_end = ", at the end of their range" if best in (0, len(average) - 1) else ""
-    return Choice(
+    return LambdaSelection(
         value,
         f"λ = {value} of the mean diagonal, the best of {len(average)}{at_end} by the mean LDS of "
         f"{', '.join(names)}: {average[best]:.3f}",

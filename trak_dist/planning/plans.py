@@ -13,7 +13,7 @@ from trak_dist.checkpoints.featurizer import batch_in, model_in
 from trak_dist.checks import pinned_model
 from trak_dist.configuration.config import Config, Spec
 from trak_dist.coordinates import TRAIN
-from trak_dist.datasets import check_split, limited
+from trak_dist.datasets import apply_limit, check_split
 from trak_dist.errors import PlanMismatch
 from trak_dist.ops.batches import Batch
 from trak_dist.ops.gradients import activation_bytes, select_params
@@ -24,17 +24,17 @@ from trak_dist.planning.checkpoints import held_names, planned_checkpoints
 from trak_dist.planning.dry_run import first_batch
 from trak_dist.planning.splits import planned_split, target_names
 from trak_dist.problem import Problem
-from trak_dist.runtime.session import as_built
-from trak_dist.source import accepting, refuse_changed
+from trak_dist.runtime.session import built_signature
+from trak_dist.source import accept_changes, check_unchanged
 from trak_dist.spacing import evenly_spaced
 
 PLANNING_BYTES = 2**30  # of activations that are kept where a run is planned
 
 
 def make_plan(
-    config: Config, problem: Problem, source: Source, *, tell: Callable[[str], None]
+    config: Config, problem: Problem, source: Source, *, notify: Callable[[str], None]
 ) -> Plan:
-    """Plan a new run; `tell` gets why gradients are not by hooks, where that was left open.
+    """Plan a new run; `notify` gets why gradients are not by hooks, where that was left open.
 
     Raises
     ------
@@ -48,17 +48,17 @@ def make_plan(
     dim = parameters if identity else spec.store_dim
     checkpoints = planned_checkpoints(problem, config.checkpoints.train, source.import_root)
     # First: a forward pass may leave things in the model.
-    unsaved = pinned_model.unsaved(problem.model, held_names(problem, checkpoints))
+    unsaved = pinned_model.unsaved_tensors(problem.model, held_names(problem, checkpoints))
     train = planned_split(TRAIN, problem, spec, dim)
     targets = tuple(
         planned_split(n, problem, spec, dim) for n in target_names(problem, config.targets)
     )
-    chosen = _chosen_gradients(problem, spec, (train, *targets), spec.featurize.gradients)
+    chosen = _select_gradients(problem, spec, (train, *targets), spec.featurize.gradients)
     if chosen[1]:
-        tell(f"gradients by {chosen[0]}, {chosen[1]}")
+        notify(f"gradients by {chosen[0]}, {chosen[1]}")
     return Plan(
         spec=spec,
-        source=replace(source, unsaved=unsaved, built=_as_built(problem, spec, unsaved)),
+        source=replace(source, unsaved=unsaved, built=_built_signature(problem, spec, unsaved)),
         parameters=parameters,
         train=train,
         checkpoints=checkpoints,
@@ -102,15 +102,15 @@ def extend_plan(
         If anything that was planned changed.
     """
     if accept_source:
-        plan = replace(plan, source=accepting(plan.source, source))
-    refuse_changed(plan.spec.problem, plan.source, source)
+        plan = replace(plan, source=accept_changes(plan.source, source))
+    check_unchanged(plan.spec.problem, plan.source, source)
     what = plan.spec.problem["_target_"]
-    pinned_model.refuse_other_unsaved(plan.source, problem.model, what=what)
+    pinned_model.check_unsaved(plan.source, problem.model, what=what)
     for split in (plan.train, *plan.targets):
         check_split(problem, split, plan.spec)
     if plan.source.built:
-        now = _as_built(problem, plan.spec, plan.source.unsaved)
-        pinned_model.refuse_other_built(plan.source, now, what=what)
+        now = _built_signature(problem, plan.spec, plan.source.unsaved)
+        pinned_model.check_built(plan.source, now, what=what)
     known = {s.name for s in plan.targets}
     added = [n for n in target_names(problem, targets) if n not in known] if targets else []
     checkpoints = planned_checkpoints(problem, train, plan.source.import_root)
@@ -123,7 +123,7 @@ def extend_plan(
                 next="append checkpoints after those that are planned, or use another run_dir",
             )
     splits = tuple(planned_split(n, problem, plan.spec, plan.store_dim) for n in added)
-    _chosen_gradients(problem, plan.spec, splits, plan.gradients)
+    _select_gradients(problem, plan.spec, splits, plan.gradients)
     joined = (*plan.checkpoints, *checkpoints[len(plan.checkpoints) :])
     return replace(plan, checkpoints=joined, targets=(*plan.targets, *splits))
 
@@ -137,17 +137,17 @@ def with_gradients(plan: Plan, problem: Problem) -> Plan:
         If they can't be.
     """
     splits = (plan.train, *plan.targets)
-    way, _ = _chosen_gradients(problem, plan.spec, splits, plan.spec.featurize.gradients)
-    return replace(plan, gradients=way)
+    method, _ = _select_gradients(problem, plan.spec, splits, plan.spec.featurize.gradients)
+    return replace(plan, gradients=method)
 
 
-def _chosen_gradients(
-    problem: Problem, spec: Spec, splits: Sequence[Split], asked: str
+def _select_gradients(
+    problem: Problem, spec: Spec, splits: Sequence[Split], requested: str
 ) -> tuple[str, str]:
     batches = {n: b for s in splits for n, b in _whole_batches(problem, s, spec).items()}
     params = spec.featurize.params
-    return gradient_method.choose(
-        problem.model, problem.model_output, batches, params=params, asked=asked
+    return gradient_method.select_gradient_method(
+        problem.model, problem.model_output, batches, params=params, requested=requested
     )
 
 
@@ -156,7 +156,7 @@ def _whole_batches(problem: Problem, split: Split, spec: Spec) -> dict[str, Batc
 
     As many rows as a worker's batches have, unless their activations are too large to keep here.
     """
-    dataset = limited(problem.dataset(split.name), spec.limit)
+    dataset = apply_limit(problem.dataset(split.name), spec.limit)
     held = activation_bytes(
         problem.model.eval(), problem.model_output, first_batch(problem, dataset, name=split.name)
     )
@@ -170,7 +170,7 @@ def _whole_batches(problem: Problem, split: Split, spec: Spec) -> dict[str, Batc
     }
 
 
-def _as_built(
+def _built_signature(
     problem: Problem, spec: Spec, unsaved: Collection[str]
 ) -> dict[str, pinned_model.Numbers]:
-    return as_built(problem, spec, unsaved, torch.device("cpu"))
+    return built_signature(problem, spec, unsaved, torch.device("cpu"))

@@ -10,13 +10,13 @@ from trak_dist.plan import Plan
 from trak_dist.store.run import Run
 
 
-def refuse_rank_deficient(plan: Plan) -> None:
+def check_full_rank(plan: Plan) -> None:
     """Raise `SingularGram` where λ = 0 can't work, before any gradient is computed."""
     if plan.spec.reduce.lambda_reg == 0 and plan.proj_dim > plan.train.rows:
         raise kernel.rank_deficient(plan.proj_dim, plan.train.rows)
 
 
-def refuse_scored(run: Run, plan: Plan) -> None:
+def check_no_scores(run: Run, plan: Plan) -> None:
     """Raise `PlanMismatch` if `run` has scores that `plan`, of another reduce, would replace.
 
     A member of a sweep keeps them both.
@@ -33,11 +33,11 @@ def refuse_scored(run: Run, plan: Plan) -> None:
         )
     if run.receipts.done(ScoreCell.of(run.plan)):
         member = run.layout.sweeps / plan.reduce_id
-        there = plan.reduce_id in run.layout.members()
+        exists = plan.reduce_id in run.layout.members()
         raise PlanMismatch(
             "the run has scores made with another proj_dim, reduce or ensemble",
             where=str(run.layout.run_dir),
             next=f"{commands.on(member)} is the run with these settings"
-            if there
+            if exists
             else f"the same command with -m, which keeps both: these go to {member}",
         )

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from trak_dist.configuration.config import Spec
 from trak_dist.coordinates import TRAIN, check_name
-from trak_dist.datasets import limited, probe
+from trak_dist.datasets import apply_limit, probe
 from trak_dist.errors import ConfigError, DatasetError
 from trak_dist.plan import planned_cell_rows
 from trak_dist.plan_inputs import Split
@@ -32,7 +32,7 @@ def planned_split(name: str, problem: Problem, spec: Spec, dim: int) -> Split:
             next="switch random augmentation off: an example must be the same every time",
         )
     rows, source = found
-    dry_run(problem, name, limited(problem.dataset(name), spec.limit), spec.featurize)
+    dry_run(problem, name, apply_limit(problem.dataset(name), spec.limit), spec.featurize)
     return Split(name, rows, planned_cell_rows(rows, spec, dim), source)
 
 

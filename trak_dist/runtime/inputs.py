@@ -60,15 +60,15 @@ def require(run: Run, cells: Sequence[Cell], *, needed_by: Cell) -> dict[Cell, R
     return done
 
 
-def refuse_mixed(receipts: dict[Cell, Receipt]) -> None:
+def check_same_origin(receipts: dict[Cell, Receipt]) -> None:
     """Raise `MixedRun` naming the cells of one checkpoint that were not made alike."""
-    mend = "mend the cause, then start a new run_dir: these cells can't be reduced together"
+    hint = "mend the cause, then start a new run_dir: these cells can't be reduced together"
     for fact in SHARED_FACTS:
         values = [(cell, r.facts.get(fact)) for cell, r in receipts.items()]
-        _refuse_unequal(fact, values, next=mend)
+        _check_equal(fact, values, next=hint)
 
 
-def refuse_other_rows(run: Run, receipts: dict[Cell, Receipt]) -> None:
+def check_same_rows(run: Run, receipts: dict[Cell, Receipt]) -> None:
     """Raise `MixedRun` naming cells whose input rows differ between checkpoints."""
     by_rows: dict[tuple[str, Rows], list[tuple[Cell, object]]] = {}
     for cell, receipt in receipts.items():
@@ -78,10 +78,10 @@ def refuse_other_rows(run: Run, receipts: dict[Cell, Receipt]) -> None:
     command = commands.launch(run.layout.run_dir, "stage=verify", "repair=true")
     back = f"mend the cause; {command} takes all that disagree back, to be computed again"
     for values in by_rows.values():
-        _refuse_unequal("inputs_digest", values, next=back)
+        _check_equal("inputs_digest", values, next=back)
 
 
-def _refuse_unequal(fact: str, values: Sequence[tuple[Cell, object]], *, next: str) -> None:
+def _check_equal(fact: str, values: Sequence[tuple[Cell, object]], *, next: str) -> None:
     by_value: dict[object, list[str]] = {}
     for cell, value in values:
         by_value.setdefault(value, []).append(cell.id)

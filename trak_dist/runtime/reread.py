@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from trak_dist import commands
 from trak_dist.cells import FeaturizeCell
-from trak_dist.checks.shown_rows import Shown, batch_digests, featurized, inputs_digest
+from trak_dist.checks.input_digests import InputDigests, batch_digests, featurized, inputs_digest
 from trak_dist.coordinates import Rows
 from trak_dist.errors import DatasetError
 from trak_dist.listing import first_few
@@ -23,7 +23,7 @@ REREAD_ROWS = 512  # of done cells, by a worker that begins with a split
 Done = Mapping[FeaturizeCell, Receipt]
 
 
-def refuse_changed_rows(session: Session, cell: FeaturizeCell) -> None:
+def check_done_rows(session: Session, cell: FeaturizeCell) -> None:
     """Hold what done cells of the split of `cell` were shown against the dataset.
 
     Raises
@@ -34,7 +34,7 @@ def refuse_changed_rows(session: Session, cell: FeaturizeCell) -> None:
     run, split = session.run, cell.split
     done = featurized(run, split)
     alike = {(c.rows, inputs_digest(r)): (c, r) for c, r in done.items()}
-    session.shown.update({(split, rows): digest for rows, digest in alike})
+    session.input_digests.update({(split, rows): digest for rows, digest in alike})
     mixed = len({rows for rows, _ in alike}) < len(alike)
     batches = [
         (c, at, digest)
@@ -44,13 +44,13 @@ def refuse_changed_rows(session: Session, cell: FeaturizeCell) -> None:
     random.Random(cell.key(run.plan)).shuffle(batches)  # noqa: S311
     size = run.plan.spec.featurize.batch_rows
     for c, at, digest in batches[: max(1, REREAD_ROWS // size)]:
-        again = _shown(session, split, _batch_rows(c.rows, at, size))
+        again = _read_digests(session, split, _batch_rows(c.rows, at, size))
         mixed |= again["batch_digests"] != digest
-    if mixed or run.receipts.doubted(done):
-        _refuse_changed(session, split, done)
+    if mixed or run.receipts.stale(done):
+        _check_against_dataset(session, split, done)
 
 
-def refuse_unlike(session: Session, cell: FeaturizeCell, shown: Shown) -> None:
+def check_same_inputs(session: Session, cell: FeaturizeCell, shown: InputDigests) -> None:
     """Hold what a cell was shown against what those of other checkpoints were, before it is done.
 
     Raises
@@ -59,9 +59,9 @@ def refuse_unlike(session: Session, cell: FeaturizeCell, shown: Shown) -> None:
         If it is something else.
     """
     digest = shown.facts()["inputs_digest"]
-    if session.shown.setdefault((cell.split, cell.rows), digest) == digest:
+    if session.input_digests.setdefault((cell.split, cell.rows), digest) == digest:
         return
-    _refuse_changed(session, cell.split, featurized(session.run, cell.split))
+    _check_against_dataset(session, cell.split, featurized(session.run, cell.split))
     raise DatasetError(
         f"the rows {cell.rows} of {cell.split!r} are others when they are read again",
         where=cell.id,
@@ -69,35 +69,35 @@ def refuse_unlike(session: Session, cell: FeaturizeCell, shown: Shown) -> None:
     )
 
 
-def _refuse_changed(session: Session, split: str, done: Done) -> None:
+def _check_against_dataset(session: Session, split: str, done: Done) -> None:
     """Read all that the done cells were shown again, mark those that were shown something else."""
     run, size = session.run, session.run.plan.spec.featurize.batch_rows
-    now = {rows: _shown(session, split, rows) for rows in {c.rows for c in done}}
-    doubted, odd = run.receipts.doubted(done), dict[FeaturizeCell, str]()
+    now = {rows: _read_digests(session, split, rows) for rows in {c.rows for c in done}}
+    stale, mismatched = run.receipts.stale(done), dict[FeaturizeCell, str]()
     for cell, receipt in done.items():
         found = now[cell.rows]
         if inputs_digest(receipt) == found["inputs_digest"]:
-            if cell in doubted:
-                run.receipts.trust(cell)
+            if cell in stale:
+                run.receipts.clear_failure(cell)
             continue
         pairs = zip(*map(batch_digests, (receipt.facts, found)), strict=False)
         at = next((i for i, (then, again) in enumerate(pairs) if then != again), None)
-        odd[cell] = str(cell.rows if at is None else _batch_rows(cell.rows, at, size))
-        run.receipts.doubt(cell, f"shown other rows than {split!r} has at {odd[cell]}")
-    if odd:
-        shown = first_few([f"{c.id} (rows {rows})" for c, rows in odd.items()], 5)
+        mismatched[cell] = str(cell.rows if at is None else _batch_rows(cell.rows, at, size))
+        run.receipts.mark_stale(cell, f"shown other rows than {split!r} has at {mismatched[cell]}")
+    if mismatched:
+        shown = first_few([f"{c.id} (rows {rows})" for c, rows in mismatched.items()], 5)
         command = commands.launch(run.layout.run_dir, "stage=verify", "repair=true")
         raise DatasetError(
-            f"{len(odd)} of {len(done)} done cells of {split!r} were shown other rows than the "
-            f"dataset has now: {shown}",
-            where=next(iter(odd)).id,
+            f"{len(mismatched)} of {len(done)} done cells of {split!r} were shown other rows than "
+            f"the dataset has now: {shown}",
+            where=next(iter(mismatched)).id,
             next="if the data were right then, restore them and run the same command again; if "
             f"they are right now, take these cells back by {command}",
         )
 
 
-def _shown(session: Session, split: str, rows: Rows) -> dict[str, str]:
-    shown = Shown()
+def _read_digests(session: Session, split: str, rows: Rows) -> dict[str, str]:
+    shown = InputDigests()
     for batch in session.batches(split, rows):
         shown.add(batch)
     return shown.facts()

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from trak_dist import datasets
 from trak_dist import problem as problems
 from trak_dist.checkpoints import digests
-from trak_dist.checkpoints.featurizer import Loaded, batch_in, model_in
+from trak_dist.checkpoints.featurizer import CheckpointFeaturizer, batch_in, model_in
 from trak_dist.checks import gradient_audit, pinned_model
 from trak_dist.configuration.config import Spec
 from trak_dist.coordinates import TRAIN, Rows
@@ -42,10 +42,11 @@ class Session:
     def __init__(self, run: Run, device: torch.device) -> None:
         self.run = run
         self.device = device
-        self._loaded: Loaded | None = None
+        self._featurizer: CheckpointFeaturizer | None = None
         self._checked: set[str] = set()
-        self.shown: dict[tuple[str, Rows], str] = {}  # digests of rows of splits: runtime.reread
-        self.took_back = False  # cells of this job, perhaps, which are to be run again
+        # digests of rows of splits: runtime.reread
+        self.input_digests: dict[tuple[str, Rows], str] = {}
+        self.revoked_cells = False  # cells of this job, perhaps, which are to be run again
 
     @cached_property
     def problem(self) -> Problem:
@@ -59,16 +60,16 @@ class Session:
                 next="restore the plan, or use another run_dir",
             )
         problem = problems.rebuild(plan.spec.problem, plan.source)
-        problem = problems.drawing(problem, plan.spec.featurize.random)
-        pinned_model.refuse_other_unsaved(plan.source, problem.model, what=what)
+        problem = problems.with_random_policy(problem, plan.spec.featurize.random)
+        pinned_model.check_unsaved(plan.source, problem.model, what=what)
         for split in (plan.train, *plan.targets):
             datasets.check_split(problem, split, plan.spec)
         if plan.source.built:
-            now = as_built(problem, plan.spec, plan.source.unsaved, self.device)
-            pinned_model.refuse_other_built(plan.source, now, what=what)
+            now = built_signature(problem, plan.spec, plan.source.unsaved, self.device)
+            pinned_model.check_built(plan.source, now, what=what)
         return problem
 
-    def once(self, what: str, check: Callable[[], None]) -> None:
+    def run_once(self, what: str, check: Callable[[], None]) -> None:
         """Run a check whose result holds for the whole job, the first time only."""
         if what not in self._checked:
             check()
@@ -76,7 +77,7 @@ class Session:
 
     def dataset(self, split: str) -> MapDataset:
         """The examples of a split, `limit` applied."""
-        return datasets.limited(self.problem.dataset(split), self.run.plan.spec.limit)
+        return datasets.apply_limit(self.problem.dataset(split), self.run.plan.spec.limit)
 
     def rendered(self, split: str, row: int) -> Rendered | None:
         """How a row is shown, if there is a dataset to read it from and the problem says.
@@ -88,26 +89,26 @@ class Session:
         """
         if self.run.plan.split(split).streamed:
             return None
-        return datasets.rendered(self.problem, split, row)
+        return datasets.render_row(self.problem, split, row)
 
-    def load(self, model_id: int) -> Loaded:
+    def featurizer(self, model_id: int) -> CheckpointFeaturizer:
         """The model of one checkpoint, on the device, with its gradients and its projection."""
-        way = gradient_audit.way(self.run, model_id)
-        there = self._loaded
-        if there is None or (there.model_id, there.way) != (model_id, way):
+        method = gradient_audit.gradient_method(self.run, model_id)
+        current = self._featurizer
+        if current is None or (current.model_id, current.method) != (model_id, method):
             plan, problem = self.run.plan, self.problem
             model: nn.Module = problem.model.to(self.device).eval()
             digest = digests.load_into(self.run, model, plan.checkpoint(model_id))
-            self._loaded = Loaded(
+            self._featurizer = CheckpointFeaturizer(
                 plan,
                 model_id,
                 digest,
                 model,
                 problem.model_output,
-                way=way,
+                method=method,
             )
-        assert self._loaded
-        return self._loaded
+        assert self._featurizer
+        return self._featurizer
 
     def batches(self, split: str, rows: Rows) -> Iterator[tuple[Any, ...]]:
         """Batches of `batch_rows` examples, on the CPU, none reaching beyond `rows`.
@@ -138,7 +139,7 @@ def _converted(batch: tuple[Any, ...], convert: Callable[[Tensor], Tensor]) -> t
     return converted
 
 
-def as_built(
+def built_signature(
     problem: Problem, spec: Spec, unsaved: Collection[str], device: torch.device
 ) -> dict[str, pinned_model.Numbers]:
     """What pins the problem's model as it is built, from its first and its last train row.
@@ -148,10 +149,10 @@ def as_built(
     unsaved : collection of str
         The names of the tensors that no checkpoint holds.
     """
-    compute, dataset = spec.featurize.compute, datasets.limited(problem.train, spec.limit)
+    compute, dataset = spec.featurize.compute, datasets.apply_limit(problem.train, spec.limit)
     rows = sorted({0, len(dataset) - 1})[-spec.featurize.batch_rows :]
     batch = datasets.batch(problem, dataset, rows, name=TRAIN)
-    return pinned_model.built(
+    return pinned_model.built_values(
         model_in(compute, problem.model.to(device).eval()),
         problem.model_output,
         _converted(batch_in(compute, batch), lambda t: t.to(device)),

@@ -31,19 +31,19 @@ def counterfactual(session: Session, cell: CounterfactualCell) -> Outcome:
         If training fails, or its outputs are not finite.
     """
     run, plan = session.run, session.run.plan
-    left = torch.ones(plan.train.rows, dtype=torch.bool)
+    remaining = torch.ones(plan.train.rows, dtype=torch.bool)
     match cell.selection:
         case AtRandom():
-            left[draws.some_rows(cell.seed, plan.train.rows, cell.removed)] = False
+            remaining[draws.some_rows(cell.seed, plan.train.rows, cell.removed)] = False
         case HelpfulTo(target):
             require(run, list(ScoreCell.of_targets(plan, cell.targets)), needed_by=cell)
             (top,) = Results(run).top(cell.targets, [target], cell.removed)
-            left[torch.from_numpy(top.helpful)] = False
+            remaining[torch.from_numpy(top.helpful)] = False
     seed = draws.stream_key("counterfactual", cell.seed) & SEEDS  # one for all that is compared
-    state = fit(session, left.nonzero().flatten(), seed, where=cell.id)
+    state = fit(session, remaining.nonzero().flatten(), seed, where=cell.id)
     hint = "counterfactuals.targets=0 leaves these models out"
     found = outputs_of(session, state, cell.targets, where=cell.id, hint=hint)
-    run.refuse_if_superseded(cell)
+    run.check_not_superseded(cell)
     return Outcome({}, {"outputs": found.tolist()})
 
 
@@ -52,10 +52,10 @@ def summary(run: Run, targets: str) -> list[dict[str, Any]]:
 
     Means over seeds; the interval is over targets and seeds.
     """
-    asked = run.plan.counterfactuals
+    config = run.plan.counterfactuals
     cells = list(CounterfactualCell.of_targets(run.plan, targets))
     receipts = run.receipts.done(cells)
-    looked_at = evenly_spaced(run.plan.split(targets).rows, asked.targets)
+    target_rows = evenly_spaced(run.plan.split(targets).rows, config.targets)
     outputs = {
         (c.selection, c.removed, c.seed): np.array(
             receipts[c].fact("outputs", list), dtype=np.float64
@@ -63,16 +63,16 @@ def summary(run: Run, targets: str) -> list[dict[str, Any]]:
         for c in cells
     }
     found = []
-    for removed in sorted(asked.remove):
-        seeds = range(asked.seeds)
-        random = np.array([outputs[AtRandom(), removed, s][looked_at] for s in seeds]).T
+    for removed in sorted(config.remove):
+        seeds = range(config.seeds)
+        random = np.array([outputs[AtRandom(), removed, s][target_rows] for s in seeds]).T
         helpful = np.array(
-            [[outputs[HelpfulTo(t), removed, s][t] for s in seeds] for t in looked_at]
+            [[outputs[HelpfulTo(t), removed, s][t] for s in seeds] for t in target_rows]
         )
         found.append(
             {
                 "removed": removed,
-                "targets": looked_at,
+                "targets": target_rows,
                 "without_random": random.mean(axis=1).tolist(),
                 "without_helpful": helpful.mean(axis=1).tolist(),
                 "drop": asdict(lds.two_way_interval(random - helpful)),

@@ -8,7 +8,7 @@ from typing import Any
 from trak_dist.cells import CounterfactualCell, EvaluateCell, FeaturizeCell, ScoreCell
 from trak_dist.coordinates import TRAIN
 from trak_dist.evaluation import self_influence
-from trak_dist.evaluation.datamodeling import against_retrained
+from trak_dist.evaluation.datamodeling import datamodeling_scores
 from trak_dist.hashing import digest_of
 from trak_dist.runtime.inputs import require
 from trak_dist.runtime.outcome import Outcome
@@ -16,7 +16,8 @@ from trak_dist.runtime.session import Session
 from trak_dist.stages import counterfactual
 from trak_dist.store import atomic
 
-TOLD = ("lds", "left_out", "chosen", "counterfactuals", "mislabelled")  # in the receipt too
+# in the receipt too
+RECEIPT_FACTS = ("lds", "left_out", "chosen", "counterfactuals", "mislabelled")
 
 
 def evaluate(session: Session, cell: EvaluateCell) -> Outcome:
@@ -36,13 +37,13 @@ def evaluate(session: Session, cell: EvaluateCell) -> Outcome:
         grads = [c for m in plan.model_ids for c in FeaturizeCell.of_split(plan, m, TRAIN)]
         require(run, grads, needed_by=cell)
         found |= self_influence.summary(session)
-    if plan.has_truth(cell.targets):
-        found |= against_retrained(session, cell)
+    if plan.has_ground_truth(cell.targets):
+        found |= datamodeling_scores(session, cell)
     if cell.targets != TRAIN and plan.counterfactuals.targets:
         require(run, list(CounterfactualCell.of_targets(plan, cell.targets)), needed_by=cell)
         found["counterfactuals"] = counterfactual.summary(run, cell.targets)
     text = json.dumps(found, indent=1, allow_nan=False).encode()
-    run.refuse_if_superseded(cell)
+    run.check_not_superseded(cell)
     atomic.write(run.layout.file(cell, "figures"), text)
-    facts = {name: found[name] for name in TOLD if name in found}
+    facts = {name: found[name] for name in RECEIPT_FACTS if name in found}
     return Outcome({"figures": digest_of(text)}, facts)

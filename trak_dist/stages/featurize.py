@@ -11,14 +11,14 @@ from torch import Tensor
 
 from trak_dist.cells import FeaturizeCell
 from trak_dist.checks import gradient_audit
-from trak_dist.checks.shown_rows import Shown
+from trak_dist.checks.input_digests import InputDigests
 from trak_dist.errors import NonFiniteGradient, ProblemError, WrongGradient
 from trak_dist.ingest import streamed_rows
 from trak_dist.listing import first_few
 from trak_dist.ops import rows as row_format
 from trak_dist.ops.batches import examples_in
 from trak_dist.runtime.outcome import Outcome, grads_facts
-from trak_dist.runtime.reread import refuse_changed_rows, refuse_unlike
+from trak_dist.runtime.reread import check_done_rows, check_same_inputs
 from trak_dist.runtime.session import Session
 from trak_dist.store import contents
 
@@ -40,45 +40,50 @@ def featurize(session: Session, cell: FeaturizeCell) -> Outcome:
     """
     run, spec = session.run, session.run.plan.spec
     if run.plan.split(cell.split).streamed:
-        return streamed_rows.gather(run, cell)
+        return streamed_rows.gather_parts(run, cell)
     try:
         return _computed(session, cell)
     except WrongGradient as error:
-        if spec.featurize.gradients != "auto" or gradient_audit.way(run, cell.model_id) == "loop":
+        if (
+            spec.featurize.gradients != "auto"
+            or gradient_audit.gradient_method(run, cell.model_id) == "loop"
+        ):
             raise WrongGradient(error.what, where=cell.id, next=error.next) from None
-        gradient_audit.distrust(run, cell, error)
-        session.took_back = True
+        gradient_audit.fall_back_to_loop(run, cell, error)
+        session.revoked_cells = True
     return _computed(session, cell)
 
 
 def _computed(session: Session, cell: FeaturizeCell) -> Outcome:
     plan, spec = session.run.plan, session.run.plan.spec
-    loaded = session.load(cell.model_id)
-    session.once(f"done cells of {cell.split}", lambda: refuse_changed_rows(session, cell))
+    featurizer = session.featurizer(cell.model_id)
+    session.run_once(f"done cells of {cell.split}", lambda: check_done_rows(session, cell))
     grads = torch.zeros(len(cell.rows), plan.store_dim, device=session.device)
     out_to_loss = torch.zeros(len(cell.rows), device=session.device)
-    checks = gradient_audit.Audit.drawn(cell.key(plan), len(cell.rows), spec.featurize.batch_rows)
-    shown = Shown()
-    slower, done = loaded.slower_batches, 0
+    checks = gradient_audit.Audit.sample_for_cell(
+        cell.key(plan), len(cell.rows), spec.featurize.batch_rows
+    )
+    shown = InputDigests()
+    slower, done = featurizer.slower_batches, 0
     for host_batch in session.batches(cell.split, cell.rows):
         shown.add(host_batch)
         batch = session.to_device(host_batch)
         size = examples_in(batch)
-        wanted = min(spec.featurize.batch_rows, len(cell.rows) - done)
-        if size != wanted:
+        expected_size = min(spec.featurize.batch_rows, len(cell.rows) - done)
+        if size != expected_size:
             raise ProblemError(
-                f"a batch of {wanted} examples of {cell.split!r} holds {size}",
+                f"a batch of {expected_size} examples of {cell.split!r} holds {size}",
                 where=cell.id,
                 next="collate must keep every example",
             )
         rows, first = slice(done, done + size), cell.rows.start + done
-        out_to_loss[rows] = loaded.featurize(batch, grads[rows])
+        out_to_loss[rows] = featurizer.featurize(batch, grads[rows])
         name = functools.partial(_named, cell.split, first)
-        checks.check(loaded, batch, grads[rows], out_to_loss[rows], name)
+        checks.check(featurizer, batch, grads[rows], out_to_loss[rows], name)
         done += size
     assert done == len(cell.rows)
     path = plan.checkpoint(cell.model_id).path
-    refuse_unusable(
+    check_finite(
         grads,
         out_to_loss,
         rows=range(cell.rows.start, cell.rows.stop),
@@ -86,8 +91,8 @@ def _computed(session: Session, cell: FeaturizeCell) -> Outcome:
         what=f"checkpoint {cell.model_id} ({path})",
         where=cell.id,
     )
-    refuse_all_zero(grads, where=cell.id)
-    refuse_unlike(session, cell, shown)
+    check_not_all_zero(grads, where=cell.id)
+    check_same_inputs(session, cell, shown)
     stored, scale = row_format.encode(grads, spec.featurize.dtype)
     arrays = {"grads": stored, "row_scale": scale, "out_to_loss": out_to_loss}
     digests = contents.write(
@@ -96,13 +101,13 @@ def _computed(session: Session, cell: FeaturizeCell) -> Outcome:
     return Outcome(
         digests,
         {
-            **grads_facts(plan, loaded.digest),
-            "gradients": loaded.way,
+            **grads_facts(plan, featurizer.digest),
+            "gradients": featurizer.method,
             **shown.facts(),
             "rows": len(cell.rows),
             "batch_rows": spec.featurize.batch_rows,
             "non_finite_rows": 0,
-            "slower_batches": loaded.slower_batches - slower,
+            "slower_batches": featurizer.slower_batches - slower,
             **checks.facts(),
         },
     )
@@ -112,7 +117,7 @@ def _named(split: str, first: int, row: int) -> str:
     return f"row {first + row} of {split!r}"
 
 
-def refuse_unusable(
+def check_finite(
     grads: Float[Tensor, "rows k"],
     out_to_loss: Float[Tensor, " rows"],
     *,
@@ -133,7 +138,7 @@ def refuse_unusable(
         )
 
 
-def refuse_all_zero(grads: Float[Tensor, "rows k"], *, where: str = "") -> None:
+def check_not_all_zero(grads: Float[Tensor, "rows k"], *, where: str = "") -> None:
     """Raise `ProblemError` if all gradients are zero."""
     if not grads.any():
         raise ProblemError(

@@ -13,7 +13,7 @@ from trak_dist.checks import gradient_audit
 from trak_dist.coordinates import TRAIN
 from trak_dist.errors import NonFiniteGram, SingularGram
 from trak_dist.ops import kernel
-from trak_dist.runtime.inputs import read_grads, refuse_mixed, require
+from trak_dist.runtime.inputs import check_same_origin, read_grads, require
 from trak_dist.runtime.outcome import Outcome
 from trak_dist.runtime.session import Session
 from trak_dist.store import contents, parts
@@ -29,10 +29,10 @@ def gram(session: Session, cell: GramCell) -> Outcome:
     """
     plan = session.run.plan
     cells = list(FeaturizeCell.of_split(plan, cell.model_id, TRAIN))
-    if session.run.receipts.distrusted(cell.model_id):  # what was published meanwhile too
-        gradient_audit.take_back(session.run, cell.model_id)
+    if session.run.receipts.audit_failure(cell.model_id):  # what was published meanwhile too
+        gradient_audit.revoke_stale_cells(session.run, cell.model_id)
     receipts = require(session.run, cells, needed_by=cell)
-    refuse_mixed(receipts)
+    check_same_origin(receipts)
     blocks = (read_grads(session, source) for source in cells)
     total = kernel.sum_gram(blocks, plan.proj_dim, session.device)
     digests = contents.write(session.run, cell, {"gram": total.cpu().numpy()})
@@ -68,8 +68,8 @@ def factorise(session: Session, cell: KernelCell) -> Outcome:
         )
     except NonFiniteGram as error:
         command = commands.launch(session.run.layout.run_dir, "stage=verify")
-        told = f"{command} tells whether what is stored is what was written"
-        raise NonFiniteGram(error.what, where=cell.id, next=told) from None
+        notes = f"{command} tells whether what is stored is what was written"
+        raise NonFiniteGram(error.what, where=cell.id, next=notes) from None
     except SingularGram as error:
         raise SingularGram(error.what, where=cell.id, next=error.next) from None
     digests = contents.write(session.run, cell, {"kernel": result.factor.cpu().numpy()})
@@ -94,7 +94,7 @@ def precondition(session: Session, cell: PreconditionCell) -> Outcome:
     targets = list(FeaturizeCell.of_split(plan, cell.model_id, cell.targets))
     # One train cell stands for all: the gram cell saw to it that they agree.
     train = next(FeaturizeCell.of_split(plan, cell.model_id, TRAIN))
-    refuse_mixed(require(run, [train, *targets], needed_by=cell))
+    check_same_origin(require(run, [train, *targets], needed_by=cell))
     factor = torch.from_numpy(contents.read(run, source, "kernel")).to(session.device)
     if plan.split(cell.targets).streamed:
         parts.discard(run.layout.parts(plan, cell.model_id, cell.targets))

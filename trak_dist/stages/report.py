@@ -29,7 +29,7 @@ from trak_dist.runtime.outcome import Outcome
 from trak_dist.runtime.session import Session
 from trak_dist.spacing import evenly_spaced
 from trak_dist.store import atomic
-from trak_dist.store.receipts import audited
+from trak_dist.store.receipts import audit_summary
 from trak_dist.store.results import Results, Top
 
 SHOWN_TARGETS = 12
@@ -63,7 +63,7 @@ def report(session: Session, cell: ReportCell) -> Outcome:
     """
     run = session.run
     evaluation: dict[str, Any] = {}
-    if run.plan.evaluated(cell.targets):
+    if run.plan.is_evaluated(cell.targets):
         require(run, [EvaluateCell(cell.targets)], needed_by=cell)
         evaluation = Results(run).evaluation(cell.targets)
     title = _title(session, cell)
@@ -87,7 +87,7 @@ def report(session: Session, cell: ReportCell) -> Outcome:
         evaluation=evaluation,
         stability=stability,
         lambda_from=run.plan.lambda_from,
-        audited=audited(run.receipts.done(FeaturizeCell.of(run.plan)).values()),
+        audited=audit_summary(run.receipts.done(FeaturizeCell.of(run.plan)).values()),
     )
     written = {name: picture for name, picture in pictures.items() if picture}
     written["page"] = page.encode()
@@ -110,7 +110,7 @@ def _stability(session: Session, targets: str) -> dict[str, Any]:
     half = len(run.plan.model_ids) // 2
     return {
         str(n): {
-            **asdict(lds.interval(values, least=0.0)),
+            **asdict(lds.interval(values, minimum=0.0)),
             "chance": n / len(halves),
             "checkpoints": half,
         }

@@ -10,7 +10,7 @@ from trak_dist.cells.score import halves_targets
 from trak_dist.coordinates import TRAIN, Rows
 from trak_dist.ops import kernel
 from trak_dist.ops.scores import Ensemble
-from trak_dist.runtime.inputs import read_grads, refuse_other_rows, require
+from trak_dist.runtime.inputs import check_same_rows, read_grads, require
 from trak_dist.runtime.outcome import Outcome
 from trak_dist.runtime.session import Session
 from trak_dist.store import contents
@@ -30,8 +30,12 @@ def score(session: Session, cell: ScoreCell) -> Outcome:
         KernelCell(m) if itself else PreconditionCell(m, cell.targets) for m in plan.model_ids
     ]
     receipts = require(run, solved, needed_by=cell)
-    session.once(f"rows of {cell.targets}", lambda: _check_rows(session, cell))
-    whole, halves, kept = Ensemble(), (Ensemble(), Ensemble()), halves_targets(plan, cell.targets)
+    session.run_once(f"rows of {cell.targets}", lambda: _check_rows(session, cell))
+    whole, halves, half_targets = (
+        Ensemble(),
+        (Ensemble(), Ensemble()),
+        halves_targets(plan, cell.targets),
+    )
     for position, (model_id, source) in enumerate(zip(plan.model_ids, solved, strict=True)):
         grads, out_to_loss = _read(session, model_id, cell.rows)
         if itself:
@@ -43,10 +47,10 @@ def score(session: Session, cell: ScoreCell) -> Outcome:
             b = torch.from_numpy(contents.read(run, source, "precond")).to(session.device)
             products = grads.to(b.dtype) @ b
         whole.add(products, out_to_loss)
-        if kept and position < len(plan.model_ids) // 2 * 2:  # halves of one size
-            halves[position % 2].add(products[:, kept], out_to_loss)
+        if half_targets and position < len(plan.model_ids) // 2 * 2:  # halves of one size
+            halves[position % 2].add(products[:, half_targets], out_to_loss)
     values = {"scores": whole.scores()}
-    if kept:
+    if half_targets:
         values["halves"] = torch.stack([half.scores() for half in halves], dim=1)
     written = {name: value.float().cpu().numpy() for name, value in values.items()}
     return Outcome(contents.write(run, cell, written), {"model_ids": list(plan.model_ids)})
@@ -60,7 +64,7 @@ def _check_rows(session: Session, cell: ScoreCell) -> None:
         for s in splits
         for c in FeaturizeCell.of_split(run.plan, m, s)
     ]
-    refuse_other_rows(run, require(run, cells, needed_by=cell))
+    check_same_rows(run, require(run, cells, needed_by=cell))
 
 
 def _read(session: Session, model_id: int, rows: Rows) -> tuple[Tensor, Tensor]:

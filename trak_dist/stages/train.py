@@ -44,7 +44,7 @@ def train(session: Session, cell: TrainCell) -> Outcome:
         seed = draws.stream_key("retrain", cell.subset, cell.seed) & SEEDS
     state = fit(session, rows, seed, where=cell.id)
     path = run.layout.file(cell, "checkpoint")
-    run.refuse_if_superseded(cell)
+    run.check_not_superseded(cell)
     atomic.write(path, safetensors.torch.save(state))
     return Outcome({"checkpoint": digests.content_digest(state)})
 
@@ -64,7 +64,7 @@ def margins(session: Session, cell: MarginsCell) -> Outcome:
     require(run, [trained], needed_by=cell)
     path = run.layout.file(trained, "checkpoint")
     model = session.problem.model
-    state = state_dicts.fitted(state_dicts.read(path), model, where=str(path)).state
+    state = state_dicts.fit_state_dict(state_dicts.read(path), model, where=str(path)).state
     hint = "ground_truth.seeds or .subsets of what is finished evaluates without this model"
     found = outputs_of(session, state, cell.targets, where=cell.id, hint=hint)
     return Outcome(contents.write(run, cell, {"margins": found[None]}))
@@ -91,7 +91,7 @@ def fit(
         dataset = Subset(dataset, rows.tolist())  # type: ignore[arg-type]
     state = problem.train_checkpoint(dataset, seed, session.device)
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    return state_dicts.fitted(state, problem.model, where=where).state
+    return state_dicts.fit_state_dict(state, problem.model, where=where).state
 
 
 def outputs_of(

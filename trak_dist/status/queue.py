@@ -8,7 +8,7 @@ from functools import cached_property
 
 from trak_dist import slurm
 from trak_dist.cells import Cell
-from trak_dist.store.jobs import GO_ON, Job, Jobs
+from trak_dist.store.jobs import CONTINUATION, JobRecord, JobRecords
 
 
 @dataclass(frozen=True)
@@ -18,35 +18,43 @@ class Queue:
     Those of other members of a sweep are, as far as they make cells that are this run's too.
     """
 
-    tasks: tuple[tuple[slurm.QueuedTask, Job], ...] = ()
+    tasks: tuple[tuple[slurm.QueuedTask, JobRecord], ...] = ()
 
-    def goes_on(self, stages: Sequence[str]) -> str:
+    def continuation_job(self, stages: Sequence[str]) -> str:
         """The job that will submit what of `stages` had no room, if there is one."""
         for task, job in self.tasks:
-            if job.step == GO_ON and set(stages) <= set(job.stages) and not task.doomed:
+            if (
+                job.step == CONTINUATION
+                and set(stages) <= set(job.stages)
+                and not task.unsatisfiable
+            ):
                 return task.job_id
         return ""
 
     @cached_property
     def running(self) -> frozenset[Cell]:
         """The cells of the tasks that have begun."""
-        return frozenset(c for task, job in self.tasks if task.runs for c in cells_of(task, job))
+        return frozenset(
+            c for task, job in self.tasks if task.has_started for c in cells_of(task, job)
+        )
 
     @cached_property
     def waiting(self) -> frozenset[Cell]:
         """The cells of the tasks that have not."""
         return frozenset(
-            c for task, job in self.tasks if not task.runs for c in cells_of(task, job)
+            c for task, job in self.tasks if not task.has_started for c in cells_of(task, job)
         )
 
     def workers(self, cells: Collection[Cell]) -> int:
         """How many running tasks are for some of `cells`."""
         return sum(
-            1 for t, job in self.tasks if t.runs and any(c in cells for c in cells_of(t, job))
+            1
+            for t, job in self.tasks
+            if t.has_started and any(c in cells for c in cells_of(t, job))
         )
 
 
-def read_queue(jobs: Jobs) -> Queue:
+def read_queue(jobs: JobRecords) -> Queue:
     """Ask squeue once.
 
     Raises
@@ -61,12 +69,12 @@ def read_queue(jobs: Jobs) -> Queue:
     return Queue(tuple((t, j) for t, j in numbered if j and (not j.tasks or cells_of(t, j))))
 
 
-def cells_of(task: slurm.QueuedTask, job: Job) -> tuple[Cell, ...]:
+def cells_of(task: slurm.QueuedTask, job: JobRecord) -> tuple[Cell, ...]:
     """The cells of a task in the queue."""
     return job.cells(int(task.job_id.partition("_")[2] or 0)) if job.tasks else ()
 
 
-def cancel(jobs: Jobs) -> list[str]:
+def cancel(jobs: JobRecords) -> list[str]:
     """Cancel this run's jobs, and those of its members, and nobody else's; return their ids.
 
     Raises
@@ -78,8 +86,8 @@ def cancel(jobs: Jobs) -> list[str]:
     member = jobs.run.layout.member
     if member:  # its own only
         known = dict(jobs.readable({jobs.number(task.name) for task in queued}))
-        mine = {number for number, job in known.items() if job.member == member}
-        queued = [task for task in queued if jobs.number(task.name) in mine]
+        own_numbers = {number for number, job in known.items() if job.member == member}
+        queued = [task for task in queued if jobs.number(task.name) in own_numbers]
     ids = sorted({t.job_id.partition("_")[0] for t in queued}, key=int)
     slurm.cancel(ids)
     return ids

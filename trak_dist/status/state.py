@@ -11,7 +11,7 @@ from trak_dist import slurm
 from trak_dist.cells import STAGE_STEPS, Cell, of_stage
 from trak_dist.errors import SlurmError
 from trak_dist.status.queue import Queue, read_queue
-from trak_dist.store.jobs import Jobs
+from trak_dist.store.jobs import JobRecords
 from trak_dist.store.receipts import Failure, Receipt
 from trak_dist.store.run import Run
 
@@ -46,7 +46,7 @@ class StageStatus:
 
 
 @dataclass(frozen=True)
-class Lost:
+class VanishedTask:
     """A task that began, and ended without a word: neither done, nor failed, nor in the queue.
 
     `worker` says whether its worker began, or it ended in the batch script before; `state` what
@@ -70,16 +70,16 @@ class Lost:
 class Status:
     """The state of a run, wholly read: to show it takes no further look at disk or queue.
 
-    `note` says what could not be asked, `lost` are tasks, newest first, `distrusted` says of
-    checkpoints why their gradients are computed one by one, `members` are those of its sweeps.
+    `note` says what could not be asked, `vanished` are tasks, newest first, `audit_failures` says
+    of checkpoints why their gradients are computed one by one, `members` are those of its sweeps.
     """
 
     run: Run
     stages: dict[str, StageStatus]
     queue: Queue
     note: str
-    lost: tuple[Lost, ...]
-    distrusted: Mapping[int, str]
+    vanished: tuple[VanishedTask, ...]
+    audit_failures: Mapping[int, str]
     members: tuple[str, ...]
 
     @property
@@ -90,7 +90,7 @@ class Status:
     @property
     def failed(self) -> bool:
         """Whether a cell failed, or its task was lost, and nobody is about to make it again."""
-        return any(s.failed for s in self.stages.values()) or bool(self.lost)
+        return any(s.failed for s in self.stages.values()) or bool(self.vanished)
 
     @property
     def idle(self) -> bool:
@@ -114,7 +114,7 @@ class Status:
 
 def read_status(run: Run) -> Status:
     """Read receipts, records and logs of `run`; ask Slurm where jobs were ever submitted."""
-    jobs, note, queue = Jobs(run), "", Queue()
+    jobs, note, queue = JobRecords(run), "", Queue()
     if jobs.numbers():
         try:
             queue = read_queue(jobs)
@@ -124,26 +124,26 @@ def read_status(run: Run) -> Status:
     for name in STAGE_STEPS:
         cells = tuple(of_stage(run.plan, name))
         done = run.receipts.done(cells)
-        left = {c for c in cells if c not in done}
-        running = left & queue.running
-        queued = left & queue.waiting - running
-        idle = left - running - queued
+        unfinished = {c for c in cells if c not in done}
+        running = unfinished & queue.running
+        queued = unfinished & queue.waiting - running
+        idle = unfinished - running - queued
         failed = run.receipts.failures(c for c in cells if c in idle)
         stages[name] = StageStatus(cells, done, failed, frozenset(running), frozenset(queued))
-    lost = [] if note else _lost(jobs, stages)  # where the queue does not answer, they may run
-    distrusted = {i: why for i in run.plan.model_ids if (why := run.receipts.distrusted(i))}
+    vanished = [] if note else _lost(jobs, stages)  # where the queue does not answer, they may run
+    audit_failures = {i: why for i in run.plan.model_ids if (why := run.receipts.audit_failure(i))}
     return Status(
         run=run,
         stages=stages,
         queue=queue,
         note=note,
-        lost=(*_described(lost[:SHOWN]), *lost[SHOWN:]),
-        distrusted=distrusted,
+        vanished=(*_described(vanished[:SHOWN]), *vanished[SHOWN:]),
+        audit_failures=audit_failures,
         members=tuple(run.layout.members()),
     )
 
 
-def _lost(jobs: Jobs, stages: Mapping[str, StageStatus]) -> list[Lost]:
+def _lost(jobs: JobRecords, stages: Mapping[str, StageStatus]) -> list[VanishedTask]:
     """The last tasks that were to make the missing cells, if they began, newest first."""
     missing = {c for s in stages.values() for c in s.missing}
     failed = {c for s in stages.values() for c in s.failed}
@@ -160,13 +160,13 @@ def _lost(jobs: Jobs, stages: Mapping[str, StageStatus]) -> list[Lost]:
                 if any(c in failed for c in made):
                     continue  # what it left out, it left out for that
                 host = str(attempt.job.get("host", "?")) if attempt else "?"
-                found.append(Lost(cells, attempt is not None, host, log))
+                found.append(VanishedTask(cells, attempt is not None, host, log))
     return found
 
 
-def _described(lost: list[Lost]) -> list[Lost]:
-    states = slurm.states([task.job_id for task in lost if task.job_id])
-    return [replace(t, state=states.get(t.job_id, ""), end=_end(t.log)) for t in lost]
+def _described(vanished: list[VanishedTask]) -> list[VanishedTask]:
+    states = slurm.states([task.job_id for task in vanished if task.job_id])
+    return [replace(t, state=states.get(t.job_id, ""), end=_end(t.log)) for t in vanished]
 
 
 def _end(log: Path | None) -> tuple[str, ...]:

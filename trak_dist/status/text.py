@@ -8,7 +8,7 @@ from typing import Any
 from trak_dist.cells import Cell, FeaturizeCell
 from trak_dist.plan_inputs import Split
 from trak_dist.status.state import MARKS, SHOWN, StageStatus, Status
-from trak_dist.store.receipts import Failure, audited, rows_per_second
+from trak_dist.store.receipts import Failure, audit_summary, rows_per_second
 from trak_dist.store.run import Run
 
 GRID_COLUMNS = 40
@@ -18,47 +18,47 @@ TRACEBACK_LINES = 12
 def lines(status: Status) -> list[str]:
     """The report for people: stages, the checkpoint × shard grid, what went wrong."""
     run = status.run
-    out = [f"run    {run.layout.run_dir}", f"plan   {run.plan.fingerprint}"]
+    found_lines = [f"run    {run.layout.run_dir}", f"plan   {run.plan.fingerprint}"]
     layout = run.layout
     members = status.members
     if layout.member:
-        out += [f"sweep  a member of the run {layout.base}"]
+        found_lines += [f"sweep  a member of the run {layout.base}"]
     elif members:
         more = ", …" if len(members) > SHOWN else ""
         named = ", ".join(members[:SHOWN]) + more
-        out += [f"sweep  {len(members)} members in {layout.sweeps}: {named}"]
-    out += [f"note   {status.note}"] if status.note else []
+        found_lines += [f"sweep  {len(members)} members in {layout.sweeps}: {named}"]
+    found_lines += [f"note   {status.note}"] if status.note else []
     heads = ("done", "total", "running", "queued", "failed", "missing", "rows/s", "left")
-    out += ["", f"{'stage':<10}" + "".join(f"{head:>9}" for head in heads)]
+    found_lines += ["", f"{'stage':<10}" + "".join(f"{head:>9}" for head in heads)]
     for name, stage in status.stages.items():
         counts = (stage.done, stage.cells, stage.running, stage.queued, stage.failed, stage.missing)
         rate = rows_per_second(stage.done.values())
         shown = [
             *(str(len(c)) for c in counts),
             f"{rate:,.0f}" if rate else "",
-            _left(status, stage, rate),
+            _time_left(status, stage, rate),
         ]
-        out.append((f"{name:<10}" + "".join(f"{text:>9}" for text in shown)).rstrip())
+        found_lines.append((f"{name:<10}" + "".join(f"{text:>9}" for text in shown)).rstrip())
     return [
-        *out,
+        *found_lines,
         "",
         *_audits(status),
         *_grid(status),
         *_waiting(status),
         *_failures(status),
-        *_lost(status),
+        *_vanished(status),
     ]
 
 
 def _audits(status: Status) -> Iterator[str]:
-    told = audited(status.stages["featurize"].done.values())
-    if told:
-        yield f"audit  {told}"
-    for model_id, why in status.distrusted.items():
+    summary = audit_summary(status.stages["featurize"].done.values())
+    if summary:
+        yield f"audit  {summary}"
+    for model_id, why in status.audit_failures.items():
         yield f"audit  checkpoint {model_id} by loop, since {why}"
 
 
-def _left(status: Status, stage: StageStatus, rate: float) -> str:
+def _time_left(status: Status, stage: StageStatus, rate: float) -> str:
     """Time until what is running and queued is done, if as many tasks go on as run now."""
     cells = {*stage.running, *stage.queued}
     rows = sum(len(c.rows) for c in cells if isinstance(c, FeaturizeCell))
@@ -95,12 +95,12 @@ def _marks(stage: StageStatus, model_id: int, split: Split, run: Run) -> str:
 def _waiting(status: Status) -> Iterator[str]:
     reasons: dict[str, int] = {}
     for task, _ in status.queue.tasks:
-        if not task.runs:
+        if not task.has_started:
             reasons[task.reason] = reasons.get(task.reason, 0) + 1
     if reasons:
-        told = ", ".join(f"{count} for {reason}" for reason, count in sorted(reasons.items()))
+        summary = ", ".join(f"{count} for {reason}" for reason, count in sorted(reasons.items()))
         yield ""
-        yield f"tasks waiting in the queue: {told}"
+        yield f"tasks waiting in the queue: {summary}"
 
 
 def by_error(failures: Mapping[Cell, Failure]) -> list[list[Cell]]:
@@ -118,7 +118,7 @@ def _failures(status: Status) -> Iterator[str]:
         failure = failures[cells[0]]
         yield ""
         more = _and(cells[1:], "cells, with the same error")
-        yield f"failed {cells[0].id}{more} {_by(failure.job)}"
+        yield f"failed {cells[0].id}{more} {_origin(failure.job)}"
         yield _indent(failure.error)
         if not failure.expected:
             yield _indent("\n".join(failure.traceback.splitlines()[-TRACEBACK_LINES:]))
@@ -128,31 +128,31 @@ def _failures(status: Status) -> Iterator[str]:
         yield f"failed with other errors: {others} cells"
 
 
-def _lost(status: Status) -> Iterator[str]:
-    for task in status.lost[:SHOWN]:
+def _vanished(status: Status) -> Iterator[str]:
+    for task in status.vanished[:SHOWN]:
         job = {"host": task.host, "job_id": task.job_id, "log": task.log}
         ended = "without a word" if task.worker else "before its worker began"
-        said = f"; Slurm says {task.state}" if task.state else ""
+        slurm_state = f"; Slurm says {task.state}" if task.state else ""
         yield ""
-        yield f"lost   {task.cells[0].id}{_and(task.cells[1:], 'cells')} {_by(job)}"
-        yield f"  the task ended {ended}{said}"
+        yield f"lost   {task.cells[0].id}{_and(task.cells[1:], 'cells')} {_origin(job)}"
+        yield f"  the task ended {ended}{slurm_state}"
         yield from (_indent(line) for line in task.end)
-    if len(status.lost) > SHOWN:
+    if len(status.vanished) > SHOWN:
         yield ""
-        yield f"lost as well: {len(status.lost) - SHOWN} tasks"
+        yield f"lost as well: {len(status.vanished) - SHOWN} tasks"
 
 
 def _and(others: Sequence[Cell], what: str) -> str:
     return f" and {len(others)} more {what}" if others else ""
 
 
-def _by(job: Mapping[str, Any]) -> str:
+def _origin(job: Mapping[str, Any]) -> str:
     """Who did it: `on n2, job 12_3, attempt 2, log …`."""
-    told = [f"on {job.get('host', '?')}"]
-    told += [f"job {job['job_id']}"] if job.get("job_id") else []
-    told += [f"attempt {job['attempt']}"] if job.get("attempt", 1) != 1 else []
-    told += [f"log {job['log']}"] if job.get("log") else []
-    return ", ".join(told)
+    parts = [f"on {job.get('host', '?')}"]
+    parts += [f"job {job['job_id']}"] if job.get("job_id") else []
+    parts += [f"attempt {job['attempt']}"] if job.get("attempt", 1) != 1 else []
+    parts += [f"log {job['log']}"] if job.get("log") else []
+    return ", ".join(parts)
 
 
 def _indent(text: str) -> str:

@@ -38,7 +38,7 @@ def verify_run(run: Run, *, repair: bool) -> Verification:
     StoreError
         If receipts to be taken back lie outside of the run directory.
     """
-    from trak_dist.status.verify import damaged_cells, take_back
+    from trak_dist.status.verify import damaged_cells, revoke_damaged_cells
     from trak_dist.store.prepare import prepare
 
     if repair:
@@ -49,7 +49,7 @@ def verify_run(run: Run, *, repair: bool) -> Verification:
     if repair:
         for cell in damaged:
             _check_inside(run, cell)
-        take_back(run, list(damaged.items()))
+        revoke_damaged_cells(run, list(damaged.items()))
     splits = {cell.split for cell in damaged if isinstance(cell, FeaturizeCell)}
     return Verification(
         done=done,

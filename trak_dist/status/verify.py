@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from trak_dist.cells import Cell, of_run
 from trak_dist.checkpoints.digests import content_digest
 from trak_dist.checkpoints.state_dicts import read
-from trak_dist.checks.dependents import made_of, sharing
-from trak_dist.checks.shown_rows import of_other_rows
+from trak_dist.checks.dependents import derived_from, runs_sharing_grads
+from trak_dist.checks.input_digests import cells_with_other_inputs
 from trak_dist.errors import CheckpointError, StoreError
 from trak_dist.hashing import digest_of
 from trak_dist.store import atomic, contents
@@ -25,10 +25,10 @@ def damaged_cells(run: Run) -> Iterator[tuple[Cell, list[str]]]:
 
     Also those that were shown other rows than others, and what was made of them.
     """
-    odd = of_other_rows(run)
-    odd |= made_of(run, odd)
+    invalid = cells_with_other_inputs(run)
+    invalid |= derived_from(run, invalid)
     for cell, receipt in run.receipts.done(of_run(run.plan)).items():
-        reasons = [odd[cell]] if cell in odd else []
+        reasons = [invalid[cell]] if cell in invalid else []
         try:
             reasons += _damages(run, cell, receipt)
         except (StoreError, CheckpointError) as error:
@@ -37,14 +37,14 @@ def damaged_cells(run: Run) -> Iterator[tuple[Cell, list[str]]]:
             yield cell, reasons
 
 
-def take_back(run: Run, damaged: Sequence[tuple[Cell, list[str]]]) -> None:
+def revoke_damaged_cells(run: Run, damaged: Sequence[tuple[Cell, list[str]]]) -> None:
     """Make damaged cells missing again; and what other plans made of other rows of this run.
 
     What was made of a cell is taken back before it: the next call after a kill finds the rest.
     """
-    odd = of_other_rows(run)
-    for other in sharing(run) if odd else ():
-        for cell, why in reversed(made_of(other, odd).items()):
+    invalid = cells_with_other_inputs(run)
+    for other in runs_sharing_grads(run) if invalid else ():
+        for cell, why in reversed(derived_from(other, invalid).items()):
             other.receipts.revoke(cell, why=why)
     for cell, reasons in reversed(damaged):
         run.receipts.revoke(cell, why="; ".join(reasons))

@@ -63,12 +63,12 @@ def ensure(path: Path, spec: ArraySpec) -> None:
             atomic.write(path / "zarr.json", _serialised(spec))
         else:  # chunks that lost their metadata get it back
             atomic.write_once(path / "zarr.json", _serialised(spec))
-    if told := _differences(_array(path), spec):
+    if differences := _differences(_array(path), spec):
         raise StoreError(
-            f"an array of another kind is in the way, or its metadata is damaged: {told}",
+            f"an array of another kind is in the way, or its metadata is damaged: {differences}",
             where=str(path),
-            next=f"use another run_dir; or if zarr.json was damaged: {_forget(path)}, then the "
-            "same command again, which makes it anew; the chunks stay",
+            next=f"use another run_dir; or if zarr.json was damaged: {_removal_command(path)}, "
+            "then the same command again, which makes it anew; the chunks stay",
         )
 
 
@@ -77,25 +77,26 @@ def grow(path: Path, spec: ArraySpec) -> None:
 
     One that has more rows already, for another plan, keeps them.
     """
-    there = _opened(path)
-    if there is not None and there.shape[0] < spec.shape[0]:
-        as_it_is = dataclasses.replace(spec, shape=(there.shape[0], *spec.shape[1:]))
-        if not _differences(there, as_it_is):
+    existing = _opened(path)
+    if existing is not None and existing.shape[0] < spec.shape[0]:
+        as_it_is = dataclasses.replace(spec, shape=(existing.shape[0], *spec.shape[1:]))
+        if not _differences(existing, as_it_is):
             atomic.write(path / "zarr.json", _serialised(spec))
     ensure(path, spec)
 
 
 def is_other(path: Path, spec: ArraySpec) -> bool:
     """Whether there is an array at `path` that is not as `spec` says, or damaged."""
-    there = _opened(path)
-    return _there(path) and (there is None or bool(_differences(there, spec)))
+    existing = _opened(path)
+    return _there(path) and (existing is None or bool(_differences(existing, spec)))
 
 
 def replace(path: Path, spec: ArraySpec) -> None:
     """Put an empty array at `path`; one of another kind that is there is discarded."""
     if is_other(path, spec):
         discarded = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        with atomic.told(path), contextlib.suppress(FileNotFoundError):  # by another process
+        # by another process
+        with atomic.write_errors(path), contextlib.suppress(FileNotFoundError):
             path.rename(discarded)
         shutil.rmtree(discarded, ignore_errors=True)
     ensure(path, spec)
@@ -131,9 +132,9 @@ def write_rows(
     step = array.chunks[0]
     assert start % step == 0 and (len(values) % step == 0 or start + len(values) == array.shape[0])
     assert values.dtype == array.dtype and values.shape[1:] == array.shape[1:]
-    with atomic.told(path), ThreadPoolExecutor(max_workers=1) as beside:
+    with atomic.write_errors(path), ThreadPoolExecutor(max_workers=1) as pool:
         array[start : start + len(values)] = values
-        digest = beside.submit(content_digest, values)  # while the disk writes
+        digest = pool.submit(content_digest, values)  # while the disk writes
         blocks = range(start // step, -(-(start + len(values)) // step))
         files = [file for block in blocks for file in _chunk_files(path, array, block)]
         atomic.fsync_files(files, below=path)
@@ -200,11 +201,11 @@ def _create(store: LocalStore | MemoryStore, spec: ArraySpec) -> Any:
 def _checked(path: Path, spec: ArraySpec, *, mode: Any, plan: str) -> Any:
     """The array at `path`, if it is as `spec` says."""
     array = _array(path, mode=mode, plan=plan)
-    if told := _differences(array, spec):
+    if differences := _differences(array, spec):
         raise StoreError(
-            f"the array's metadata is not what is planned: {told}",
+            f"the array's metadata is not what is planned: {differences}",
             where=str(path / "zarr.json"),
-            next=f"{_forget(path)}, then {plan}, which makes it anew; the chunks stay",
+            next=f"{_removal_command(path)}, then {plan}, which makes it anew; the chunks stay",
         )
     return array
 
@@ -236,14 +237,14 @@ def _opened(path: Path) -> Any | None:
 
 def _differences(array: Any, spec: ArraySpec) -> str:
     """What of an array's metadata is not as `spec` says, in words; nothing if all is."""
-    there, planned = _metadata(array), _metadata(_create(MemoryStore(), spec))
+    actual, planned = _metadata(array), _metadata(_create(MemoryStore(), spec))
     rows = array.shape[:1]
     if spec.if_changed == "grow" and rows > spec.shape[:1]:
         planned["shape"] = [*rows, *planned["shape"][1:]]
     return "; ".join(
-        f"{name} {there.get(name)}, planned {planned.get(name)}"
-        for name in sorted({*there, *planned})
-        if there.get(name) != planned.get(name)
+        f"{name} {actual.get(name)}, planned {planned.get(name)}"
+        for name in sorted({*actual, *planned})
+        if actual.get(name) != planned.get(name)
     )
 
 
@@ -252,7 +253,7 @@ def _metadata(array: Any) -> dict[str, Any]:
     return content
 
 
-def _forget(path: Path) -> str:
+def _removal_command(path: Path) -> str:
     return f"rm {shlex.quote(str(path / 'zarr.json'))}"
 
 

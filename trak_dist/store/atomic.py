@@ -18,7 +18,7 @@ Found = TypeVar("Found")
 
 
 @contextlib.contextmanager
-def told(path: Path) -> Iterator[None]:
+def write_errors(path: Path) -> Iterator[None]:
     """Turn an `OSError` on `path` into a `StoreError` that says what the user can do.
 
     Raises
@@ -31,10 +31,10 @@ def told(path: Path) -> Iterator[None]:
     except StoreError:
         raise
     except OSError as error:
-        raise _refused(path, error) from error
+        raise _write_error(path, error) from error
 
 
-def _refused(path: Path, error: OSError) -> StoreError:
+def _write_error(path: Path, error: OSError) -> StoreError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StoreError(
             f"no disk space: {error.strerror} ({free_bytes(path) / 2**20:,.1f} MiB free)",
@@ -74,8 +74,8 @@ def read(path: Path) -> bytes:
     StoreError
         If the file system refuses to read it.
     """
-    with told_reading(path):
-        return unless_stale(path.read_bytes)
+    with read_errors(path):
+        return retry_stale(path.read_bytes)
 
 
 def names(directory: Path) -> set[str]:
@@ -87,8 +87,8 @@ def names(directory: Path) -> set[str]:
         If the file system refuses to list it.
     """
     try:
-        with told_reading(directory):
-            return unless_stale(lambda: {path.name for path in directory.iterdir()})
+        with read_errors(directory):
+            return retry_stale(lambda: {path.name for path in directory.iterdir()})
     except FileNotFoundError:
         return set()
 
@@ -101,11 +101,11 @@ def exists(path: Path) -> bool:
     StoreError
         If the file system refuses to say.
     """
-    with told_reading(path):
-        return unless_stale(path.exists)
+    with read_errors(path):
+        return retry_stale(path.exists)
 
 
-def unless_stale(look: Callable[[], Found]) -> Found:
+def retry_stale(look: Callable[[], Found]) -> Found:
     """What `look` finds, asked again where NFS says that a file was replaced meanwhile."""
     for _ in range(STALE_TRIES - 1):
         try:
@@ -117,7 +117,7 @@ def unless_stale(look: Callable[[], Found]) -> Found:
 
 
 @contextlib.contextmanager
-def told_reading(path: Path) -> Iterator[None]:
+def read_errors(path: Path) -> Iterator[None]:
     """Turn an `OSError` on `path`, which is there, into a `StoreError`.
 
     Raises
@@ -147,7 +147,7 @@ def write(path: Path, content: bytes) -> None:
     StoreError
         If the file system refuses.
     """
-    with told(path), _temporary(path) as temporary:
+    with write_errors(path), _temporary(path) as temporary:
         _write(temporary, content)
         temporary.replace(path)
         fsync_directory(path.parent)
@@ -155,7 +155,7 @@ def write(path: Path, content: bytes) -> None:
 
 def write_once(path: Path, content: bytes) -> bytes:
     """Publish `content` at `path` unless something is there; return what is there in the end."""
-    with told(path), _temporary(path) as temporary:
+    with write_errors(path), _temporary(path) as temporary:
         _write(temporary, content)
         try:
             os.link(temporary, path)
@@ -173,7 +173,7 @@ def publish_directory(path: Path, build: Callable[[Path], None]) -> bool:
     StoreError
         If the file system refuses.
     """
-    with told(path), _temporary(path) as temporary:
+    with write_errors(path), _temporary(path) as temporary:
         build(temporary)
         fsync_files([file for file in temporary.rglob("*") if file.is_file()], below=temporary)
         try:

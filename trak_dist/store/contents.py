@@ -20,7 +20,7 @@ from trak_dist.store.run import Run
 
 
 @dataclass(frozen=True)
-class Slab:
+class ArrayRegion:
     """Rows `start` to `stop` of the array at `path`, and what that array is."""
 
     path: Path
@@ -29,10 +29,10 @@ class Slab:
     stop: int
 
 
-def slabs(run: Run, cell: Cell) -> dict[str, Slab]:
+def array_regions(run: Run, cell: Cell) -> dict[str, ArrayRegion]:
     """The arrays' rows that `cell` owns, by the name of the array; some own none."""
     return {
-        name: Slab(run.layout.array(cell, owned), owned.spec, owned.start, owned.stop)
+        name: ArrayRegion(run.layout.array(cell, owned), owned.spec, owned.start, owned.stop)
         for name, owned in cell.arrays(run.plan).items()
     }
 
@@ -47,14 +47,14 @@ def write(run: Run, cell: Cell, values: Mapping[str, NDArray[Any]]) -> dict[str,
     StoreError
         If the file system refuses.
     """
-    run.refuse_if_superseded(cell)
-    owned = slabs(run, cell)
+    run.check_not_superseded(cell)
+    owned = array_regions(run, cell)
     assert owned.keys() == values.keys()
     digests = {}
-    for name, slab in owned.items():
-        assert len(values[name]) == slab.stop - slab.start
+    for name, region in owned.items():
+        assert len(values[name]) == region.stop - region.start
         digests[name] = arrays.write_rows(
-            slab.path, slab.spec, slab.start, values[name], plan=_plan(run)
+            region.path, region.spec, region.start, values[name], plan=_plan(run)
         )
     return digests
 
@@ -68,20 +68,20 @@ def read(run: Run, cell: Cell, name: str) -> NDArray[Any]:
         If it can't be read, or holds NaN: cells write finite values only, so a NaN is the fill
         value of a chunk that is gone.
     """
-    slab = slabs(run, cell)[name]
+    region = array_regions(run, cell)[name]
     try:
-        return _read(run, slab)
+        return _read(run, region)
     except CorruptChunk as error:
         raise CorruptChunk(
             f"{name} of {cell.id} is damaged: {error.what}",
-            where=str(slab.path),
+            where=str(region.path),
             next=f"{commands.launch(run.layout.run_dir, 'stage=verify', 'repair=true')}, then the "
             "same command again",
         ) from error
 
 
-def _read(run: Run, slab: Slab) -> NDArray[Any]:
-    values = arrays.read_rows(slab.path, slab.spec, slab.start, slab.stop, plan=_plan(run))
+def _read(run: Run, region: ArrayRegion) -> NDArray[Any]:
+    values = arrays.read_rows(region.path, region.spec, region.start, region.stop, plan=_plan(run))
     if not np.isfinite(values).all():
         raise CorruptChunk("a chunk is missing")
     return values
@@ -93,9 +93,9 @@ def _plan(run: Run) -> str:
 
 def damages(run: Run, cell: Cell, receipt: Receipt) -> Iterator[str]:
     """Read all that `cell` wrote; a sentence for each array that is not what its receipt says."""
-    for name, slab in slabs(run, cell).items():
+    for name, region in array_regions(run, cell).items():
         try:
-            found = arrays.content_digest(_read(run, slab))
+            found = arrays.content_digest(_read(run, region))
         except CorruptChunk as error:
             yield f"{name}: {error.what}"
         else:

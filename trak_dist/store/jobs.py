@@ -26,11 +26,11 @@ from trak_dist.store.run import Run
 
 log = logging.getLogger(__name__)
 
-GO_ON = "submit"  # the step of a job that submits what the queue had no room for
+CONTINUATION = "submit"  # the step of a job that submits what the queue had no room for
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class JobRecord:
     """An array of tasks, or a job of step `submit`, which has none.
 
     `launch` names the command that it came from: of one command each cell is submitted once.
@@ -39,7 +39,7 @@ class Job:
     """
 
     launch: str
-    step: str = field(metadata={"choices": (*STEPS, GO_ON)})
+    step: str = field(metadata={"choices": (*STEPS, CONTINUATION)})
     fingerprint: str
     device: str = field(metadata={"choices": DEVICES})
     tasks: tuple[tuple[str, ...], ...]
@@ -53,7 +53,7 @@ class Job:
         return tuple(parse_cell(cell_id) for task in self.tasks[index:][:1] for cell_id in task)
 
     @classmethod
-    def from_json(cls, text: bytes) -> Job:
+    def from_json(cls, text: bytes) -> JobRecord:
         """Read back a job; raise `ValueError` if it is none."""
         job = structure(cls, decoding.mapping(text), "it is no job:")
         for cell_id in (c for task in job.tasks for c in task):
@@ -80,7 +80,7 @@ class Attempt:
 
 
 @dataclass(frozen=True)
-class Jobs:
+class JobRecords:
     """The jobs of one run; those of the members of its sweeps are numbered along with its own."""
 
     run: Run
@@ -113,10 +113,10 @@ class Jobs:
     def withdraw(self, number: int) -> None:
         """Forget a job that was not submitted."""
         path = self._layout.job(number)
-        with atomic.told(path):
+        with atomic.write_errors(path):
             path.unlink(missing_ok=True)
 
-    def publish(self, job: Job) -> int:
+    def publish(self, job: JobRecord) -> int:
         """Write `job` under the next number, which no other process takes; return it."""
         content = json.dumps(unstructure(job)).encode()
         number = max(self._layout.jobs(), default=0)
@@ -126,7 +126,7 @@ class Jobs:
             if not atomic.exists(path) and atomic.write_once(path, content) == content:
                 return number
 
-    def read(self, number: int) -> Job:
+    def read(self, number: int) -> JobRecord:
         """The job of that number.
 
         Raises
@@ -136,7 +136,7 @@ class Jobs:
         """
         path = self._layout.job(number)
         try:
-            return Job.from_json(atomic.unless_stale(path.read_bytes))
+            return JobRecord.from_json(atomic.retry_stale(path.read_bytes))
         except (OSError, ValueError) as error:
             raise StoreError(
                 f"the job's record can't be read ({' '.join(str(error).split())})",
@@ -149,7 +149,7 @@ class Jobs:
         """The numbers of all jobs, in order."""
         return self._layout.jobs()
 
-    def readable(self, numbers: Collection[int]) -> Iterator[tuple[int, Job]]:
+    def readable(self, numbers: Collection[int]) -> Iterator[tuple[int, JobRecord]]:
         """The jobs of these numbers, newest first, without those whose record is damaged.
 
         Of other members' jobs only the cells that are this run's too: those of the same bytes.
@@ -157,30 +157,30 @@ class Jobs:
         for number in sorted(numbers, reverse=True):
             try:
                 job = self.read(number)
-                ours = job if job.member == self._layout.member else self._shared(job)
+                shared = job if job.member == self._layout.member else self._shared(job)
             except (StoreError, PlanMismatch) as error:
                 log.warning("%s: %s", error.where, error.what)
             else:
-                if ours:
-                    yield number, ours
+                if shared:
+                    yield number, shared
 
-    def _shared(self, job: Job) -> Job | None:
+    def _shared(self, job: JobRecord) -> JobRecord | None:
         other = self._others.get(job.member)
         if other is None:
             sweeps, base = self._layout.sweeps, self._layout.base
             other = self._others[job.member] = Run.open(sweeps / job.member if job.member else base)
         tasks = tuple(
-            tuple(c for c in task if self._is_same(parse_cell(c), other)) for task in job.tasks
+            tuple(c for c in task if self._is_shared(parse_cell(c), other)) for task in job.tasks
         )
         return replace(job, tasks=tasks) if any(tasks) else None
 
-    def _is_same(self, cell: Cell, other: Run) -> bool:
+    def _is_shared(self, cell: Cell, other: Run) -> bool:
         """Whether `cell`, one of `other`'s, is one of ours, and one receipt makes both done."""
-        ours = self.run
+        run = self.run
         return (
             cell in self._cells
-            and cell.key(ours.plan) == cell.key(other.plan)
-            and ours.layout.receipt(ours.plan, cell) == other.layout.receipt(other.plan, cell)
+            and cell.key(run.plan) == cell.key(other.plan)
+            and run.layout.receipt(run.plan, cell) == other.layout.receipt(other.plan, cell)
         )
 
     @cached_property

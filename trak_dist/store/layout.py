@@ -100,7 +100,7 @@ class Layout:
         """The content digest that the first worker to load a checkpoint publishes."""
         return self.base / "receipts" / "checkpoints" / f"{model_id}.json"
 
-    def distrusted(self, model_id: int) -> Path:
+    def audit_failure(self, model_id: int) -> Path:
         """There if an audit of a checkpoint failed: its gradients are computed one by one."""
         return self.base / "receipts" / "distrusted" / f"{model_id}.json"
 

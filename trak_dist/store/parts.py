@@ -51,8 +51,8 @@ def write(directory: Path, part: Part) -> Path:
         If the file system refuses.
     """
     facts = json.dumps(dict(part.facts))
-    told = {"facts": facts, "digest": _digest(part.arrays), "facts_digest": digest(facts)}
-    content = safetensors.numpy.save(dict(part.arrays), told)
+    metadata = {"facts": facts, "digest": _digest(part.arrays), "facts_digest": digest(facts)}
+    content = safetensors.numpy.save(dict(part.arrays), metadata)
     path = directory / f"{time.time_ns():020d}-{uuid.uuid4().hex}.safetensors"
     try:
         atomic.write(path, content)
@@ -105,10 +105,11 @@ def read(path: Path) -> Part:
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            told = file.metadata()
-        facts = told["facts"]
-        whole = digest(facts) == told.get("facts_digest", digest(facts))  # earlier ones have none
-        if not whole or _digest(arrays) != told["digest"]:
+            metadata = file.metadata()
+        facts = metadata["facts"]
+        # earlier ones have none
+        whole = digest(facts) == metadata.get("facts_digest", digest(facts))
+        if not whole or _digest(arrays) != metadata["digest"]:
             raise ValueError("its content is not what was written")
         return Part(arrays, decoding.mapping(facts))
     except FileNotFoundError:
@@ -127,12 +128,12 @@ def _damaged(path: Path, error: Exception) -> CorruptChunk:
 
 def discard(directory: Path) -> None:
     """Remove all parts at once: no reader finds some of them gone and others there."""
-    aside = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
+    hidden = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
     try:
-        directory.rename(aside)
+        directory.rename(hidden)
     except FileNotFoundError:
         return
-    shutil.rmtree(aside, ignore_errors=True)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _digest(arrays: Arrays) -> str:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from trak_dist.cells import KINDS, Cell, ScoreCell
 from trak_dist.store import arrays
-from trak_dist.store.contents import slabs
+from trak_dist.store.contents import array_regions
 from trak_dist.store.run import Run
 
 
-def prepare(run: Run, wanted: Callable[[Cell], bool] | None = None) -> None:
+def prepare(run: Run, requested: Callable[[Cell], bool] | None = None) -> None:
     """Make whatever array of `run` is not there yet; those that are there are verified.
 
     Scores of another ensemble, or damaged, are replaced. Where this plan's cells made some before,
@@ -19,7 +19,7 @@ def prepare(run: Run, wanted: Callable[[Cell], bool] | None = None) -> None:
 
     Parameters
     ----------
-    wanted : callable
+    requested : callable
         Asked of a cell for each array; others are left as they are.
 
     Raises
@@ -28,7 +28,7 @@ def prepare(run: Run, wanted: Callable[[Cell], bool] | None = None) -> None:
         If an array of another kind is in the way, or the file system refuses.
     """
     for kind in KINDS:
-        for cell in filter(wanted, kind.one_per_array(run.plan)):  # of None: all
+        for cell in filter(requested, kind.one_per_array(run.plan)):  # of None: all
             _prepare(run, cell)
 
 
@@ -44,18 +44,20 @@ def prepare_scores(run: Run, names: Iterable[str]) -> None:
 
 
 def _prepare(run: Run, cell: Cell) -> None:
-    owned = slabs(run, cell).values()
-    replaced = [slab for slab in owned if slab.spec.if_changed == "replace"]
-    if any(arrays.is_other(slab.path, slab.spec) for slab in replaced):
-        paths = {slab.path for slab in owned}
+    owned = array_regions(run, cell).values()
+    replaced = [region for region in owned if region.spec.if_changed == "replace"]
+    if any(arrays.is_other(region.path, region.spec) for region in replaced):
+        paths = {region.path for region in owned}
         of_them = (
-            c for c in type(cell).of(run.plan) if paths == {s.path for s in slabs(run, c).values()}
+            c
+            for c in type(cell).of(run.plan)
+            if paths == {s.path for s in array_regions(run, c).values()}
         )
         for done in run.receipts.done(of_them):
             run.receipts.revoke(done, why="its array was replaced")
-    for slab in owned:
-        arrays.prepare(slab.path, slab.spec)
-        _ensure_groups(run, slab.path)
+    for region in owned:
+        arrays.prepare(region.path, region.spec)
+        _ensure_groups(run, region.path)
 
 
 def _ensure_groups(run: Run, path: Path) -> None:

@@ -91,63 +91,63 @@ class Receipts:
     def publish(self, cell: Cell, receipt: Receipt) -> None:
         """Make `cell` done. The last thing a cell does."""
         atomic.write(self._layout.receipt(self._plan, cell), _dump(receipt))
-        self.trust(cell)
+        self.clear_failure(cell)
 
     def revoke(self, cell: Cell, *, why: str) -> None:
         """Make `cell` missing again, by a receipt whose key fits no plan."""
         receipt = Receipt(cell=cell.id, key="", fingerprint="", job={"revoked": why})
         atomic.write(self._layout.receipt(self._plan, cell), _dump(receipt))
-        if self.doubted([cell]):
-            self.trust(cell)
+        if self.stale([cell]):
+            self.clear_failure(cell)
 
-    def doubt(self, cell: Cell, why: str) -> None:
+    def mark_stale(self, cell: Cell, why: str) -> None:
         """Note that a done cell was not made of what is there now."""
         key = cell.key(self._plan)
         note = Failure(cell=cell.id, key=key, error=why, traceback="", expected=True, doubted=True)
         self.fail(cell, note)
 
-    def doubted(self, cells: Iterable[Cell]) -> dict[Cell, str]:
+    def stale(self, cells: Iterable[Cell]) -> dict[Cell, str]:
         """Why those of the done `cells` are doubted that are."""
         return {c: f.error for c, f in self.failures(cells).items() if f.doubted}
 
-    def trust(self, cell: Cell) -> None:
+    def clear_failure(self, cell: Cell) -> None:
         """Forget what failed, or was doubted."""
         failure = self._layout.failure(self._plan, cell)
-        with atomic.told(failure):
+        with atomic.write_errors(failure):
             failure.unlink(missing_ok=True)
 
     def fail(self, cell: Cell, failure: Failure) -> None:
         """Record why the cell's last attempt failed."""
         atomic.write(self._layout.failure(self._plan, cell), _dump(failure))
 
-    def distrust(self, model_id: int, *, why: str) -> None:
+    def record_audit_failure(self, model_id: int, *, why: str) -> None:
         """Have a checkpoint's gradients computed one by one from now on."""
-        path = self._layout.distrusted(model_id)
+        path = self._layout.audit_failure(model_id)
         atomic.write_once(path, json.dumps({"why": why}).encode())
 
-    def distrusted(self, model_id: int) -> str:
+    def audit_failure(self, model_id: int) -> str:
         """Why a checkpoint's gradients are computed one by one, if an audit of it failed."""
         try:
-            said = decoding.mapping(atomic.read(self._layout.distrusted(model_id)))
+            record = decoding.mapping(atomic.read(self._layout.audit_failure(model_id)))
         except FileNotFoundError:
             return ""
         except ValueError:
-            said = {}
-        return str(said.get("why", "an audit failed"))
+            record = {}
+        return str(record.get("why", "an audit failed"))
 
-    def all_distrusted(self) -> set[int]:
+    def failed_audits(self) -> set[int]:
         """The checkpoints of which an audit failed."""
-        return {c.model_id for c in self._plan.checkpoints if self.distrusted(c.model_id)}
+        return {c.model_id for c in self._plan.checkpoints if self.audit_failure(c.model_id)}
 
     def done(self, cells: Iterable[Cell]) -> dict[Cell, Receipt]:
         """The receipts of those of `cells` that are done. Each directory is listed once."""
         cells = list(cells)
-        asked: dict[Path, set[str]] = {}
+        names_by_directory: dict[Path, set[str]] = {}
         for cell in cells:
             path = self._layout.receipt(self._plan, cell)
-            asked.setdefault(path.parent, set()).add(path.name)
+            names_by_directory.setdefault(path.parent, set()).add(path.name)
         found: dict[str, Receipt] = {}
-        for directory, names in asked.items():
+        for directory, names in names_by_directory.items():
             found.update(_read_directory(directory, names))
         receipts = ((cell, found.get(cell.id)) for cell in cells)
         return {c: r for c, r in receipts if r is not None and r.key == c.key(self._plan)}
@@ -160,8 +160,8 @@ class Receipts:
     def failures(self, cells: Iterable[Cell]) -> dict[Cell, Failure]:
         """The failures of those of `cells` whose last attempt failed."""
         by_path = {self._layout.failure(self._plan, c): c for c in cells}
-        there = {d / n for d in {p.parent for p in by_path} for n in atomic.names(d)}
-        found = {c: self.failure(c) for path, c in by_path.items() if path in there}
+        existing = {d / n for d in {p.parent for p in by_path} for n in atomic.names(d)}
+        found = {c: self.failure(c) for path, c in by_path.items() if path in existing}
         return {c: f for c, f in found.items() if f is not None}
 
     def consolidate(self, model_id: int) -> None:
@@ -186,7 +186,7 @@ class Receipts:
         for cell, receipt in receipts.items():
             single = self._layout.receipt(self._plan, cell)
             if _read(single, Receipt) == receipt:
-                with atomic.told(single):
+                with atomic.write_errors(single):
                     single.unlink(missing_ok=True)
 
 
@@ -195,16 +195,16 @@ def rows_per_second(receipts: Iterable[Receipt]) -> float:
 
     A task's first cell also pays for what is imported and drawn once.
     """
-    told = ((r.facts.get("rows"), r.job.get("seconds")) for r in receipts)
+    measured = ((r.facts.get("rows"), r.job.get("seconds")) for r in receipts)
     rates = [
         rows / seconds
-        for rows, seconds in told
+        for rows, seconds in measured
         if isinstance(rows, int) and isinstance(seconds, int | float) and rows > 0 and seconds > 0
     ]
     return float(median(rates or [0.0]))
 
 
-def audited(receipts: Iterable[Receipt]) -> str:
+def audit_summary(receipts: Iterable[Receipt]) -> str:
     """What the audits of featurize cells found, in a sentence; empty if there were none."""
     facts = [r.facts for r in receipts if "audited_rows" in r.facts]
     if not facts:
@@ -213,12 +213,12 @@ def audited(receipts: Iterable[Receipt]) -> str:
         sum(f[name] for f in facts)
         for name in ("audited_rows", "audited_batches", "slower_batches")
     )
-    told = [
+    parts = [
         f"{rows:,} rows and {batches:,} batches computed again by autograd",
         f"largest difference {max(f['largest_difference'] for f in facts):.1e}",
     ]
-    told += [f"{slower:,} batches went one by one"] if slower else []
-    return ", ".join(told)
+    parts += [f"{slower:,} batches went one by one"] if slower else []
+    return ", ".join(parts)
 
 
 def _dump(value: Receipt | Failure) -> bytes:
@@ -244,15 +244,15 @@ def _read(path: Path, kind: type[Kind]) -> Kind | None:
 def _parsed(text: bytes, kind: type[Kind]) -> Kind:
     """Of one that an earlier version wrote, without a digest, only the form is known."""
     raw = decoding.mapping(text)
-    said = raw.pop("digest", None)
-    if said not in (None, digest(raw)):
+    recorded = raw.pop("digest", None)
+    if recorded not in (None, digest(raw)):
         raise ValueError("its content is not what was written")
     return structure(kind, raw, "it is no record of a cell:")
 
 
 def _read_directory(directory: Path, names: Container[str]) -> dict[str, Receipt]:
-    there = sorted(name for name in atomic.names(directory) if name in names)
-    singles = [_read(directory / name, Receipt) for name in there]
+    existing = sorted(name for name in atomic.names(directory) if name in names)
+    singles = [_read(directory / name, Receipt) for name in existing]
     found = {r.cell: r for r in _read_columns(directory / "consolidated.npz")}
     return found | {r.cell: r for r in singles if r is not None}
 

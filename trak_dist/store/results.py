@@ -58,7 +58,7 @@ class Results:
         ConfigError
             If the run has no such target set.
         """
-        self._refuse_train(targets)
+        self._check_not_train(targets)
         return np.concatenate([block for _, block in self._blocks(targets)])
 
     def self_influence(self) -> NDArray[np.float32]:
@@ -82,7 +82,7 @@ class Results:
         MissingInputs, ConfigError
             As `scores` does, or if there is one checkpoint.
         """
-        self._refuse_train(targets)
+        self._check_not_train(targets)
         if targets in self._names() and not halves_targets(self.plan, targets):
             raise ConfigError(
                 f"an ensemble of {len(self.plan.model_ids)} has no halves",
@@ -98,7 +98,7 @@ class Results:
         MissingInputs, ConfigError
             As `scores` does.
         """
-        self._refuse_train(targets)
+        self._check_not_train(targets)
         width = self.plan.split(targets).rows if targets in self._names() else 0
         if count < 1 or (width and not all(0 <= c < width for c in columns)):
             raise ConfigError(
@@ -141,11 +141,11 @@ class Results:
         if receipt is None:
             planned = cell in EvaluateCell.of(self.plan)
             retraining = ("ground_truth.subsets=100", "ground_truth.seeds=3")
-            asked = ("stage=evaluate",) if planned else retraining
+            requested = ("stage=evaluate",) if planned else retraining
             raise MissingInputs(
                 f"{targets!r} is not evaluated",
                 where=str(self._run.layout.run_dir),
-                next=self._command(*asked),
+                next=self._command(*requested),
             )
         text = atomic.read(path) if atomic.exists(path) else b""
         if digest_of(text) != receipt.digests.get("figures"):
@@ -157,7 +157,7 @@ class Results:
         found: dict[str, Any] = json.loads(text)
         return found
 
-    def _refuse_train(self, targets: str) -> None:
+    def _check_not_train(self, targets: str) -> None:
         if targets == TRAIN:
             raise ConfigError("train is no target set", next="self_influence() is what there is")
 

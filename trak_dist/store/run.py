@@ -39,7 +39,7 @@ class Run:
             If it is not one that this version reads.
         """
         layout = Layout(run_dir.absolute())
-        with atomic.told(layout.run_dir):
+        with atomic.write_errors(layout.run_dir):
             generation = layout.generation()
         if generation is None:
             raise RunNotFound(
@@ -83,8 +83,8 @@ class Run:
         path = layout.plan(generation)
         content = plan_file.dump(plan).encode()
         plan_file.load(content, where=str(path))  # what could not be read is never written
-        there = atomic.write_once(path, content)
-        if plan_file.load(there, where=str(path)) != plan:
+        stored = atomic.write_once(path, content)
+        if plan_file.load(stored, where=str(path)) != plan:
             raise PlanMismatch(
                 "another process planned something else here just now",
                 where=str(path),
@@ -97,7 +97,7 @@ class Run:
         """The run's receipts."""
         return Receipts(self.layout, self.plan)
 
-    def refuse_if_superseded(self, cell: Cell) -> None:
+    def check_not_superseded(self, cell: Cell) -> None:
         """Called before a worker writes, so that one left over from an old plan does no harm.
 
         Raises
@@ -105,11 +105,11 @@ class Run:
         PlanMismatch
             If `cell` has another key in the plan on disk than in ours.
         """
-        there = Run.open(self.layout.run_dir)
-        if cell.key(there.plan) != cell.key(self.plan):
+        current = Run.open(self.layout.run_dir)
+        if cell.key(current.plan) != cell.key(self.plan):
             raise PlanMismatch(
                 f"the plan was superseded: {cell.id} has key {cell.key(self.plan)} in this "
-                f"worker, {cell.key(there.plan)} in the run directory",
-                where=str(there.layout.plan(there.generation)),
+                f"worker, {cell.key(current.plan)} in the run directory",
+                where=str(current.layout.plan(current.generation)),
                 next="nothing: the jobs of the new plan do the work",
             )

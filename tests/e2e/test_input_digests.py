@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from launching import Ended
+from command_result import Ended
 from torch import nn
 from torch.utils.data import default_collate
 
@@ -96,7 +96,7 @@ def scores(path: Path) -> np.ndarray:
     return open_run(path).scores("val").view(np.uint32)
 
 
-def test_changed_rows_of_done_cells_are_named_and_restored_data_go_on(
+def test_changed_rows_of_done_cells_are_named_and_restored_data_resume(
     run_problem, checkpoints: int, tmp_path: Path
 ) -> None:
     begun(run_problem, tmp_path)
@@ -113,7 +113,7 @@ def test_changed_rows_of_done_cells_are_named_and_restored_data_go_on(
     np.testing.assert_array_equal(scores(tmp_path / "run"), scores(tmp_path / "undisturbed"))
 
 
-def test_cells_of_data_that_changed_are_taken_back_by_one_command(
+def test_cells_of_data_that_changed_are_revoked_by_one_command(
     run_problem, checkpoints: int, tmp_path: Path, attempts: list[str]
 ) -> None:
     begun(run_problem, tmp_path)
@@ -132,15 +132,15 @@ def test_cells_of_data_that_changed_are_taken_back_by_one_command(
     np.testing.assert_array_equal(scores(tmp_path / "run"), scores(tmp_path / "undisturbed"))
 
 
-def test_mixed_cells_that_nobody_noticed_are_taken_back_with_what_was_made_of_them(
+def test_mixed_cells_that_nobody_noticed_are_revoked_with_what_was_made_of_them(
     run_problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attempts: list[str]
 ) -> None:
     from trak_dist.stages import featurize as stage
 
     tiny.write_checkpoints(tmp_path / "checkpoints", 3)
     with monkeypatch.context() as blind:
-        blind.setattr(stage, "refuse_changed_rows", lambda *_: None)
-        blind.setattr(stage, "refuse_unlike", lambda *_: None)
+        blind.setattr(stage, "check_done_rows", lambda *_: None)
+        blind.setattr(stage, "check_same_inputs", lambda *_: None)
         assert run_problem("stage=plan").code == 0
         run = Run.open(tmp_path / "run")
         cells = [c.id for c in of_stage(run.plan, "featurize")]
@@ -166,15 +166,15 @@ def test_mixed_cells_that_nobody_noticed_are_taken_back_with_what_was_made_of_th
     np.testing.assert_array_equal(scores(tmp_path / "run"), scores(tmp_path / "undisturbed"))
 
 
-def test_members_of_a_sweep_are_taken_back_too(
+def test_members_of_a_sweep_are_revoked_too(
     run_problem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from trak_dist.stages import featurize as stage
 
     tiny.write_checkpoints(tmp_path / "checkpoints", 2)
     swept = ("-m", "checkpoints.use=[0,1],[0],[1]")
-    monkeypatch.setattr(stage, "refuse_changed_rows", lambda *_: None)
-    monkeypatch.setattr(stage, "refuse_unlike", lambda *_: None)
+    monkeypatch.setattr(stage, "check_done_rows", lambda *_: None)
+    monkeypatch.setattr(stage, "check_same_inputs", lambda *_: None)
     assert run_problem("stage=plan").code == 0
     run = Run.open(tmp_path / "run")
     cells = [c.id for c in of_stage(run.plan, "featurize")]
@@ -270,7 +270,7 @@ def test_an_edited_module_is_noticed_and_accepted_only_if_it_computes_the_same(
     assert run("super().forward(x)").code == 0
 
 
-def test_runs_of_earlier_versions_go_on(run_problem, one, tmp_path: Path) -> None:
+def test_runs_of_earlier_versions_resume(run_problem, one, tmp_path: Path) -> None:
     run = begun(run_problem, tmp_path)
     path = run.layout.plan(0)
     plan = json.loads(path.read_text())

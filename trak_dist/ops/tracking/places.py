@@ -8,8 +8,17 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from trak_dist.ops.examples import NOBODY, Along, Found, Lost, located, of, owners, put
-from trak_dist.ops.following.entries import shape_of
+from trak_dist.ops.example_axis import (
+    NO_EXAMPLE,
+    AxisInfo,
+    ExampleAxis,
+    Untracked,
+    axis_from_owners,
+    axis_of,
+    entry_owners,
+    record_axis,
+)
+from trak_dist.ops.tracking.elementwise import shape_of
 
 Owners = Int64[Tensor, "..."]
 
@@ -28,10 +37,10 @@ def places_of(index: Any, tensor: Tensor) -> tuple[Any, ...]:
             found += [slice(None)] * (tensor.ndim - taken)
         elif isinstance(place, Tensor) and place.dtype in MASKS and place.ndim:
             chosen = place.cpu().nonzero()
-            own = of(place)
-            if isinstance(own, Along):
-                own = Along(0, owners(place)[tuple(chosen.T)])
-            found += [put(column, own) for column in chosen.unbind(1)]
+            own = axis_of(place)
+            if isinstance(own, ExampleAxis):
+                own = ExampleAxis(0, entry_owners(place)[tuple(chosen.T)])
+            found += [record_axis(column, own) for column in chosen.unbind(1)]
         else:
             found.append(place)
     return tuple(found)
@@ -62,19 +71,19 @@ def on_cpu(place: Any) -> Any:
 
 def disagree(own: Owners, other: Owners) -> bool:
     """Whether entries of one shape are of different examples."""
-    return bool(((own != other) & (own != NOBODY) & (other != NOBODY)).any())
+    return bool(((own != other) & (own != NO_EXAMPLE) & (other != NO_EXAMPLE)).any())
 
 
-def chosen_by(indices: list[Tensor], own: Owners, places: tuple[Any, ...], by: str) -> Found:
+def chosen_by(indices: list[Tensor], own: Owners, places: tuple[Any, ...], by: str) -> AxisInfo:
     """Of a table: what is looked up is of the examples that the indices are of."""
-    if any(isinstance(of(p), Lost) for p in indices) or len(places) != len(indices):
-        return Lost(by)
+    if any(isinstance(axis_of(p), Untracked) for p in indices) or len(places) != len(indices):
+        return Untracked(by)
     shape = shape_of(indices)
-    grid = torch.full((), NOBODY).expand(shape)
+    grid = torch.full((), NO_EXAMPLE).expand(shape)
     for p in indices:
-        mine = owners(p).expand(shape)
-        if disagree(mine, grid):
-            return Lost(by)
-        grid = torch.maximum(grid, mine)
+        index_owners = entry_owners(p).expand(shape)
+        if disagree(index_owners, grid):
+            return Untracked(by)
+        grid = torch.maximum(grid, index_owners)
     spare = [1] * (own.ndim - grid.ndim)
-    return located(grid.reshape(*shape, *spare).expand(own.shape), by)
+    return axis_from_owners(grid.reshape(*shape, *spare).expand(own.shape), by)

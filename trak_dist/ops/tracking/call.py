@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import resolve_name
 from torch.utils import _pytree as pytree
 
-from trak_dist.ops.examples import Along, Found, Lost, of
+from trak_dist.ops.example_axis import AxisInfo, ExampleAxis, Untracked, axis_of
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Call:
     @property
     def first(self) -> Tensor:
         """The tensor that it works on."""
-        given = self.args[0] if self.args else None
-        return given if isinstance(given, Tensor) else self.tensors[0]
+        first_argument = self.args[0] if self.args else None
+        return first_argument if isinstance(first_argument, Tensor) else self.tensors[0]
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -39,9 +39,9 @@ class Call:
         return [self.args[0]] if self.out is None else tensors_in(self.out)
 
     @property
-    def held(self) -> list[tuple[Tensor, Along]]:
+    def tracked_operands(self) -> list[tuple[Tensor, ExampleAxis]]:
         """Those that hold examples, and where."""
-        return [(t, found) for t in self.tensors if isinstance(found := of(t), Along)]
+        return [(t, found) for t in self.tensors if isinstance(found := axis_of(t), ExampleAxis)]
 
     def get(self, position: int, *names: str, default: Any = None) -> Any:
         """An argument, by its position or one of its names."""
@@ -49,12 +49,12 @@ class Call:
             return self.args[position]
         return next((self.kwargs[n] for n in names if n in self.kwargs), default)
 
-    def lost(self) -> Lost:
+    def untracked(self) -> Untracked:
         """Its result, where the examples can't be told."""
-        return Lost(name_of(self.func))
+        return Untracked(name_of(self.func))
 
 
-Rule = Callable[[Call], Found | list[Found]]
+Rule = Callable[[Call], AxisInfo | list[AxisInfo]]
 
 
 def name_of(func: Any) -> str:

@@ -14,13 +14,13 @@ import pytest
 from on_slurm import SLURM, Lab, finish, overrides, running, scores, status, wait
 
 from trak_dist.status.queue import read_queue
-from trak_dist.store.jobs import Jobs
+from trak_dist.store.jobs import JobRecords
 from trak_dist.store.run import Run
 
 
 def attempts(run_dir: Path) -> int:
     """The most attempts that a task had."""
-    jobs = Jobs(Run.open(run_dir))
+    jobs = JobRecords(Run.open(run_dir))
     tried = (jobs.attempt(str(n), i) for n in jobs.numbers() for i in range(8))
     return max(a.number for a in tried if a)
 
@@ -38,7 +38,7 @@ def preempt() -> None:
 
 
 @pytest.mark.parametrize("partition", ["low", pytest.param("lowkill", marks=pytest.mark.long)])
-def test_preempted_tasks_go_on(launch, path: Path, expected: np.ndarray, partition: str) -> None:
+def test_preempted_tasks_resume(launch, path: Path, expected: np.ndarray, partition: str) -> None:
     run = path / "run"
     asked = (*SLURM, f"cluster.partition={partition}")
     assert launch(*overrides(path, "run", seconds=3.0), *asked).code == 0
@@ -52,7 +52,7 @@ def test_preempted_tasks_go_on(launch, path: Path, expected: np.ndarray, partiti
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_a_task_that_takes_longer_than_its_time_goes_on_until_it_is_done(
+def test_a_task_that_takes_longer_than_its_time_resumes_until_it_is_done(
     launch, path: Path, expected: np.ndarray
 ) -> None:
     run = path / "run"
@@ -77,7 +77,7 @@ def test_a_lost_node_is_no_loss(
         launch(*overrides(path, "run", seconds={"crash": 3.0, "kill": 13.0}[how]), *SLURM).code == 0
     )
     wait("a finished cell", lambda: bool(status(run).stages["featurize"].done))
-    queue = read_queue(Jobs(Run.open(run)))
+    queue = read_queue(JobRecords(Run.open(run)))
     node = next(task.node for task, _ in queue.tasks if task.state == "RUNNING")
     lab("node", node, how)
     try:
@@ -121,7 +121,7 @@ def test_a_cancelled_task_is_submitted_again_by_the_same_command(
     arguments = [*overrides(path, "run", seconds=1.0), *SLURM]
     assert launch(*arguments, "cluster.array_parallelism=1").code == 0
     wait("a running task", lambda: bool(running(run)))
-    queue = read_queue(Jobs(Run.open(run))).tasks
+    queue = read_queue(JobRecords(Run.open(run))).tasks
     pending = [t for t, _ in queue if t.state == "PENDING" and "-featurize-" in t.name]
     subprocess.run(["scancel", pending[-1].job_id], check=True)
     found = finish(run)
@@ -214,7 +214,7 @@ def test_without_accounting_all_but_decoration_works(
 
 
 @pytest.mark.long
-def test_a_setup_line_that_fails_ends_the_task_and_is_told(launch, path: Path) -> None:
+def test_a_setup_line_that_fails_ends_the_task_and_is_reported(launch, path: Path) -> None:
     run = path / "run"
     asked = (*SLURM, "cluster.setup=['sh -c \"echo no such module; exit 3\"']")
     assert launch(*overrides(path, "run"), *asked).code == 0

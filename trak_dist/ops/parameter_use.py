@@ -1,7 +1,7 @@
 """What a rule says of a function of torch that parameters go into, for `ops.hooks`.
 
-A rule has its function's signature and gives, for each operand that may be a parameter, a `Use`; it
-leaves out those that it can't do.
+A rule has its function's signature and gives, for each operand that may be a parameter, a
+`ParameterUse`; it leaves out those that it can't do.
 
 Tensors come to a formula as (rows, n, …), where (batch · n, …) is what the function saw: n is 1,
 but where a model has folded another dimension, frames of a video for instance, into the batch.
@@ -19,7 +19,7 @@ Formula = Callable[..., Float[Tensor, "rows ..."]]
 
 
 @dataclass(frozen=True)
-class Use:
+class ParameterUse:
     """One operand of a call.
 
     `formula(grad, *saved)` gives its per-sample gradients (rows, *shape) from the rows of the
@@ -33,4 +33,4 @@ class Use:
     bundled: Formula | None = None
 
 
-Rule = Callable[..., Iterable[Use]]
+Rule = Callable[..., Iterable[ParameterUse]]

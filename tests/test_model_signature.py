@@ -49,18 +49,20 @@ def net(seed: int = 0) -> Net:
 
 
 def planned(model: nn.Module) -> Source:
-    unsaved = pinned_model.unsaved(model, HELD)
+    unsaved = pinned_model.unsaved_tensors(model, HELD)
     return Source("f", "m", "/", unsaved=unsaved, built=computed(model, unsaved))
 
 
 def computed(model: nn.Module, unsaved: object) -> dict:
     rows = tiny.Rows(2, 0)
     batch = rows.features, rows.labels
-    return pinned_model.built(model, ImageClassification(), batch, params=["*"], unsaved=unsaved)
+    return pinned_model.built_values(
+        model, ImageClassification(), batch, params=["*"], unsaved=unsaved
+    )
 
 
-def test_all_tensors_that_checkpoints_do_not_hold_are_told() -> None:
-    assert pinned_model.unsaved(net(), HELD).keys() == UNSAVED
+def test_all_tensors_that_checkpoints_do_not_hold_are_reported() -> None:
+    assert pinned_model.unsaved_tensors(net(), HELD).keys() == UNSAVED
 
 
 CHANGES: dict[str, Callable[[Net], object]] = {
@@ -76,11 +78,11 @@ CHANGES: dict[str, Callable[[Net], object]] = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_another_tensor_that_no_checkpoint_holds_is_refused_by_name(name: str) -> None:
     source, other = planned(net()), net()
-    pinned_model.refuse_other_unsaved(source, other, what="made.problem")
+    pinned_model.check_unsaved(source, other, what="made.problem")
     with torch.no_grad():
         CHANGES[name](other)
     with pytest.raises(ProblemError) as caught:
-        pinned_model.refuse_other_unsaved(source, other, what="made.problem")
+        pinned_model.check_unsaved(source, other, what="made.problem")
     said = caught.value
     assert said.what == (
         f"made.problem built another model than was planned: {name}, which the checkpoints do not "
@@ -93,15 +95,15 @@ def test_an_added_attribute_is_noticed() -> None:
     source, other = planned(net()), net()
     other.more = torch.ones(2)
     with pytest.raises(ProblemError, match="than was planned: more, which"):
-        pinned_model.refuse_other_unsaved(source, other, what="p")
+        pinned_model.check_unsaved(source, other, what="p")
 
 
 def test_weights_that_checkpoints_hold_may_be_built_as_any() -> None:
     source, other = planned(net()), net()
     with torch.no_grad():
         other.body.weight.normal_()
-    pinned_model.refuse_other_unsaved(source, other, what="p")
-    pinned_model.refuse_other_built(source, computed(other, source.unsaved), what="p")
+    pinned_model.check_unsaved(source, other, what="p")
+    pinned_model.check_built(source, computed(other, source.unsaved), what="p")
 
 
 @pytest.mark.parametrize("scale", [1e-7, 1e-6])
@@ -110,8 +112,8 @@ def test_rounding_of_another_processor_is_no_difference(scale: float) -> None:
     with torch.no_grad():
         for tensor in (*other.parameters(), other.drawn, other.tables["a"]):
             tensor.mul_(1 + scale * torch.randn(tensor.shape))
-    pinned_model.refuse_other_unsaved(source, other, what="p")
-    pinned_model.refuse_other_built(source, computed(other, source.unsaved), what="p")
+    pinned_model.check_unsaved(source, other, what="p")
+    pinned_model.check_built(source, computed(other, source.unsaved), what="p")
 
 
 @pytest.mark.parametrize("way", ["output", "gradient"])
@@ -124,14 +126,14 @@ def test_a_model_that_computes_otherwise_is_refused(way: str) -> None:
     torch.manual_seed(0)
     other, source = Otherwise(), planned(net())
     with pytest.raises(ProblemError, match=f"the model of p gives another {way} of 2 train rows"):
-        pinned_model.refuse_other_built(source, computed(other, source.unsaved), what="p")
+        pinned_model.check_built(source, computed(other, source.unsaved), what="p")
 
 
 def test_outputs_that_are_not_finite_are_no_difference() -> None:
     broken = net()
     broken.drawn.fill_(torch.nan)
     source = planned(broken)
-    pinned_model.refuse_other_built(source, computed(broken, source.unsaved), what="p")
+    pinned_model.check_built(source, computed(broken, source.unsaved), what="p")
 
 
 def test_half_types_have_more_room() -> None:
@@ -139,21 +141,21 @@ def test_half_types_have_more_room() -> None:
     half.tables["a"] = half.tables["a"].to(torch.bfloat16)
     half.plain[0].to(torch.bfloat16)
     batch = (torch.randn(2, 6, dtype=torch.bfloat16), torch.tensor([0, 1]))
-    found = pinned_model.built(half, ImageClassification(), batch, params=["*"], unsaved=())
+    found = pinned_model.built_values(half, ImageClassification(), batch, params=["*"], unsaved=())
     assert 0.05 < found["tolerance"][0] < 0.1
     assert computed(net(), ())["tolerance"] == [1e-3]
 
 
 def test_plans_of_earlier_versions_are_not_pinned() -> None:
-    pinned_model.refuse_other_unsaved(Source("f", "m", "/"), net(), what="p")
-    pinned_model.refuse_other_built(Source("f", "m", "/"), {}, what="p")
+    pinned_model.check_unsaved(Source("f", "m", "/"), net(), what="p")
+    pinned_model.check_built(Source("f", "m", "/"), {}, what="p")
 
 
-def test_large_tensors_are_told_in_pieces() -> None:
+def test_large_tensors_are_reported_in_pieces() -> None:
     model = nn.Linear(1, 1)
     model.table = torch.randn(pinned_model.PIECE + 5)
-    before = pinned_model.unsaved(model, {"weight", "bias"})
+    before = pinned_model.unsaved_tensors(model, {"weight", "bias"})
     model.table[-1] += 5
-    after = pinned_model.unsaved(model, {"weight", "bias"})
+    after = pinned_model.unsaved_tensors(model, {"weight", "bias"})
     assert before["table"] != after["table"]
     assert before["table"][0] == pytest.approx(float(model.table.norm()), rel=1e-2)

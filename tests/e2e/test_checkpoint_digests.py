@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from launching import Ended
+from command_result import Ended
 
 from trak_dist import worker
 from trak_dist.cells import FeaturizeCell
@@ -92,7 +92,7 @@ def test_a_checkpoint_replaced_before_a_resumed_launch_is_refused(
     assert (ended.code, told(now, DIGESTS[0], directory / "0.pt") in ended.err) == (2, True)
 
 
-def test_a_plan_without_digests_goes_on_and_gets_those_of_which_nothing_is_known(
+def test_a_plan_without_digests_resumes_and_gets_those_of_which_nothing_is_known(
     launch, tiny_run, tmp_path: Path
 ) -> None:
     assert launch(*tiny_run, "stage=plan", "checkpoints.use=[0,2]").code == 0

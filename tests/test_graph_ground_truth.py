@@ -45,7 +45,7 @@ def test_every_id_of_a_plan_with_a_ground_truth_parses_back_to_its_cell() -> Non
 
 
 def test_without_a_ground_truth_there_is_nothing_to_evaluate() -> None:
-    assert not PLAN.has_truth("val")
+    assert not PLAN.has_ground_truth("val")
     assert not list(of_stage(PLAN, "evaluate"))
     assert not list(MarginsCell.of(PLAN))
     assert ids(of_stage(PLAN, "train")) == ["train/full/1"]
@@ -54,7 +54,7 @@ def test_without_a_ground_truth_there_is_nothing_to_evaluate() -> None:
 
 def test_a_trained_ground_truth_has_a_model_for_each_subset_and_seed() -> None:
     models = [(str(subset), seed) for subset in range(3) for seed in range(2)]
-    assert TRAINED.has_truth
+    assert TRAINED.has_ground_truth
     assert list(retrained(TRAINED)) == models
     assert list(TrainCell.of(TRAINED)) == [
         TrainCell("full", 1),
@@ -65,9 +65,9 @@ def test_a_trained_ground_truth_has_a_model_for_each_subset_and_seed() -> None:
     assert ids(of_stage(TRAINED, "evaluate")) == ["evaluate/val", "evaluate/test"]
 
 
-def test_a_brought_ground_truth_trains_nothing() -> None:
-    assert BROUGHT.has_truth("val")
-    assert not BROUGHT.has_truth("test")
+def test_a_imported_ground_truth_trains_nothing() -> None:
+    assert BROUGHT.has_ground_truth("val")
+    assert not BROUGHT.has_ground_truth("test")
     assert ids(of_stage(BROUGHT, "train")) == ["train/full/1"]
     assert ids(of_stage(BROUGHT, "evaluate")) == ["evaluate/val"]
 
@@ -123,7 +123,7 @@ def test_an_evaluation_that_lacks_margins_waits_for_the_tasks_that_make_them() -
         EvaluateCell("test"): set(),
     }
     arrays = submit(TRAINED, done, skip={lost[0]})
-    lacking = {a.tasks[0][0].id: a.lacks for a in arrays if a.lacks}
+    lacking = {a.tasks[0][0].id: a.missing_inputs for a in arrays if a.missing_inputs}
     assert lacking == {"evaluate/val": (lost[0],), "report/val": (EvaluateCell("val"),)}
 
 
@@ -131,7 +131,7 @@ def test_the_whole_graph_is_submitted_once_and_featurize_waits_for_no_retraining
     arrays = submit(TRAINED, ())
     submitted = [c for a in arrays for task in a.tasks for c in task]
     assert sorted(ids(submitted)) == sorted(ids(cells(TRAINED)))
-    assert not any(a.lacks for a in arrays)
+    assert not any(a.missing_inputs for a in arrays)
     # Of all train tasks, features wait for that of their own checkpoint alone.
     assert {frozenset(a.after) for a in arrays if a.step == "featurize"} == {
         frozenset(),
@@ -179,7 +179,7 @@ def test_a_checkpoint_or_a_target_set_that_joins_leaves_the_retrained_models() -
 def test_a_ground_truth_leaves_all_cells_but_the_reports_as_they_were() -> None:
     for plan in (TRAINED, BROUGHT):
         differing = {c.id for c in cells(PLAN) if c.key(PLAN) != c.key(plan)}
-        assert differing == {f"report/{t}" for t in ("val", "test") if plan.has_truth(t)}
+        assert differing == {f"report/{t}" for t in ("val", "test") if plan.has_ground_truth(t)}
     other = replace(BROUGHT, imported_truth=ImportedTruth("other", "val"))
     differing = {c.id for c in cells(BROUGHT) if c.key(BROUGHT) != c.key(other)}
     assert differing == {"evaluate/val", "report/val"}

@@ -348,7 +348,7 @@ def test_a_run_may_not_differ_from_its_members_ground_truth(fork: Made, command)
     assert (ended.code, ended.err) == (2, REFUSED)
 
 
-def test_killed_trainings_of_a_member_are_gone_on_with_by_the_run(
+def test_killed_trainings_of_a_member_are_resumed_by_the_run(
     fork: Made, command, attempts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, calls = tiny_trained.train_checkpoint, []

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trak_dist.ops.examples import NOBODY, Along
+from trak_dist.ops.example_axis import NO_EXAMPLE, ExampleAxis
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -30,7 +30,7 @@ class Draw:
 
     seed: int
     plain: bool = False
-    found: dict[int, Along] = field(default_factory=dict)
+    found: dict[int, ExampleAxis] = field(default_factory=dict)
     low: dict[int, float] = field(default_factory=dict)
     fixed: set[int] = field(default_factory=set)
     made: list[Tensor] = field(default_factory=list)
@@ -47,7 +47,7 @@ class Draw:
         if fixed:
             self.fixed.add(id(tensor))
         if self.plain:
-            self.found[id(tensor)] = Along(0, torch.arange(shape[0] if shape else 1))
+            self.found[id(tensor)] = ExampleAxis(0, torch.arange(shape[0] if shape else 1))
         elif self.random.random() < 0.9:
             self.found[id(tensor)] = self._anywhere(shape)
         return tensor
@@ -91,14 +91,14 @@ class Draw:
             return 0.1 + 0.8 * torch.rand(shape, generator=self.generator, dtype=torch.float64)
         return torch.randn(shape, generator=self.generator, dtype=torch.float64)
 
-    def _anywhere(self, shape: tuple[int, ...]) -> Along:
+    def _anywhere(self, shape: tuple[int, ...]) -> ExampleAxis:
         if self._first is not None and self.random.random() < 0.6:
             from_end, ids = self._first
             dim = len(shape) + from_end
             if 0 <= dim < len(shape) and shape[dim] in (1, len(ids)):
                 if shape[dim] == len(ids):
-                    return Along(dim, ids)
-                return Along(dim, ids[:1])
+                    return ExampleAxis(dim, ids)
+                return ExampleAxis(dim, ids[:1])
         dim = self.random.randrange(len(shape)) if shape else 0
         size = shape[dim] if shape else 1
         ids = self.random.choice(
@@ -106,12 +106,12 @@ class Draw:
                 lambda: torch.arange(size),
                 lambda: torch.randperm(size, generator=self.generator),
                 lambda: torch.randint(3, (size,), generator=self.generator),
-                lambda: torch.randint(NOBODY, 3, (size,), generator=self.generator),
+                lambda: torch.randint(NO_EXAMPLE, 3, (size,), generator=self.generator),
                 lambda: torch.full((size,), 1),
             )
         )()
         self._first = self._first or (dim - len(shape), ids)
-        return Along(dim, ids)
+        return ExampleAxis(dim, ids)
 
 
 def call(*args: Any, **kwargs: Any) -> Arguments:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from trak_dist.cells import Cell, parse_cell
 from trak_dist.configuration.config import SlurmConfig
-from trak_dist.store.jobs import Job, Jobs
+from trak_dist.store.jobs import JobRecord, JobRecords
 from trak_dist.store.receipts import Failure, Receipt
 from trak_dist.store.run import Run
 
@@ -56,12 +56,12 @@ def opened(path: Path) -> Run:
 
 def records(path: Path) -> list[int]:
     """The numbers of the published jobs."""
-    return Jobs(opened(path)).numbers()
+    return JobRecords(opened(path)).numbers()
 
 
 def cells_of(path: Path, number: int) -> list[str]:
     """The cells of a published job."""
-    return [cell for task in Jobs(opened(path)).read(number).tasks for cell in task]
+    return [cell for task in JobRecords(opened(path)).read(number).tasks for cell in task]
 
 
 def publish(
@@ -73,7 +73,7 @@ def publish(
     **cluster: Any,
 ) -> int:
     """Write the record of an array, as if it was submitted; return its number."""
-    job = Job(
+    job = JobRecord(
         launch="a launch",
         step=step,
         fingerprint=run.plan.fingerprint,
@@ -83,7 +83,7 @@ def publish(
         stages=("featurize",),
         generation=generation,
     )
-    return Jobs(run).publish(job)
+    return JobRecords(run).publish(job)
 
 
 def finish(run: Run, cells: Iterable[Cell | str]) -> None:

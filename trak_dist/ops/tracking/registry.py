@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
-from trak_dist.ops.following import entries, indexing, moves, products, writing
-from trak_dist.ops.following.call import Rule
+from trak_dist.ops.tracking import elementwise, indexing, products, reshaping, writing
+from trak_dist.ops.tracking.call import Rule
 
-_HOMES = (torch, Tensor, F, torch.special, torch.linalg, torch.fft, torch._C._nn)  # noqa: SLF001
+_NAMESPACES = (torch, Tensor, F, torch.special, torch.linalg, torch.fft, torch._C._nn)  # noqa: SLF001
 
 _UNARY = """
     abs absolute acos acosh angle arccos arccosh arcsin arcsinh arctan arctanh asin asinh atan
@@ -55,13 +55,13 @@ _VIEWED = """
 
 
 def _functions(
-    names: str | Iterable[str], homes: Sequence[Any] = _HOMES, *, in_place: bool = True
+    names: str | Iterable[str], namespaces: Sequence[Any] = _NAMESPACES, *, in_place: bool = True
 ) -> Iterator[Any]:
     """Those of these names, in place too, wherever torch keeps them."""
     for name in names.split() if isinstance(names, str) else names:
-        for home in (Tensor,) if name.startswith("__") else homes:
+        for namespace in (Tensor,) if name.startswith("__") else namespaces:
             for spelled in (name, f"{name}_") if in_place else (name,):
-                found = getattr(home, spelled, None)
+                found = getattr(namespace, spelled, None)
                 if callable(found):
                     yield found
 
@@ -76,50 +76,53 @@ def _of_layers(names: str, rule: Rule) -> dict[Any, Rule]:
 
 
 RULES: dict[Any, Rule] = {
-    **_of(_UNARY, entries.entrywise),
-    **_of(_BINARY, entries.entrywise),
-    **_of(_AS_FIRST, entries.as_first),
-    **_of(_NOTHING, entries.nothing),
-    **_of("full full_like", entries.filled(1)),
-    **_of("new_full", entries.filled(2)),
-    **_of(_REDUCED, entries.along(1)),
-    **_of("glu", entries.along(1, default=-1)),
-    **_of("norm vector_norm", entries.along(2)),
-    **_of("quantile nanquantile", entries.quantile),
-    **_of("normalize topk kthvalue fft ifft rfft irfft hfft", entries.along(2, default=-1)),
-    F.normalize: entries.along(2, default=1),
-    **_of("fft2 ifft2 rfft2 irfft2", entries.along(2, default=(-2, -1))),
-    **_of("diff", entries.diff),
-    **_of("cosine_similarity", entries.reduced_pair),
-    **_of("gumbel_softmax", entries.along(4, default=-1)),
-    **_of("sort argsort", entries.sorted_along(1)),
-    **_of("bucketize", entries.last(0)),
-    **_of("cdist", entries.last(1)),
-    **_of("pixel_shuffle pixel_unshuffle channel_shuffle", entries.last(3)),
-    **_of("view_as_real view_as_complex diag_embed", entries.added_last),
-    F.one_hot: entries.one_hot,
+    **_of(_UNARY, elementwise.entrywise),
+    **_of(_BINARY, elementwise.entrywise),
+    **_of(_AS_FIRST, elementwise.like_first_operand),
+    **_of(_NOTHING, elementwise.no_example),
+    **_of("full full_like", elementwise.filled(1)),
+    **_of("new_full", elementwise.filled(2)),
+    **_of(_REDUCED, elementwise.along(1)),
+    **_of("glu", elementwise.along(1, default=-1)),
+    **_of("norm vector_norm", elementwise.along(2)),
+    **_of("quantile nanquantile", elementwise.quantile),
+    **_of("normalize topk kthvalue fft ifft rfft irfft hfft", elementwise.along(2, default=-1)),
+    F.normalize: elementwise.along(2, default=1),
+    **_of("fft2 ifft2 rfft2 irfft2", elementwise.along(2, default=(-2, -1))),
+    **_of("diff", elementwise.diff),
+    **_of("cosine_similarity", elementwise.reduced_pair),
+    **_of("gumbel_softmax", elementwise.along(4, default=-1)),
+    **_of("sort argsort", elementwise.sorted_along(1)),
+    **_of("bucketize", elementwise.last(0)),
+    **_of("cdist", elementwise.last(1)),
+    **_of("pixel_shuffle pixel_unshuffle channel_shuffle", elementwise.last(3)),
+    **_of("view_as_real view_as_complex diag_embed", elementwise.added_last),
+    F.one_hot: elementwise.one_hot,
     **_of_layers(
         "mse_loss l1_loss smooth_l1_loss huber_loss binary_cross_entropy "
         "binary_cross_entropy_with_logits kl_div gaussian_nll_loss poisson_nll_loss",
-        entries.of_each_entry,
+        elementwise.of_each_entry,
     ),
-    **_of_layers("cross_entropy nll_loss", entries.of_each_class),
-    **dict.fromkeys(_functions(_VIEWED, in_place=False), moves.viewed),
-    **{getattr(Tensor, name).__get__: moves.viewed for name in ("T", "mT", "H", "mH")},
-    **{getattr(Tensor, name).__get__: entries.as_first for name in ("data", "real", "imag")},
-    Tensor.requires_grad.__set__: entries.as_first,  # type: ignore[attr-defined]
-    Tensor.retain_grad: entries.as_first,
-    **_of("reshape view view_as reshape_as flatten unflatten ravel", moves.reshaped),
-    **_of("cat concat concatenate", moves.joined),
+    **_of_layers("cross_entropy nll_loss", elementwise.of_each_class),
+    **dict.fromkeys(_functions(_VIEWED, in_place=False), reshaping.by_view),
+    **{getattr(Tensor, name).__get__: reshaping.by_view for name in ("T", "mT", "H", "mH")},
+    **{
+        getattr(Tensor, name).__get__: elementwise.like_first_operand
+        for name in ("data", "real", "imag")
+    },
+    Tensor.requires_grad.__set__: elementwise.like_first_operand,  # type: ignore[attr-defined]
+    Tensor.retain_grad: elementwise.like_first_operand,
+    **_of("reshape view view_as reshape_as flatten unflatten ravel", reshaping.reshaped),
+    **_of("cat concat concatenate", reshaping.concatenated),
     **_of("prelu", products.prelu),
-    **_of("stack", moves.stacked),
-    **_of("pad_sequence", moves.padded_together),
-    **_of("pad", moves.padded),
-    **_of("repeat tile", moves.repeated),
-    **_of("repeat_interleave", moves.repeated_each),
-    **_of("roll", moves.rolled),
-    Tensor.__getitem__: indexing.looked_up,
-    Tensor.__setitem__: writing.written,
+    **_of("stack", reshaping.stacked),
+    **_of("pad_sequence", reshaping.padded_together),
+    **_of("pad", reshaping.padded),
+    **_of("repeat tile", reshaping.repeated),
+    **_of("repeat_interleave", reshaping.repeated_each),
+    **_of("roll", reshaping.rolled),
+    Tensor.__getitem__: indexing.indexed,
+    Tensor.__setitem__: writing.assigned,
     **_of("index_select", indexing.selected),
     **_of("gather", indexing.gathered),
     **_of("take_along_dim", indexing.taken_along),
@@ -156,7 +159,7 @@ RULES: dict[Any, Rule] = {
         for kind in ("avg_pool", "max_pool", "lp_pool", "adaptive_avg_pool", "adaptive_max_pool")
         for function in _functions([f"{kind}{dims}d", f"{kind}{dims}d_with_indices"])
     },
-    Tensor.unfold: moves.viewed,
+    Tensor.unfold: reshaping.by_view,
 }
 
 # Where a function that chooses or writes by indices has them: they may come of other examples.

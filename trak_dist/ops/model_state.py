@@ -15,7 +15,7 @@ from trak_dist.errors import ProblemError
 from trak_dist.listing import first_few
 
 
-def copied(model: nn.Module) -> nn.Module:
+def copy_model(model: nn.Module) -> nn.Module:
     """A copy of a model, also of one that keeps what its last forward pass made of its weights.
 
     As torch's old weight norm does, whose tensors `copy.deepcopy` refuses.
@@ -29,7 +29,7 @@ def copied(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-class Intact:
+class ModelStateGuard:
     """A model that is the same after each pass as before it.
 
     `torch.func.functional_call` leaves what it was given in a module that has two names, and
@@ -54,7 +54,7 @@ class Intact:
         self._copies = {id(t): t.detach().clone() for t in (*model.buffers(), *renormed)}
 
     @contextlib.contextmanager
-    def kept(self) -> Iterator[None]:
+    def preserve(self) -> Iterator[None]:
         """Around a pass.
 
         Raises
@@ -78,10 +78,10 @@ class Intact:
                 if id(tensor) in self._copies:
                     with torch.no_grad():
                         tensor.copy_(self._copies[id(tensor)])
-        lost = [name for name, tensor in changed if id(tensor) not in self._copies]
-        if lost:
+        unrestorable = [name for name, tensor in changed if id(tensor) not in self._copies]
+        if unrestorable:
             raise ProblemError(
-                f"the forward pass changes weights in place: {first_few(lost, 5)}",
+                f"the forward pass changes weights in place: {first_few(unrestorable, 5)}",
                 where=type(self._model).__qualname__,
                 next="let it work on a copy, in eval() at least: gradients are of a checkpoint",
             )

@@ -14,7 +14,7 @@ from typing import Any
 
 from trak_dist.cells import Cell, FeaturizeCell
 from trak_dist.coordinates import Rows
-from trak_dist.datasets import content
+from trak_dist.datasets import content_bytes
 from trak_dist.hashing import truncated
 from trak_dist.store.receipts import Receipt
 from trak_dist.store.run import Run
@@ -22,7 +22,7 @@ from trak_dist.store.run import Run
 SHORT = 8  # characters of a batch's digest
 
 
-class Shown:
+class InputDigests:
     """Digests of the batches that a cell is shown: one of all, and a short one of each."""
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class Shown:
     def add(self, batch: Any) -> None:
         """Take the next batch into account."""
         crc = 0
-        for piece in content(batch, where="problem.collate"):
+        for piece in content_bytes(batch, where="problem.collate"):
             self._sha.update(piece)
             crc = zlib.crc32(piece, crc)
         self._batches += f"{crc:0{SHORT}x}"
@@ -41,7 +41,7 @@ class Shown:
         return {"inputs_digest": truncated(self._sha), "batch_digests": self._batches}
 
 
-def of_other_rows(run: Run) -> dict[Cell, str]:
+def cells_with_other_inputs(run: Run) -> dict[Cell, str]:
     """Done cells that were shown other rows than others were, or than their dataset has; and why.
 
     Which ones of those that disagree are right can't be told without the data: each is named.
@@ -56,7 +56,7 @@ def of_other_rows(run: Run) -> dict[Cell, str]:
             others = [c for d, c in by_rows[cell.rows].items() if d != inputs_digest(receipt)]
             if others:
                 found[cell] = f"shown other rows than {others[0].id}"
-        found |= run.receipts.doubted(done)
+        found |= run.receipts.stale(done)
     return found
 
 

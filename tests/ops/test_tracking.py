@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from followed import CALLS, Draw, varied
 from torch import Tensor
 from torch.utils import _pytree as pytree
+from tracked_calls import CALLS, Draw, varied
 
-from trak_dist.ops.examples import NOBODY, Along, Lost, of, put
-from trak_dist.ops.following import follow
-from trak_dist.ops.following.call import Call, name_of, tensors_in
-from trak_dist.ops.following.table import RULES
+from trak_dist.ops.example_axis import NO_EXAMPLE, ExampleAxis, Untracked, axis_of, record_axis
+from trak_dist.ops.tracking import track_call
+from trak_dist.ops.tracking.call import Call, name_of, tensors_in
+from trak_dist.ops.tracking.registry import RULES
 
 pytestmark = pytest.mark.slow
 
@@ -40,7 +40,7 @@ def called(function: Any, draw: Draw, arguments: Any, vary: int | None) -> tuple
 
     def copied(tensor: Tensor) -> Tensor:
         other = tensor.clone() if vary is None else varied(tensor, draw, vary, generator)
-        return put(other, draw.found.get(id(tensor)))
+        return record_axis(other, draw.found.get(id(tensor)))
 
     args, kwargs = pytree.tree_map_only(Tensor, copied, arguments)
     versions = [t._version for t in tensors_in((args, kwargs))]
@@ -61,27 +61,27 @@ def experiment(function: Any, draw: Draw, arguments: Any) -> list[tuple[Any, lis
     """Where each result has its examples, and by example which entries change with it."""
     given, before = called(function, draw, arguments, None)
     changed: list[list[Any]] = [[] for _ in before]
-    ids = {int(i) for found in draw.found.values() for i in found.ids} - {NOBODY}
+    ids = {int(i) for found in draw.found.values() for i in found.ids} - {NO_EXAMPLE}
     if function not in SAME and named(function).removesuffix("_") not in UNSET:
         for example in sorted(ids):
             _, after = called(function, draw, arguments, example)
             for noted, one, other in zip(changed, before, after, strict=True):
                 noted.append((example, changes(one, other)))
-    follow(function, *given)
+    track_call(function, *given)
     outs = before
-    return [(of(t), t, noted) for t, noted in zip(outs, changed, strict=True)]
+    return [(axis_of(t), t, noted) for t, noted in zip(outs, changed, strict=True)]
 
 
 def sound(found: Any, result: Tensor, changed: list[Any]) -> str | None:
-    if isinstance(found, Lost):
+    if isinstance(found, Untracked):
         return None
-    if isinstance(found, Along):
+    if isinstance(found, ExampleAxis):
         size = result.shape[found.dim] if result.ndim else 1
         if len(found.ids) != size:
             return f"{len(found.ids)} ids for {tuple(result.shape)} along {found.dim}"
-        own = found.spread(result.shape)
+        own = found.expand_to(result.shape)
     else:
-        own = torch.full(result.shape, NOBODY)
+        own = torch.full(result.shape, NO_EXAMPLE)
     wrong = [example for example, entries in changed if (entries & (own != example)).any()]
     return f"entries said to be of {found} change with {wrong}" if wrong else None
 

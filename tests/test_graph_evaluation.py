@@ -66,7 +66,9 @@ def test_what_names_no_counterfactual(text: str) -> None:
         parse_cell(text)
 
 
-def test_the_models_of_each_target_set_are_those_of_spread_targets_and_random_ones_last() -> None:
+def test_the_models_of_each_target_set_are_those_of_evenly_spaced_ones_and_random_ones_last() -> (
+    None
+):
     assert ids(CounterfactualCell.of_targets(WITHOUT, "val")) == OF_VAL
     found = ids(CounterfactualCell.of(WITHOUT))
     assert found[: len(OF_VAL)] == OF_VAL
@@ -166,7 +168,7 @@ def test_the_whole_graph_is_submitted_once_each_task_after_what_it_needs(plan: P
     arrays = submit(plan, ())
     submitted = [c for a in arrays for task in a.tasks for c in task]
     assert sorted(ids(submitted)) == sorted(ids(cells(plan)))
-    assert not any(a.lacks for a in arrays)
+    assert not any(a.missing_inputs for a in arrays)
     made = made_by(arrays)
     for array in arrays:
         for task in array.tasks:
@@ -181,29 +183,31 @@ def test_a_subsets_task_whose_later_cell_needs_a_model_that_another_makes_waits_
     elsewhere = TrainCell("1", 1)
     done = set(everything(plan)) - todo - {elsewhere}
     arrays = list(
-        graph.arrays(
+        graph.task_groups(
             plan, ["train"], done=done, owners={elsewhere: "7_0"}, skip=(), rows_per_task=1
         )
     )
     (array,) = arrays
     assert set(array.tasks[0]) == todo
-    assert (array.after | array.beside, array.lacks) == ({"7_0"}, ())
+    assert (array.after | array.after_any, array.missing_inputs) == ({"7_0"}, ())
     nobody = list(
-        graph.arrays(plan, ["train"], done=done, owners={}, skip={elsewhere}, rows_per_task=1)
+        graph.task_groups(plan, ["train"], done=done, owners={}, skip={elsewhere}, rows_per_task=1)
     )
-    assert [a.lacks for a in nobody] == [(elsewhere,)]
-    own = list(graph.arrays(plan, ["train"], done=done, owners={}, skip=(), rows_per_task=1))
-    assert [(set(a.tasks[0]), a.after, a.beside, a.lacks) for a in own] == [
+    assert [a.missing_inputs for a in nobody] == [(elsewhere,)]
+    own = list(graph.task_groups(plan, ["train"], done=done, owners={}, skip=(), rows_per_task=1))
+    assert [(set(a.tasks[0]), a.after, a.after_any, a.missing_inputs) for a in own] == [
         ({*todo, elsewhere}, frozenset(), frozenset(), ())
     ]
 
 
-def test_what_lacks_scores_is_told_and_not_made() -> None:
+def test_what_lacks_scores_is_reported_and_not_made() -> None:
     lost = ScoreCell("val", Rows(0, 10))
     arrays = submit(
         WITHOUT, set(everything(WITHOUT)) - set(of_stage(WITHOUT, "evaluate")) - {lost}, skip={lost}
     )
-    lacking = {(a.step, a.tasks[0][0].targets): a.lacks for a in arrays if a.lacks}  # type: ignore[union-attr]
+    lacking = {
+        (a.step, a.tasks[0][0].targets): a.missing_inputs for a in arrays if a.missing_inputs
+    }  # type: ignore[union-attr]
     assert lacking[("counterfactual", "val")] == (lost,)
     assert ("counterfactual", "test") not in lacking
 

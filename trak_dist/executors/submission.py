@@ -10,12 +10,12 @@ from trak_dist.cells import STAGE_STEPS, STEPS, Cell, FeaturizeCell, of_run, of_
 from trak_dist.configuration.config import SlurmConfig
 from trak_dist.errors import QueueFull, SlurmError, SlurmRefused
 from trak_dist.executors import batch
-from trak_dist.store.jobs import GO_ON, Job, Jobs
+from trak_dist.store.jobs import CONTINUATION, JobRecord, JobRecords
 from trak_dist.store.receipts import rows_per_second
 
 
 @dataclass(frozen=True)
-class Order:
+class SubmissionRequest:
     """What a command asked for: settings, stages, and a name that tells it from other commands."""
 
     cluster: SlurmConfig
@@ -29,7 +29,7 @@ class Order:
 
 
 @dataclass(frozen=True)
-class Line:
+class SubmittedJob:
     """One submitted array."""
 
     step: str
@@ -40,31 +40,31 @@ class Line:
 
 
 @dataclass(kw_only=True)
-class Submitted:
+class SubmissionResult:
     """What a command submitted, and what it did not.
 
-    `left` cells found no room, job `goes_on` submits them; `blocked` ones need cells that are
-    missing and that nobody makes.
+    `deferred_cells` cells found no room, job `continuation_job` submits them; `blocked` ones need
+    cells that are missing and that nobody makes.
     """
 
-    lines: list[Line] = field(default_factory=list)
-    queued_before: int = 0
-    left: int = 0
-    goes_on: str = ""
+    jobs: list[SubmittedJob] = field(default_factory=list)
+    already_queued: int = 0
+    deferred_cells: int = 0
+    continuation_job: str = ""
     blocked: list[Cell] = field(default_factory=list)
 
 
-Send = Callable[[str, Sequence[graph.Task], str], str]
+SubmitFunction = Callable[[str, Sequence[graph.Task], str], str]
 Rate = Callable[[], float]
 
 
-class Arrays:
+class PendingGroups:
     """The arrays of one command that are still to be submitted."""
 
     def __init__(
         self,
-        jobs: Jobs,
-        order: Order,
+        jobs: JobRecords,
+        order: SubmissionRequest,
         owners: Mapping[Cell, str],
         *,
         skip: Collection[Cell] = (),
@@ -81,17 +81,17 @@ class Arrays:
             measured = rows_per_second(receipts) or rate()
             self.rows = int(60 * order.cluster.minutes_per_task * measured)
 
-    def __iter__(self) -> Iterator[graph.Array]:
+    def __iter__(self) -> Iterator[graph.TaskGroup]:
         return self._arrays(self.owners)
 
-    def foreseen(self) -> tuple[list[graph.Task], list[Cell]]:
+    def forecast(self) -> tuple[list[graph.Task], list[Cell]]:
         """The tasks that there will be, and the cells that lack what nobody makes."""
         owners = dict(self.owners)
         tasks: list[graph.Task] = []
         blocked: list[Cell] = []
         for array in self._arrays(owners):
             cells = [cell for task in array.tasks for cell in task]
-            if array.lacks:
+            if array.missing_inputs:
                 blocked += cells
             else:
                 tasks += array.tasks
@@ -102,8 +102,8 @@ class Arrays:
         """How many cells of these steps are in the queue."""
         return sum(1 for s in self._steps for c in of_step(self._plan, s) if c in self.owners)
 
-    def _arrays(self, owners: dict[Cell, str]) -> Iterator[graph.Array]:
-        return graph.arrays(
+    def _arrays(self, owners: dict[Cell, str]) -> Iterator[graph.TaskGroup]:
+        return graph.task_groups(
             self._plan,
             self._steps,
             done=self._done,
@@ -115,15 +115,15 @@ class Arrays:
 
 def read_limits(cluster: SlurmConfig) -> slurm.Limits:
     """How much may be submitted to where the settings send tasks."""
-    asked = [batch.destination(cluster, step) for step in STEPS]
-    return slurm.limits({(d.get("account", ""), d.get("qos", "")) for d in asked})
+    destinations = [batch.destination(cluster, step) for step in STEPS]
+    return slurm.limits({(d.get("account", ""), d.get("qos", "")) for d in destinations})
 
 
-def sender(jobs: Jobs, order: Order, rows: int) -> Send:
+def make_submit(jobs: JobRecords, order: SubmissionRequest, rows: int) -> SubmitFunction:
     """Publishes what is to be sent, then sends it; the rest is to have as large data shards."""
 
     def send(step: str, tasks: Sequence[graph.Task], dependency: str) -> str:
-        job = Job(
+        job = JobRecord(
             launch=order.launch,
             step=step,
             fingerprint=jobs.run.plan.fingerprint,
@@ -136,8 +136,8 @@ def sender(jobs: Jobs, order: Order, rows: int) -> Send:
         )
         number = jobs.publish(job)
         try:
-            asked = batch_of(jobs, number, step, tasks, dependency)
-            return batch.submit(jobs.run, order.cluster, asked)
+            request = make_batch(jobs, number, step, tasks, dependency)
+            return batch.submit(jobs.run, order.cluster, request)
         except SlurmRefused:
             jobs.withdraw(number)
             raise
@@ -145,9 +145,9 @@ def sender(jobs: Jobs, order: Order, rows: int) -> Send:
     return send
 
 
-def send_as_fits(
-    arrays: Arrays, send: Send, limits: slurm.Limits, *, goes_on: str = ""
-) -> Submitted:
+def submit_within_limits(
+    arrays: PendingGroups, send: SubmitFunction, limits: slurm.Limits, *, continuation_job: str = ""
+) -> SubmissionResult:
     """Send the arrays as far as `limits` allow, and a job that goes on if there is none.
 
     Raises
@@ -157,62 +157,66 @@ def send_as_fits(
     SlurmError
         If Slurm does not answer or refuses an array, with what was sent before.
     """
-    tasks, blocked = arrays.foreseen()
-    result = Submitted(queued_before=arrays.queued(), blocked=blocked, goes_on=goes_on)
-    room = limits.room if goes_on or len(tasks) <= limits.room else limits.room - 1
-    if tasks and room < 1 and not goes_on:
+    tasks, blocked = arrays.forecast()
+    result = SubmissionResult(
+        already_queued=arrays.queued(), blocked=blocked, continuation_job=continuation_job
+    )
+    room = limits.room if continuation_job or len(tasks) <= limits.room else limits.room - 1
+    if tasks and room < 1 and not continuation_job:
         raise QueueFull(
             f"the queue has no room: {limits.why}, {max(0, limits.room)} of them free",
             next="run the same command again when some of your jobs have ended",
         )
     sizes: dict[str, int] = {}
-    for array, tasks_wanted in _parts(arrays, limits.array):
-        part = tasks_wanted[: max(0, room)]
+    for array, group_tasks in _parts(arrays, limits.array):
+        part = group_tasks[: max(0, room)]
         after = _dependency(array, sizes)
         try:
             job_id = send(array.step, part, after) if part else ""
         except QueueFull:  # by a limit that accounting does not tell
-            if not result.lines:
+            if not result.jobs:
                 raise
             job_id, room = "", 0
         except SlurmError as error:
-            raise _told_before(error, sizes) from None
+            raise _with_submitted_jobs(error, sizes) from None
         if job_id:
             room -= len(part)
             sizes[job_id] = len(part)
             for index, task in enumerate(part):
                 arrays.owners.update(dict.fromkeys(task, f"{job_id}_{index}"))
             cells = sum(map(len, part))
-            result.lines.append(Line(array.step, job_id, len(part), cells, after))
-    result.left = sum(map(len, tasks)) - sum(line.cells for line in result.lines)
-    if result.left and not goes_on:
+            result.jobs.append(SubmittedJob(array.step, job_id, len(part), cells, after))
+    result.deferred_cells = sum(map(len, tasks)) - sum(line.cells for line in result.jobs)
+    if result.deferred_cells and not continuation_job:
         try:
-            result.goes_on = send(GO_ON, (), f"afterany:{':'.join(sizes)}")
+            result.continuation_job = send(CONTINUATION, (), f"afterany:{':'.join(sizes)}")
         except QueueFull:
             pass  # told as cells that are left, by no job
         except SlurmError as error:
-            raise _told_before(error, sizes) from None
+            raise _with_submitted_jobs(error, sizes) from None
     return result
 
 
-def _told_before(error: SlurmError, submitted: Collection[str]) -> SlurmError:
+def _with_submitted_jobs(error: SlurmError, submitted: Collection[str]) -> SlurmError:
     before = f"; submitted before: {', '.join(submitted)}" if submitted else ""
     return type(error)(error.what + before, where=error.where, next=error.next, errno=error.errno)
 
 
-def _parts(arrays: Arrays, most: int) -> Iterator[tuple[graph.Array, tuple[graph.Task, ...]]]:
+def _parts(
+    arrays: PendingGroups, most: int
+) -> Iterator[tuple[graph.TaskGroup, tuple[graph.Task, ...]]]:
     """The arrays that can run, cut into pieces of at most so many tasks."""
     for array in arrays:
-        if not array.lacks:
+        if not array.missing_inputs:
             for start in range(0, len(array.tasks), most):
                 yield array, array.tasks[start : start + most]
 
 
-def batch_of(
-    jobs: Jobs, number: int, step: str, tasks: Sequence[graph.Task], dependency: str
-) -> batch.Batch:
+def make_batch(
+    jobs: JobRecords, number: int, step: str, tasks: Sequence[graph.Task], dependency: str
+) -> batch.BatchRequest:
     """What is asked of Slurm for some tasks; none are those of a job that goes on."""
-    return batch.Batch(
+    return batch.BatchRequest(
         name=jobs.name(number, step),
         step=step,
         tasks=max(1, len(tasks)),
@@ -221,18 +225,18 @@ def batch_of(
     )
 
 
-def _dependency(array: graph.Array, sizes: Mapping[str, int]) -> str:
+def _dependency(array: graph.TaskGroup, sizes: Mapping[str, int]) -> str:
     """`afterok` of tasks `12_3`, an array named as a whole where all of its tasks are meant.
 
     `afterany` of those beside it: what fails there need not be what is needed here.
     """
-    kinds = {"afterok": array.after, "afterany": array.beside}
+    kinds = {"afterok": array.after, "afterany": array.after_any}
     return ",".join(
-        f"{kind}:{':'.join(_named(names, sizes))}" for kind, names in kinds.items() if names
+        f"{kind}:{':'.join(_job_names(names, sizes))}" for kind, names in kinds.items() if names
     )
 
 
-def _named(tasks: Collection[str], sizes: Mapping[str, int]) -> Iterator[str]:
+def _job_names(tasks: Collection[str], sizes: Mapping[str, int]) -> Iterator[str]:
     by_job: dict[str, list[str]] = {}
     for name in sorted(tasks):
         by_job.setdefault(name.split("_")[0], []).append(name)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from launching import Launch
+from command_result import Launch
 from torch import Tensor, nn
 
 import trak_dist
@@ -202,7 +202,7 @@ def test_parameters_that_hooks_do_not_cover_may_be_left_out(
     assert open_run(tmp_path / "run").plan.gradients == "hooks"
 
 
-def test_a_plan_made_before_there_were_hooks_goes_on_by_vmap(
+def test_a_plan_made_before_there_were_hooks_resumes_by_vmap(
     launch: Launch, tmp_path: Path, arguments: list[str]
 ) -> None:
     plan = tmp_path / "run/plan.json"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_chosen_lambda import Made, _quick, best, fork, given, made  # noqa: F401
+from test_lambda_selection import Made, _quick, best, fork, given, made  # noqa: F401
 
 from trak_dist import open_run
 from trak_dist.errors import ConfigError
@@ -51,7 +51,7 @@ def test_what_train_has_not_is_a_config_error(command, tmp_path: Path, way: str)
 
 
 @pytest.mark.parametrize("way", ["gone", "cut"])
-def test_auto_without_the_figures_is_told_in_words(fork: Made, command, way: str) -> None:
+def test_auto_without_the_figures_is_reported_in_words(fork: Made, command, way: str) -> None:
     file = fork.run / "report/val.json"
     if way == "gone":
         file.unlink()
@@ -62,7 +62,7 @@ def test_auto_without_the_figures_is_told_in_words(fork: Made, command, way: str
     assert "the figures are gone, or not those that were written" in ended.err
 
 
-def test_a_page_without_its_figures_is_told_in_words(fork: Made, command) -> None:
+def test_a_page_without_its_figures_is_reported_in_words(fork: Made, command) -> None:
     (fork.run / "report/val.json").unlink()
     (fork.run / "receipts/report/report_val.json").unlink()
     ended = command()
@@ -77,7 +77,7 @@ def test_a_member_of_the_same_lambda_says_that_it_was_chosen(fork: Made, command
     assert "λ chosen on these targets" in command("-m", "reduce.lambda_reg=auto").out
 
 
-def test_a_new_member_is_told_of_no_alpha_that_was_not_given(command, tmp_path: Path) -> None:
+def test_a_new_member_is_reported_of_no_alpha_that_was_not_given(command, tmp_path: Path) -> None:
     assert command(*given(tmp_path / "run"), "targets=val").code == 0
     truth = ("-m", "ground_truth.subsets=3", "ground_truth.seeds=1")
     assert command(*truth, "reduce.lambda_reg=2", "ground_truth.alpha=0.3").code == 0
