@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/audit.py [model …]
 
 One thread, one process; the ways take turns, medians over rounds. Of each cell `ROWS` rows are
-computed alone, and of one batch in `BATCHES` the weighted sum is held against plain autograd
+computed alone, and of one batch in `BATCHES` the weighted sum is checked against plain autograd
 (`trak_dist.checks.gradient_audit`); the shares are of cells of so many rows.
 """
 

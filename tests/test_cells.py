@@ -89,13 +89,13 @@ def test_what_names_no_cell_is_refused_and_quoted(text: str) -> None:
     with pytest.raises(ConfigError) as raised:
         parse_cell(text)
     assert str(raised.value) == (
-        f"{text!r} names no cell\n  next:  use the id of a cell of the run"
+        f"{text!r} is not a cell id\n  next:  use the id of a cell of the run"
     )
 
 
 @pytest.mark.parametrize("text", NOT_CANONICAL)
 def test_a_second_spelling_of_a_cell_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="names no cell"):
+    with pytest.raises(ConfigError, match="is not a cell id"):
         parse_cell(text)
 
 

@@ -62,7 +62,7 @@ def test_every_id_parses_back_to_its_cell(plan: Plan) -> None:
     ],
 )
 def test_what_names_no_counterfactual(text: str) -> None:
-    with pytest.raises(ConfigError, match="names no cell"):
+    with pytest.raises(ConfigError, match="is not a cell id"):
         parse_cell(text)
 
 

@@ -85,8 +85,8 @@ def test_another_tensor_that_no_checkpoint_holds_is_refused_by_name(name: str) -
         pinned_model.check_unsaved(source, other, what="made.problem")
     said = caught.value
     assert said.what == (
-        f"made.problem built another model than was planned: {name}, which the checkpoints do not "
-        "hold"
+        f"made.problem built a model that differs from the planned one: {name}, which the "
+        "checkpoints do not hold"
     )
     assert "register_buffer" in said.next
 
@@ -94,7 +94,7 @@ def test_another_tensor_that_no_checkpoint_holds_is_refused_by_name(name: str) -
 def test_an_added_attribute_is_noticed() -> None:
     source, other = planned(net()), net()
     other.more = torch.ones(2)
-    with pytest.raises(ProblemError, match="than was planned: more, which"):
+    with pytest.raises(ProblemError, match="that differs from the planned one: more, which"):
         pinned_model.check_unsaved(source, other, what="p")
 
 

@@ -146,7 +146,7 @@ def test_what_is_drawn_when_a_problem_is_built_is_the_same_in_every_process(
     ],
 )
 def test_fields_that_can_not_be_a_problems_are_refused(changes: dict, said: str) -> None:
-    with pytest.raises(ProblemError, match=f"not what a problem is made of: {said}"):
+    with pytest.raises(ProblemError, match=f"unfit fields of a problem: {said}"):
         replace(tiny.problem("."), **changes)
 
 

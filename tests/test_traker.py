@@ -424,7 +424,7 @@ SAYS = {
     ),
     "a row that is none": (
         lambda fed, b: fed.featurize(b, inds=[0, 1, 2, 60]),
-        "row 60 is none of the 60 of 'train'",
+        "row 60 is not one of the 60 of 'train'",
     ),
     "a mask instead of rows": (
         lambda fed, b: fed.featurize(b, inds=np.ones(4, dtype=bool)),
@@ -731,7 +731,7 @@ def test_what_takes_a_problem_is_refused_for_a_streamed_run(
     featurized(traker(checkpoints, str(tmp_path / "run")), checkpoints)
     ended = launch(f"run_dir={tmp_path / 'run'}", "cluster=debug", "ground_truth.subsets=5")
     assert ended.code == 2
-    assert "ground_truth.subsets: there is no problem here to take it from" in ended.err
+    assert "ground_truth.subsets: this run has no problem to take it from" in ended.err
 
 
 def test_traker_scores_more_targets_with_a_run_of_the_command_line(
@@ -754,7 +754,7 @@ def test_traker_scores_more_targets_with_a_run_of_the_command_line(
     wanted = open_run(tmp_path / "run").scores("val")
     assert oracle.column_errors(found, wanted.astype(float)).max() < 1e-4
     assert launch(*arguments[:4], f"run_dir={tmp_path / 'run'}").code == 0
-    with pytest.raises(ConfigError, match="model_id 3 is not of this run, whose problem brings"):
+    with pytest.raises(ConfigError, match="model_id 3 is not of this run, whose problem provides"):
         fed.load_checkpoint(small_cnn.state(7), model_id=3)
 
 

@@ -45,7 +45,7 @@ def test_other_examples_for_rows_that_are_there_are_refused(
         wanted = scored(fed, checkpoints)
         fed = traker(checkpoints, str(tmp_path / "run"))
     fed.start_scoring_checkpoint("val", state, 0, TARGETS)
-    told = r"2 of 7 rows of 'val' that are there were computed from other examples.*: 2-3"
+    told = r"2 of 7 rows of 'val' were computed before from other examples.*: 2-3"
     with pytest.raises(DatasetError, match=told) as refused:
         fed.score(batch(targets, np.array([0, 1, 3, 2, 4, 5, 6])), num_samples=TARGETS)
     assert "or another exp_name" in str(refused.value)
@@ -208,5 +208,5 @@ def test_rows_that_were_damaged_are_to_be_streamed_again(
     chunk = next((run_dir / "store.zarr").rglob("train/inputs/c/*/*"))
     chunk.write_bytes(chunk.read_bytes()[:-1] + b"\0")
     ended = launch("stage=verify", "repair=true", f"run_dir={run_dir}")
-    assert "feed the rows of these cells again, by the calls of TRAKer" in ended.out
+    assert "stream the rows of these cells again, by the same calls of TRAKer" in ended.out
     assert np.array_equal(whole(checkpoints, run_dir), wanted)

@@ -239,7 +239,11 @@ class OfArrays(ImageClassification):
 REFUSED = {
     "drops at random": (Dropping(), "image_classification", "when it is computed again"),
     "is random in its output": (nn.Linear(6, 3), Noisy(), "when it is computed again"),
-    "normalises by the batch": (ByBatch(), "image_classification", "depends on its companions"),
+    "normalises by the batch": (
+        ByBatch(),
+        "image_classification",
+        "depends on the other examples of its batch",
+    ),
     "gives no out-to-loss": (nn.Linear(6, 3), OfArrays(lambda q: None), "came as NoneType"),
 }
 

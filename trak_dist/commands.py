@@ -11,7 +11,7 @@ from pathlib import Path
 
 LAUNCHER = "python -m trak_dist.launch"
 HELP = f"{LAUNCHER} --help"
-# What Hydra takes as it is.
+# What Hydra reads unquoted.
 _PLAIN = re.compile(r"[\w/.][\w/.-]*", re.ASCII)
 
 
@@ -29,7 +29,7 @@ def on(run_dir: Path) -> str:
 
 
 def hydra_value(text: str) -> str:
-    """`text` as the value of an override, in quotes where Hydra would read it otherwise."""
+    """`text` as the value of an override, in quotes where Hydra needs them."""
     if _PLAIN.fullmatch(text):
         return text
     literal = re.sub(r"(\\*)\$\{", r"\1\1\\${", text)  # no interpolation

@@ -1,6 +1,6 @@
-"""Names that a script written for TRAK imports, beside `TRAKer` itself. Loads no torch.
+"""Names that a script written for TRAK imports besides `TRAKer`. Loads no torch.
 
-They say what is wanted; what it is done by is `trak_dist.ops`.
+They only select; the computation is in `trak_dist.ops`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class NoOpProjector:
 
 
 class BasicProjector:
-    """A dense projection; its draws are ours (`ops.draws`), not those of TRAK's generator.
+    """A dense projection; its random numbers are those of `ops.draws`, not of TRAK's generator.
 
     Parameters
     ----------

@@ -36,7 +36,7 @@ out = Console(soft_wrap=True, highlight=False, markup=False)
 
 
 def plain(text: str) -> str:
-    """`text` for a terminal: whatever a run directory brings, it moves no cursor."""
+    """`text` for a terminal: no control character of a run directory reaches it."""
     return "".join(
         c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text
     )
@@ -53,13 +53,13 @@ def error(found: TrakDistError) -> None:
 
 
 def unforeseen() -> None:
-    """Print the exception that is handled now, whole: a mistake of ours, or of the problem's."""
+    """Print the current exception with its traceback: a bug here or in the problem."""
     traceback.print_exc(file=sys.stderr)
 
 
 def interrupted() -> None:
     """Print that the user ended the command."""
-    print("interrupted; finished cells are kept: the same command goes on", file=sys.stderr)
+    print("interrupted; finished cells are kept: the same command resumes the run", file=sys.stderr)
 
 
 def planned(run: Run) -> None:
@@ -119,9 +119,9 @@ def failures(outcome: Outcome) -> None:
     if outcome.not_run:
         names = [cell.id for cell in outcome.not_run]
         shown = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
-        print(f"\nnot run, or ended without a word (killed?): {shown}", file=sys.stderr)
+        print(f"\nnot run, or ended silently (killed?): {shown}", file=sys.stderr)
     print(
-        "\nnext: mend the cause, then run the same command again; finished cells are kept",
+        "\nnext: fix the cause, then run the same command again; finished cells are kept",
         file=sys.stderr,
     )
 
@@ -148,7 +148,7 @@ def submitted(run: Run, done: SubmissionResult, scripts: Iterable[str] = ()) -> 
         counts = f"{line.job_id:>10}{line.tasks:>8}{line.cells:>8}"
         print(f"{line.step:<15}{counts}  {after}".rstrip())
     if done.already_queued:
-        print(f"in the queue before, left alone: {done.already_queued} cells")
+        print(f"already in the queue: {done.already_queued} cells")
     if done.deferred_cells and done.continuation_job:
         print(
             f"no room in the queue for {done.deferred_cells} cells: job {done.continuation_job} "
@@ -161,7 +161,7 @@ def submitted(run: Run, done: SubmissionResult, scripts: Iterable[str] = ()) -> 
         )
     if done.blocked:
         print(
-            f"not submitted, since what they need failed or is missing: {len(done.blocked)} cells, "
+            f"not submitted, since a dependency failed or is missing: {len(done.blocked)} cells, "
             f"{done.blocked[0].id} first"
         )
     if not (done.jobs or done.already_queued or done.deferred_cells or done.blocked):
@@ -205,7 +205,7 @@ def verification(run: Run, found: Verification) -> None:
     if found.damaged and found.repaired:
         again = commands.launch(run.layout.run_dir)
         if found.streamed:
-            again = "feed the rows of these cells again, by the calls of TRAKer that did before"
+            again = "stream the rows of these cells again, by the same calls of TRAKer"
         print(f"the damaged cells are queued again\nnext: {again}")
     elif found.damaged:
         print(f"next: {commands.launch(run.layout.run_dir, 'stage=verify', 'repair=true')}")

@@ -1,4 +1,4 @@
-"""Rows of a problem's datasets: read, collated, digested, and held against what was planned.
+"""Rows of a problem's datasets: read, collated, digested, and checked against what was planned.
 
 All of it happens in the thread that made the dataset: one that holds an open database may refuse
 to be read from another.
@@ -31,7 +31,7 @@ def length(dataset: MapDataset, name: str) -> int:
     Raises
     ------
     DatasetError
-        If it can't tell.
+        If its length is not defined.
     """
     with user_code_errors(f"len() of the dataset {name!r}", DatasetError):
         return len(dataset)
@@ -121,7 +121,7 @@ def render_row(problem: Problem, name: str, row: int) -> Rendered | None:
 
 
 def content_bytes(batch: Any, *, where: str) -> Iterator[bytes | memoryview]:
-    """The bytes that tell one batch from another.
+    """The bytes that identify a batch.
 
     Raises
     ------
@@ -145,7 +145,7 @@ def content_bytes(batch: Any, *, where: str) -> Iterator[bytes | memoryview]:
 def probe(problem: Problem, name: str, spec: Spec) -> tuple[int, ProbedDataset]:
     """How many rows a split has, and digests of some of them.
 
-    They are spread over the dataset, and tell cheaply whether it, or collate, is another one.
+    They are evenly spaced over the dataset: a cheap check that it, and collate, are unchanged.
 
     Raises
     ------

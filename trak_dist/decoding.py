@@ -1,4 +1,4 @@
-"""JSON of a file that may be damaged, or anybody's: a mapping, or a `ValueError` that says why."""
+"""JSON of a file that may be damaged or untrusted: a mapping, or a `ValueError` that says why."""
 
 from __future__ import annotations
 

@@ -3,7 +3,7 @@
 An error says what is wrong, where (the cell or the file), and what to do next. Each class is also
 the builtin that a caller who knows nothing of trak_dist would catch:
 
-- `ValueError`: what the user brings or asks for is unfit, or what is stored is damaged, as numpy
+- `ValueError`: the user's input is invalid, or stored data are damaged, as numpy
   and json say it;
 - `OSError`, with the `errno` where there is one: the file system or Slurm failed;
   `FileNotFoundError` and `TimeoutError` where it is that;
@@ -11,7 +11,7 @@ the builtin that a caller who knows nothing of trak_dist would catch:
 - `ArithmeticError`: numbers came out wrong; `FloatingPointError` where they are not finite;
 - `NotImplementedError`: a way to compute gradients that does not cover the model;
 - `MemoryError`: more memory would be needed than there is;
-- `RuntimeError`: code that was run failed, or what it runs on is not there, as torch says it.
+- `RuntimeError`: code failed while it ran, or a device is missing, as in torch.
 
 Assertions are for our own invariants only.
 """
@@ -72,7 +72,7 @@ class UnreadableProblem(ProblemError, OSError):
 
 
 class UntrustedProblem(TrakDistError, ValueError):
-    """The problem's code is somebody else's, and the user has not said that it may be executed."""
+    """Somebody else planned the problem, and the user has not trusted it yet."""
 
 
 class DatasetError(TrakDistError, ValueError):
@@ -108,15 +108,15 @@ class NotCovered(TrakDistError, NotImplementedError):
 
 
 class WrongGradient(TrakDistError, ArithmeticError):
-    """An audit found other gradients, or another out-to-loss, than plain autograd gives."""
+    """An audit found gradients, or an out-to-loss, that differ from plain autograd."""
 
 
 class NonFiniteGram(TrakDistError, FloatingPointError):
-    """XᵀX has NaN or infinite entries, which no λ mends."""
+    """XᵀX has NaN or infinite entries, whatever λ is."""
 
 
 class SingularGram(TrakDistError, ArithmeticError):
-    """XᵀX + λI is singular to working precision, which a larger λ mends."""
+    """XᵀX + λI is singular to working precision; a larger λ helps."""
 
 
 class ModelIDException(TrakDistError, LookupError):
@@ -152,7 +152,7 @@ class MissingInputs(TrakDistError, LookupError):
 
 
 class EvaluationError(TrakDistError, ValueError):
-    """The ground truth does not fit the run, or nothing can be said from it."""
+    """The ground truth does not fit the run, or it can't be used."""
 
 
 class UnreadableGroundTruth(EvaluationError, OSError):
@@ -180,7 +180,7 @@ class SlurmTimeout(SlurmError, TimeoutError):
 
 
 class SlurmRefused(SlurmError):
-    """Slurm said no to a job, which is surely not in the queue then."""
+    """Slurm rejected a job, which is certainly not in the queue."""
 
 
 class SlurmNotFound(SlurmRefused, FileNotFoundError):
@@ -192,4 +192,4 @@ class QueueFull(SlurmRefused):
 
 
 class WorkerLost(TrakDistError, RuntimeError):
-    """A task's attempts ended without a word, again and again."""
+    """The attempts at a task keep ending silently."""

@@ -1,4 +1,4 @@
-"""The job graph: which cells make a task, and what a task needs. Pure: no torch, no Slurm.
+"""The job graph: which cells form a task, and what a task depends on. Pure: no torch, no Slurm.
 
 A task is a tuple of cells that one process runs in order. Every executor takes its tasks from here.
 """
@@ -56,11 +56,11 @@ def upstream(plan: Plan, cells: Collection[Cell], done: Collection[Cell]) -> set
 
 @dataclass(frozen=True)
 class TaskGroup:
-    """Tasks of one step that wait for the same tasks of earlier ones.
+    """Tasks of one step with the same dependencies.
 
     `after` are the names of those tasks; `after_any` are those of tasks of this step, of another
     run of the same sweep, that make a Gram or a kernel first, and may fail at what comes next;
-    `missing_inputs` are cells that the array needs and nobody makes.
+    `missing_inputs` are cells that the group needs and no task makes.
     """
 
     step: str
@@ -84,8 +84,8 @@ def task_groups(
     Parameters
     ----------
     owners : mapping
-        The name of the task that makes a cell. Who asks for the next array has entered those of the
-        last one, or it is as if nobody made them.
+        The name of the task that makes a cell. The caller adds the tasks of each group before
+        asking for the next.
     """
     for step in steps:
         waiting = tasks(plan, step, skip={*done, *owners, *skip}, rows_per_task=rows_per_task)

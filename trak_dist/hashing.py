@@ -22,5 +22,5 @@ def digest_of(content: bytes | memoryview) -> str:
 
 
 def truncated(sha: Hash) -> str:
-    """The digest of what a SHA-256 was fed, piece by piece."""
+    """The truncated digest of a SHA-256 object."""
     return sha.hexdigest()[:DIGITS]

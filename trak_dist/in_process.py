@@ -28,7 +28,7 @@ def holding(problem: Any) -> Iterator[None]:
 
 
 def build() -> Any:
-    """The problem that is held, with a copy of its model, so that the user's own stays as it is.
+    """The problem with a copy of its model, so that the user's stays unchanged.
 
     Raises
     ------
@@ -48,6 +48,6 @@ def build() -> Any:
         raise ProblemError(
             f"the model can't be copied: {type(error).__name__}: {error}",
             where="trak_dist.Problem.model",
-            next="problem='module:function', which builds it anew",
+            next="problem='module:function', which builds it again",
         ) from error
     return replace(problem, model=model)

@@ -2,7 +2,7 @@
 
     python -m trak_dist.launch [-m] [stage=…] [problem=…] [cluster=…] [run_dir=…] [key=value …]
 
-Exit codes: 0 done, 1 cells failed or are damaged (named), 2 a mistake that the user can mend; of a
+Exit codes: 0 done, 1 cells failed or are damaged (named), 2 a mistake that the user can fix; of a
 sweep (`-m`) the worst one.
 """
 
@@ -63,7 +63,7 @@ def main() -> None:
             raise KeyboardInterrupt
 
     start = hydra.main(version_base="1.3", config_path=str(options.CONF), config_name="config")
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # what it raises is told here, not there
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # its errors are reported here, not by Hydra
     try:
         with settings.hydra_errors():
             start(launched)()
@@ -89,8 +89,10 @@ def _run_guarded(
     except TrakDistError as error:
         console.error(error)
         return MISTAKE
-    except SystemExit as error:  # nothing of ours ends so
-        hint = "mend the model, its output or the data: they may raise errors, not end the process"
+    except SystemExit as error:  # no code of this package does that
+        hint = (
+            "fix the model, its output or the data: they may raise errors but not exit the process"
+        )
         console.error(ProblemError(f"the problem's code raised SystemExit: {error}", next=hint))
         return MISTAKE
     except KeyboardInterrupt:
@@ -124,7 +126,7 @@ def _execute(prepared: Prepared, combination: Combination | None) -> int:
     if combination and cluster.kind == "slurm":
         combination.state = "submitted"
     if "train" in stages and cluster.kind != "slurm" and not any(of_stage(run.plan, "train")):
-        console.note("train: nothing to do, the problem brings its checkpoints")
+        console.note("train: nothing to do, the problem provides its checkpoints")
     display = console.ProgressDisplay(live=cluster.kind != "debug")
     outcome = execution.execute(prepared, on_progress=display)
     if outcome.submission:

@@ -1,4 +1,4 @@
-"""The plan: a run's frozen spec, splits, checkpoints and target sets, as ranges. Pure: no torch.
+"""The plan: a run's frozen spec, splits, checkpoints and target sets. Pure: no torch.
 
 Who makes one is `planning.plans`; here is what follows from it: which cells there are, the key of
 each, where two plans differ, and how much memory and disk the cells need.
@@ -41,11 +41,11 @@ class Plan:
     """A run.
 
     `parameters` is p, the number of parameters whose gradients are used; `use` names the
-    checkpoints of the ensemble, none of them: all; `self_influence` tells whether the train rows
-    are scored against themselves; `lambda_from` says how λ was chosen, if not by the user;
-    `mislabelled` digests which train labels are known to be wrong, if any are; `gradients` is how
-    per-sample gradients are computed, `hooks` or `vmap`, whatever the spec leaves open;
-    `activations` are the bytes that the forward pass of an example keeps for the backward pass.
+    checkpoints of the ensemble (empty: all); `self_influence` tells whether the train rows are
+    scored against themselves; `lambda_from` is how λ was selected, if not by the user;
+    `mislabelled` digests which train labels are known to be wrong, if any are; `gradients` is the
+    gradient method, resolved from that of the spec; `activations` are the bytes that the forward
+    pass of an example keeps for the backward pass.
     """
 
     spec: Spec
@@ -71,7 +71,7 @@ class Plan:
 
     @property
     def has_problem(self) -> bool:
-        """Whether a problem brings data and checkpoints, rather than calls of `TRAKer`."""
+        """Whether data and checkpoints come from a problem, rather than from calls of `TRAKer`."""
         return not self.train.streamed
 
     @property
@@ -101,11 +101,11 @@ class Plan:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the command line may say of the run, nested as there."""
+        """The settings that the command line may set, nested as there."""
         return {**asdict(self.spec), "checkpoints": {"use": list(self.use)}}
 
     def with_settings(self, spec: Spec, use: Sequence[int]) -> Plan:
-        """The plan with other settings; the cells of other grads are cut as those of a new run."""
+        """The plan with other settings; for other grads the cells are cut as in a new run."""
         same = spec.reduce == self.spec.reduce
         lambda_from = self.lambda_from if same else None
         changed = replace(self, spec=spec, use=tuple(use), lambda_from=lambda_from)
@@ -135,7 +135,7 @@ class Plan:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of what determines all grads; jobs of another fingerprint refuse to work."""
+        """Digest of what determines all grads; workers refuse jobs of another fingerprint."""
         return digest(
             [
                 *(self.trained_from, self.projection_id, self.parameters),
@@ -170,7 +170,7 @@ class Plan:
             k: v
             for k, v in non_default_settings(self.spec).items()
             if any(k == s or k.startswith(f"{s}.") for s in sections)
-            and k != "featurize.gradients"  # what was asked for; the plan's own field is what is
+            and k != "featurize.gradients"  # the request; the plan's own field is the method
         }
 
     def cut(self, split: str) -> list[object]:
@@ -187,16 +187,16 @@ class Plan:
             yield TRAIN
 
     def is_evaluated(self, name: str) -> bool:
-        """Whether a target set's scores, or self-influence, are held against anything."""
+        """Whether a target set's scores, or self-influence, are evaluated."""
         return name == TRAIN or self.has_ground_truth(name) or bool(self.counterfactuals.targets)
 
     def has_ground_truth(self, targets: str) -> bool:
-        """Whether there are retrained models to hold the scores of a target set against."""
+        """Whether there are retrained models to compare the scores of a target set with."""
         imported = self.imported_truth is not None and self.imported_truth.targets == targets
         return targets != TRAIN and (bool(self.ground_truth.subsets) or imported)
 
     def inconsistencies(self) -> Iterator[str]:
-        """What of its parts does not go together, a line for each."""
+        """What is inconsistent in it, a line for each."""
         ids, names = [c.model_id for c in self.checkpoints], [s.name for s in self.targets]
         if len(set(ids)) < len(ids):
             yield f"checkpoints: a model_id is there twice: {ids}"
@@ -205,7 +205,7 @@ class Plan:
         if self.has_problem and any(c.path is None for c in self.checkpoints):
             yield "checkpoints: one has no path"
         if self.train.name != TRAIN or TRAIN in names or len(set(names)) < len(names):
-            yield f"targets: {names} are not names of their own beside {TRAIN!r}"
+            yield f"targets: {names} must be distinct, and not {TRAIN!r}"
 
 
 P = ParamSpec("P")
@@ -213,7 +213,7 @@ T = TypeVar("T")
 
 
 def of_plan(compute: Callable[Concatenate[Plan, P], T]) -> Callable[Concatenate[Plan, P], T]:
-    """A function of a plan, and of what can be hashed, whose values the plan remembers."""
+    """A function of a plan and hashable arguments, cached on the plan."""
 
     @functools.wraps(compute)
     def remembered(plan: Plan, /, *args: P.args, **kwargs: P.kwargs) -> T:
@@ -241,7 +241,7 @@ def cell_rows(rows: int, *, row_bytes: int, batch_rows: int) -> int:
 
 
 def planned_cell_rows(rows: int, spec: Spec, dim: int) -> int:
-    """Rows of a cell of grads with `dim` columns: what the settings say, or what fits."""
+    """Rows of a cell of grads with `dim` columns: as set, or what fits."""
     row_bytes = dim * (2 if spec.featurize.dtype == "float16" else 4)
     return spec.featurize.cell_rows or cell_rows(
         rows, row_bytes=row_bytes, batch_rows=spec.featurize.batch_rows

@@ -52,9 +52,9 @@ def load(text: bytes, *, where: str) -> Plan:
         )
     if recorded != found:
         raise PlanMismatch(
-            f"the plan says digest {recorded}, its content has {found}",
+            f"the plan has digest {recorded}, its content has {found}",
             where=where,
-            next="restore the file, or use another run_dir: a plan is never edited by hand",
+            next="restore the file, or use another run_dir: a plan must not be edited",
         )
     try:
         fingerprint, _ = raw.pop("fingerprint"), raw.pop("schema")

@@ -23,13 +23,13 @@ class ProbedDataset:
 
     @property
     def digest(self) -> str:
-        """What tells its rows from others, in the keys of cells."""
+        """What identifies its rows in the keys of cells."""
         return self.alone
 
 
 @dataclass(frozen=True)
 class Streamed:
-    """Rows that calls of `TRAKer` bring, in any order: there is no dataset to read them from."""
+    """Rows that calls of `TRAKer` provide, in any order: there is no dataset to read them from."""
 
     @property
     def digest(self) -> str:
@@ -59,7 +59,7 @@ class Split:
 
     @property
     def content(self) -> tuple[str, int, str]:
-        """What the split holds, however it is cut into cells."""
+        """What identifies the split's data, however it is cut into cells."""
         return self.name, self.rows, self.row_source.digest
 
     @property
@@ -103,9 +103,9 @@ class Source:
     `file` digests the Python file of its function, as planned; `modules` the user's own files that
     it, and the classes of what it gives, are written in or import; `accepted` are those of later
     versions that the user said compute the same; `model` digests how model and output print.
-    `unsaved` tells the tensors of the model that no checkpoint holds, `built` what it gives of some
-    train rows as it is built; both are of `checks.pinned_model`, and empty in plans of earlier
-    versions.
+    `unsaved` has signatures of the tensors that no checkpoint holds, `built` of outputs and
+    gradients of the model as built; both are of `checks.pinned_model`, and empty in plans of
+    earlier versions.
     """
 
     file: str

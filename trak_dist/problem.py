@@ -1,6 +1,6 @@
-"""A problem: what a user brings. A function named by `problem._target_` returns one.
+"""A problem: what a user provides. A function named by `problem._target_` returns one.
 
-Also how the function is found and called, which launcher and workers do alike.
+Also how launcher and workers find and call the function.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Problem:
         wrong = [f"{name} is {type(getattr(self, name)).__name__}" for name in self._unfit()]
         if wrong:
             raise ProblemError(
-                f"not what a problem is made of: {', '.join(wrong)}",
+                f"unfit fields of a problem: {', '.join(wrong)}",
                 where="trak_dist.Problem",
                 next="model: a torch.nn.Module; model_output: an object with get_output and "
                 "get_out_to_loss_grad; checkpoints: paths; targets: named by strings; collate, "
@@ -171,23 +171,23 @@ def mislabelled_digest(problem: Problem) -> str | None:
 
 @contextlib.contextmanager
 def user_code_errors(what: str, kind: type[TrakDistError] = ProblemError) -> Iterator[None]:
-    """Run the user's code; what it raises, `SystemExit` too, is told as a `kind` of `what`."""
+    """Run the user's code; whatever it raises, `SystemExit` too, becomes an error about `what`."""
     try:
         yield
     except TrakDistError:
         raise
-    except (Exception, SystemExit) as error:  # whatever the user's code does
+    except (Exception, SystemExit) as error:  # user code may raise anything
         at = traceback.extract_tb(error.__traceback__)[-1]
         raise kind(
             f"{what} raised {type(error).__name__}: {error}",
             where=f"{at.filename}, line {at.lineno}",
-            next="mend it; cluster=debug and breakpoint() help",
+            next="fix it; cluster=debug and breakpoint() help",
         ) from error
 
 
 @contextlib.contextmanager
 def fixed_seeds() -> Iterator[None]:
-    """Draw the same random numbers each time, and leave those of the process as they were."""
+    """Seed all generators, and restore the state of the process afterwards."""
     import numpy as np
     import torch
 
@@ -218,7 +218,7 @@ def locate(target: str, *, import_root: str) -> tuple[Callable[..., Problem], st
     try:
         module = importlib.import_module(module_name)
         function = getattr(module, name)
-    except (Exception, SystemExit) as error:  # whatever the user's module does when imported
+    except (Exception, SystemExit) as error:  # an import may raise anything
         raise ProblemError(
             f"{target!r} can't be imported: {type(error).__name__}: {error}",
             where="problem._target_",
@@ -227,7 +227,7 @@ def locate(target: str, *, import_root: str) -> tuple[Callable[..., Problem], st
     file = getattr(module, "__file__", None)
     if not callable(function) or not file:
         raise ProblemError(
-            f"{target!r} is no function of a Python file",
+            f"{target!r} is not a function of a Python file",
             where="problem._target_",
             next="name a function that returns a trak_dist.Problem",
         )
@@ -242,7 +242,7 @@ def is_shipped(target: str) -> bool:
 def build(spec: Mapping[str, Any], *, import_root: str) -> tuple[Problem, Source]:
     """Call the function that `spec` names with the arguments that it holds.
 
-    Whatever it draws without a seed of its own is the same in every process.
+    Unseeded random numbers are the same in every process.
 
     Raises
     ------
@@ -285,7 +285,7 @@ def _source(problem: Problem, function: object, file: str, import_root: str) -> 
 
 
 def rebuild(spec: Mapping[str, Any], planned: Source) -> Problem:
-    """Build the problem in a job, if it is made of what was planned.
+    """Build the problem in a job, if its source is the planned one.
 
     Raises
     ------

@@ -34,15 +34,15 @@ MULTIRUN = ("-m", "--multirun", "hydra.mode=MULTIRUN")
 
 
 def complete_overrides(arguments: Sequence[str], cwd: Path) -> list[str]:
-    """The user's arguments, and what follows from them.
+    """The user's arguments, completed.
 
     A problem named by `problem._target_` alone is `problem=custom`, so that the default problem's
-    settings do not leak into it; a directory `conf` where the user is adds to ours.
+    settings do not leak into it; a directory `conf` in the working directory is searched too.
 
     Raises
     ------
     ConfigError
-        If that directory would stand in for what Hydra itself is set to, unasked.
+        If that directory would replace Hydra's own defaults.
     """
     completed = list(arguments)
     keys = {_key(o) for o in overrides_among(arguments)}
@@ -53,24 +53,25 @@ def complete_overrides(arguments: Sequence[str], cwd: Path) -> list[str]:
         unasked = [name for name in _HYDRA_DEFAULTS if (own / name).exists()]
         if unasked:
             raise ConfigError(
-                f"{', '.join(unasked)} would be read though nobody chose it",
+                f"{', '.join(unasked)} would be read although nothing selects it",
                 where=str(own),
-                next="launch elsewhere, or hydra.searchpath=[] to leave this directory out",
+                next="launch in another directory, or set hydra.searchpath=[] to leave this one "
+                "out",
             )
         completed.append(f"hydra.searchpath=[{commands.hydra_value(f'file://{own}')}]")
-    # Between overrides Hydra would not understand -m.
+    # Hydra does not accept -m between overrides.
     return sorted(completed, key=lambda argument: argument not in MULTIRUN)
 
 
 def overrides_among(arguments: Sequence[str]) -> list[str]:
-    """The arguments that are overrides; beside Hydra's flags stand those flags' values too."""
+    """The arguments that are overrides, without Hydra's flags and their values."""
     arguments = [a for a in arguments if a not in MULTIRUN]
     has_flags = any(a.startswith("-") for a in arguments)
     return [a for a in arguments if not a.startswith("-") and not (has_flags and "=" not in a)]
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
-    """Compose once, so that what Hydra would refuse is told in our words.
+    """Compose once, so that what Hydra rejects becomes an error of this package.
 
     Raises
     ------
@@ -91,13 +92,13 @@ def check_overrides(overrides: Sequence[str]) -> None:
 
 @contextlib.contextmanager
 def hydra_errors() -> Iterator[None]:
-    """Tell in our words what Hydra refuses.
+    """Turn whatever Hydra raises into a `ConfigError`.
 
     Raises
     ------
     ConfigError
-        For whatever is raised within: on an odd value Hydra, OmegaConf and their parser raise
-        whatever their first use of it does.
+        For whatever is raised within: Hydra, OmegaConf and their parser raise many types for a
+        malformed value.
     """
     try:
         yield
@@ -123,19 +124,19 @@ def _composing() -> Iterator[None]:
 
 
 def _composed(overrides: Sequence[str]) -> DictConfig:
-    """The configuration, with Hydra's own, from which ours has `${hydra:…}`."""
+    """The configuration with Hydra's own, which `${hydra:…}` refers to."""
     config = compose("config", overrides=list(overrides), return_hydra_config=True)
     HydraConfig.instance().set_config(config)
     return config
 
 
 def swept_values(overrides: Sequence[str]) -> dict[str, list[str]]:
-    """The overrides of a sweep by key, one for each value; of several with one key the last.
+    """The overrides of a sweep by key, one for each value; the last of several for a key.
 
     Raises
     ------
     ConfigError
-        If one has no values that could be run one by one.
+        If one has no discrete values.
     """
     values: dict[str, list[str]] = {}
     with _composing():
@@ -148,7 +149,7 @@ def swept_values(overrides: Sequence[str]) -> dict[str, list[str]]:
                 values[key] = [f"{key}={value}" for value in found]
             if not values[key]:
                 raise ConfigError(
-                    f"{text!r} has no values to run one by one",
+                    f"{text!r} has no discrete values",
                     where="the command line",
                     next=f"{key}=…,… or choice(…), range(…), or for a group glob(*)",
                 )
@@ -190,7 +191,7 @@ def to_mapping(config: DictConfig) -> dict[str, Any]:
 
 
 def _check_group_options(overrides: Sequence[str]) -> None:
-    """Raise `ConfigError` for what names no option of a group, where Hydra's own words don't."""
+    """Raise `ConfigError` for an unknown option of a group; Hydra's own message names none."""
     for text in overrides:
         override = _parsed(text)
         group, value = override.key_or_group, override.value()

@@ -2,7 +2,7 @@
 
     python -m trak_dist.site_files DIR
 
-They lie in `launch/` in the repository, in `trak_dist/site` in the wheel.
+They are in `launch/` in the repository, in `trak_dist/site` in the wheel.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What Slurm's commands say: the queue, its limits, past jobs. Knows nothing of cells.
+"""What Slurm's commands report: the queue, its limits, past jobs. Knows nothing of cells.
 
 The one place that runs them, but for sbatch, which submitit runs. A call asks for all jobs at once.
 """
@@ -49,13 +49,13 @@ class QueuedTask:
 
     @property
     def unsatisfiable(self) -> bool:
-        """Whether it pends for ever."""
+        """Whether its dependency can never be satisfied."""
         return self.reason.strip("()") == NEVER
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much may be submitted: tasks in one array, and tasks in all, beside those queued.
+    """How much may be submitted: tasks in one array, and tasks in total, besides those queued.
 
     `why` names the limit behind `room`.
     """
@@ -67,7 +67,7 @@ class Limits:
 
 @contextlib.contextmanager
 def clean_environment() -> Iterator[None]:
-    """Hide from Slurm's commands what a surrounding job, or a habit, has set.
+    """Hide variables of a surrounding job, or of the user's shell, from Slurm's commands.
 
     A job that submits jobs would else hand them its own memory and CPU binding, and sbatch takes
     SBATCH_PARTITION and its like over what the script says.
@@ -102,7 +102,7 @@ def queue(name_pattern: str) -> list[QueuedTask]:
 
 
 def cancel(job_ids: Sequence[str]) -> None:
-    """Cancel jobs; those that ended meanwhile do no harm.
+    """Cancel jobs; those that have ended are ignored.
 
     Raises
     ------
@@ -127,7 +127,7 @@ def states(job_ids: Sequence[str]) -> dict[str, str]:
 def limits(destinations: Collection[tuple[str, str]]) -> Limits:
     """How much this user may submit now, to these accounts and QOSes; empty: the default ones.
 
-    Without an accounting database only the largest array is known, and sbatch has the last word.
+    Without an accounting database only the largest array is known, and sbatch decides.
 
     Raises
     ------
@@ -236,13 +236,13 @@ def _run(*command: str) -> str:
             raise missing_command(command[0]) from None
         except subprocess.TimeoutExpired:
             raise SlurmTimeout(
-                f"{command[0]} gave no answer in {TIMEOUT_SECONDS} s",
-                next="see whether Slurm is up (scontrol ping), then run the same command again",
+                f"{command[0]} did not answer within {TIMEOUT_SECONDS} s",
+                next="check that Slurm is up (scontrol ping), then run the same command again",
             ) from None
         except subprocess.CalledProcessError as error:
             raise SlurmError(
                 f"{command[0]} failed: {(error.stderr or error.stdout).strip()}",
                 where=" ".join(command),
-                next="see whether Slurm is up (scontrol ping), then run the same command again",
+                next="check that Slurm is up (scontrol ping), then run the same command again",
             ) from None
     return ended.stdout

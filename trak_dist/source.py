@@ -1,6 +1,6 @@
-"""What a problem is made of: its files, and how its model prints; held against what was planned.
+"""Digests of a problem's source files and of how its model prints, checked against the plan.
 
-Whether what it builds is the same is for `checks.pinned_model` to say.
+Whether it builds the same model is checked by `checks.pinned_model`.
 """
 
 from __future__ import annotations
@@ -32,8 +32,7 @@ _STANDARD = tuple(Path(sysconfig.get_path(name)) for name in ("stdlib", "platstd
 def model_digest(model: torch.nn.Module, model_output: ModelOutput) -> str:
     """Digest of a model's layers, of a model output's class and of its settings.
 
-    Its settings are the attributes whose text is the same in every process: numbers and strings.
-    Where something prints its address (a function that a layer holds), that is left out.
+    Its settings are its attributes that are numbers or strings. Addresses in the text are left out.
     """
     settings = {
         name: value
@@ -117,7 +116,7 @@ def _own_file(module: ModuleType | None) -> Path | None:
 
 
 def accept_changes(planned: Source, now: Source) -> Source:
-    """`planned`, with the files as they are now accepted beside those of the plan."""
+    """`planned`, with the current files accepted in addition to those of the plan."""
     known = {planned.file, *planned.modules.values(), *planned.accepted}
     new = [d for d in dict.fromkeys([now.file, *now.modules.values()]) if d not in known]
     joined = {**now.modules, **planned.modules} if planned.modules else {}
@@ -125,7 +124,7 @@ def accept_changes(planned: Source, now: Source) -> Source:
 
 
 def check_unchanged(spec: Mapping[str, Any], planned: Source, now: Source) -> None:
-    """Raise `ProblemError` if the problem is not made of what was planned."""
+    """Raise `ProblemError` if the problem's source is not the planned one."""
     if now.model != planned.model:
         raise ProblemError(
             f"the model or the model output of {spec['_target_']} changed since planning",
@@ -135,7 +134,7 @@ def check_unchanged(spec: Mapping[str, Any], planned: Source, now: Source) -> No
     difference = ""
     if now.file not in (planned.file, *planned.accepted):
         difference = f"digest {planned.file} then, {now.file} now"
-    # What is new was imported by a file that changed, or lazily by whatever ran before.
+    # A new module was imported by a changed file, or lazily by earlier code.
     for name, then in planned.modules.items():
         found = now.modules.get(name, then)
         if found not in (then, *planned.accepted):
@@ -146,6 +145,6 @@ def check_unchanged(spec: Mapping[str, Any], planned: Source, now: Source) -> No
         raise ProblemError(
             f"the source of {spec['_target_']} changed since planning: {difference}",
             where="problem._target_",
-            next="accept_source=true if it computes the same gradients as before (a render was "
-            "mended, a target set added); else restore the file, or use another run_dir",
+            next="accept_source=true if it computes the same gradients as before (a fixed render, "
+            "an added target set); else restore the file, or use another run_dir",
         )

@@ -1,4 +1,4 @@
-"""The run that a `TRAKer` streams rows into: made with the first batch, extended by what joins it.
+"""The run that a `TRAKer` streams rows into: created by the first batch, extended later.
 
 Other processes may stream into it, and change its plan, at the same time.
 """
@@ -51,7 +51,7 @@ class StreamedRun:
     model, output, model_digest
         The model on `device`, its output, and what both print.
     requested : TRAKerArguments
-        What the arguments of the `TRAKer` say of the run.
+        The arguments of the `TRAKer` that determine the run.
     rows : int
         The number of train rows.
 
@@ -78,7 +78,7 @@ class StreamedRun:
         self.run = self._open() if Run.exists(run_dir) else None  # as last seen
 
     def refreshed(self) -> Run:
-        """The run as it is now, with our λ; whatever else other processes added meanwhile.
+        """The current run with this object's λ, and whatever other processes added to it.
 
         Raises
         ------
@@ -95,7 +95,7 @@ class StreamedRun:
         return self.run
 
     def extended(self, change: Callable[[Plan], Plan]) -> Run:
-        """The run with its plan changed, whatever other processes change meanwhile."""
+        """The run with its plan changed, also if other processes change it at the same time."""
         self.run = streamed_plan.extend_run(self.run or self._open(), change)
         return self.run
 
@@ -148,16 +148,16 @@ class StreamedRun:
         checks = Audit.sample_for_batch(rows[left], first=not feed.has_written)
         grads, q = self._grads(run.plan, in_plan, batch, rows[left], split, checks)
         loaded.note_weights()
-        if not feed.has_written and len(grads) > 1:  # a single one may have none
+        if not feed.has_written and len(grads) > 1:  # a single row may have a zero gradient
             check_not_all_zero(grads)
         feed.write(rows[left], grads, q, inputs[left])
 
     def _create(
         self, loaded: StreamedCheckpoint, batch: tuple[Any, ...], rows: NDArray[np.int64]
     ) -> Run:
-        """The run, made with what the first batch shows; or the one that another process made.
+        """The run, created from the first batch; or the one that another process created.
 
-        Two examples are computed before it is: a mistake in the batch makes no run.
+        Two examples are computed first, so that a mistake in the batch creates no run.
         """
         if not Run.exists(self.run_dir):
             plan, why = self._plan(batch)
@@ -257,7 +257,7 @@ class StreamedRun:
         return plan, why
 
     def _complete(self, run: Run, cells: Sequence[Cell]) -> None:
-        """Have the worker run what is not done; several processes may."""
+        """Run the cells that are not done; several processes may do so at once."""
         done = run.receipts.done(cells)
         left = [c.split for c in cells if isinstance(c, FeaturizeCell) and c not in done]
         if not all(

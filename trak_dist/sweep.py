@@ -117,7 +117,7 @@ def parse(arguments: list[str]) -> Sweep | None:
     Raises
     ------
     ConfigError
-        If an override has no values that could be run one by one.
+        If an override has no discrete values.
     """
     if not any(a in settings.MULTIRUN for a in arguments):
         return None

@@ -1,4 +1,4 @@
-"""One task of a Slurm job: the cells it is to run, Slurm's signals, attempts, the exit code.
+"""One task of a Slurm job: its cells, signals, attempts and exit code.
 
     python -m trak_dist.task RUN_DIR JOB      task $SLURM_ARRAY_TASK_ID of the run's submitted JOB
     python -m trak_dist.task RUN_DIR STEP     its share of a step's cells, in an array of your own
@@ -37,12 +37,12 @@ log = logging.getLogger(__name__)
 DONE, FAILED, REQUEUE = 0, 1, 85
 # NFS clients believe a directory's listing for up to 60 s (acdirmax), a file's absence too.
 PAUSE_SECONDS, PAUSES = 5.0, 18
-DEFAULT_GRACE_SECONDS = 30.0  # where no setting says how long before the end the warning comes
+DEFAULT_GRACE_SECONDS = 30.0  # where no setting says how long before the end the notice comes
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """What one process is to do; its attempts are counted under `name` and `index`."""
+    """The cells of one process; its attempts are counted under `name` and `index`."""
 
     name: str
     index: int
@@ -54,12 +54,11 @@ class Assignment:
 
 
 class TerminationNotice:
-    """Whether Slurm warned that the end is near.
+    """The notice that Slurm is about to end this task.
 
-    The cell in work has `grace_seconds` seconds from then; if it is not finished, the process ends
-    where it stands, which costs that cell's work and nothing else. This goes through a wake-up file
-    and a thread, since Python's own handlers wait while the main thread is in a long call of C
-    code.
+    The running cell has `grace_seconds` seconds from then; if it is not finished, the process
+    exits, which costs that cell's work and nothing else. It uses a wake-up file and a thread, since
+    Python's own handlers wait while the main thread runs C code.
     """
 
     def __init__(self) -> None:
@@ -68,25 +67,25 @@ class TerminationNotice:
         receiver, self._wakeup = socket.socketpair()
         self._wakeup.setblocking(False)
         signal.signal(signal.SIGUSR2, lambda *_: None)
-        # Slurm sends it at the start of a grace period too. Working on is best: what is finished
-        # before SIGKILL is kept.
+        # Slurm sends it at the start of a grace period too; cells that finish before SIGKILL are
+        # kept.
         signal.signal(signal.SIGTERM, lambda *_: None)
         signal.set_wakeup_fd(self._wakeup.fileno())
         threading.Thread(target=self._wait, args=(receiver,), daemon=True).start()
 
     def __call__(self) -> bool:
-        """Whether it came."""
+        """Whether the notice came."""
         return self._event.is_set()
 
     def _wait(self, receiver: socket.socket) -> None:
         while receiver.recv(1)[0] != signal.SIGUSR2:
             pass
         log.warning(
-            "Slurm gave a warning; the cell in work has %.0f s to finish", self.grace_seconds
+            "Slurm announced the end; the running cell has %.0f s to finish", self.grace_seconds
         )
         self._event.set()
         time.sleep(self.grace_seconds)
-        log.warning("the cell in work is abandoned, and the task put into the queue again")
+        log.warning("the running cell is abandoned, and the task requeued")
         logging.shutdown()
         os._exit(REQUEUE)
 
@@ -138,9 +137,9 @@ def _run_as_submitted(run: Run, job: JobRecord, retry_delays: Iterator[float]) -
         if delay is None:
             raise PlanMismatch(
                 f"the job was submitted for {run.layout.plan(job.generation).name}, which is not "
-                f"there after looking again for {waited:.0f} s",
+                f"there after retrying for {waited:.0f} s",
                 where=str(run.layout.run_dir),
-                next="run the launch command again: what is missing is submitted anew",
+                next="run the launch command again: what is missing is submitted again",
             )
         time.sleep(delay)
         waited += delay
@@ -165,11 +164,11 @@ def _submitted_assignment(job: JobRecord, name: str) -> Assignment:
 
 
 def _array_share(run: Run, options: argparse.Namespace) -> Assignment:
-    """Neighbouring ones of all its cells, so that no task's share depends on what others did."""
+    """A contiguous share of all cells, so that it does not depend on what other tasks did."""
     from trak_dist import graph
 
     if options.what not in STEPS:
-        raise ConfigError(f"{options.what!r} is no step", next=f"one of {', '.join(STEPS)}")
+        raise ConfigError(f"{options.what!r} is not a step", next=f"one of {', '.join(STEPS)}")
     get = os.environ.get
     index = int(get("SLURM_ARRAY_TASK_ID", "0")) - int(get("SLURM_ARRAY_TASK_MIN", "0"))
     count = int(get("SLURM_ARRAY_TASK_COUNT", "1"))
@@ -225,7 +224,7 @@ def _run(
 
 def _give_up(run: Run, cell: Cell, attempts: int) -> None:
     error = WorkerLost(
-        f"{attempts} attempts in a row ended without a word before a cell was finished",
+        f"{attempts} attempts in a row ended silently before they finished a cell",
         where=cell.id,
         next="see the log's end; memory (cluster.memory_gb), time (cluster.time), or smaller cells "
         "(featurize.cell_rows, in a new run) may help",
@@ -248,7 +247,7 @@ def _continue_submission(jobs: JobRecords, job: JobRecord) -> int:
     from trak_dist import console
     from trak_dist.executors import slurm
 
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is lost, and scancel means it
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is lost by ending here
     done = slurm.continue_submission(jobs, job)
     console.submitted(jobs.run, done)
     return FAILED if done.blocked else DONE

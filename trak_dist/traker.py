@@ -1,9 +1,9 @@
 """TRAKer: TRAK's own interface, on the store of a run. No Hydra, no Slurm.
 
-`save_dir` is a run directory. Any number of processes may feed any rows of any checkpoint into it
+`save_dir` is a run directory. Any number of processes may stream any rows of any checkpoint into it
 at once, without a coordinator: what each computes is a part of its own, gathered into the run's
 chunks when features or scores are finalized (`ingest.streamed_rows`). Kernels and scores are the
-cells that `python -m trak_dist.launch` runs, by the same worker; either goes on with what the other
+cells that `python -m trak_dist.launch` runs, by the same worker; either resumes from what the other
 made.
 """
 
@@ -53,7 +53,7 @@ class TRAKer:
     train_set_size : int
         n, the number of train rows.
     save_dir : path
-        The run directory. What is there is gone on with; grads are never overwritten.
+        The run directory. What is there is resumed; grads are never overwritten.
     device : str or torch.device, optional
         Where gradients and kernels are computed; a GPU if there is one.
     gradient_computer : type
@@ -73,8 +73,8 @@ class TRAKer:
     saver, score_computer
         Must be left out.
 
-    Those of them that are left out come from the run, where there is one already; those that are
-    given must agree with it, but for `lambda_reg`.
+    Arguments that are left out come from the run, if there is one; the others must agree with it,
+    except `lambda_reg`.
 
     Raises
     ------
@@ -136,7 +136,7 @@ class TRAKer:
     # Features -------------------------------------------------------------------------------
 
     def load_checkpoint(self, checkpoint: Mapping[str, Tensor] | str | Path, model_id: int) -> None:
-        """Take the weights of a checkpoint: a state dict, or the path of one.
+        """Load the weights of a checkpoint: a state dict, or the path of one.
 
         Raises
         ------
@@ -281,7 +281,8 @@ class TRAKer:
             try:
                 self._streamed.make_scores(run, exp_name)
                 break
-            except CellsFailed:  # because another process brought a checkpoint or a λ meanwhile?
+            # because another process added a checkpoint or changed λ meanwhile?
+            except CellsFailed:
                 if not again or Run.open(self.save_dir).plan == run.plan:
                     raise
         self._next_row = {TRAIN: 0}

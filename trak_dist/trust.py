@@ -1,8 +1,8 @@
-"""Whose word the code of a problem has: what this user has planned, or said `trust=true` to.
+"""Which problems may be executed: those that this user planned, or trusted with `trust=true`.
 
 Looking at a run directory runs nothing of it. Executing a run does: it imports the file that the
-plan names, as this user. So of a run that somebody else planned the user is asked, once. What the
-user has said is kept in a directory of the user's, one small file for each problem.
+plan names, as this user. So a run that somebody else planned asks once. The answer is stored in the
+user's state directory, one small file for each problem.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trak_dist.plan import Plan, digest
 from trak_dist.plan_inputs import Source
 from trak_dist.store import atomic
 
-# of a run that is fed: nothing is built from it
+# of a run whose rows are streamed: nothing is built from it
 STREAMED_PROBLEM = {"_target_": "trak_dist.TRAKer"}
 
 
@@ -36,7 +36,7 @@ def is_planned_here(spec: Mapping[str, Any], plan: Plan) -> bool:
 
 
 def record_trust(spec: Mapping[str, Any], import_root: str) -> str:
-    """Remember that this user lets the problem be executed; why it can't be, where it can't."""
+    """Record that this user trusts the problem; returns why that failed, if it did."""
     if is_always_trusted(spec):
         return ""
     file = find(spec["_target_"], import_root)
@@ -49,8 +49,8 @@ def record_trust(spec: Mapping[str, Any], import_root: str) -> str:
     except (OSError, RuntimeError) as error:  # no home, or not a writable one
         why = " ".join(str(error).split())
         return (
-            f"that you planned {spec['_target_']} can't be remembered: commands that do not name "
-            f"it will ask for trust=true; XDG_STATE_HOME=… a directory of yours helps ({why})"
+            f"that you planned {spec['_target_']} can't be recorded: commands that do not name it "
+            f"will ask for trust=true; XDG_STATE_HOME=… a directory of yours helps ({why})"
         )
     return ""
 
@@ -77,17 +77,16 @@ def check_trusted(plan: Plan, run_dir: Path) -> None:
     origin = f"{file} of {_owner(file)}, digest {now}" if file else "there is no file of it here"
     command = commands.launch(run_dir, "stage=plan", "trust=true")
     raise UntrustedProblem(
-        f"to go on with this run executes {spec['_target_']} as you, a problem that you have not "
+        f"resuming this run executes {spec['_target_']} as you, a problem that you have not "
         f"planned: {origin}, imported from {source.import_root}",
         where=f"{run_dir} of {_owner(run_dir)}",
-        next=f"read the file and what it imports; if you trust them: {command} "
-        "(remembered until the file changes). stage=status, stage=verify and open_run "
-        "execute none of it",
+        next=f"read the file and what it imports; if you trust them: {command} (recorded until the "
+        "file changes). stage=status, stage=verify and open_run execute none of it",
     )
 
 
 def is_always_trusted(spec: Mapping[str, Any]) -> bool:
-    """Whether a problem is one of those that come with the package, or none that is executed."""
+    """Whether a problem is shipped with the package, or is not executed at all."""
     target = spec["_target_"]
     return (
         target == in_process.TARGET or problems.is_shipped(target) or dict(spec) == STREAMED_PROBLEM
@@ -120,12 +119,12 @@ def find(target: str, import_root: str) -> Path | None:
 def _is_recorded(spec: Mapping[str, Any], source: Source, file: str) -> bool:
     try:
         return _record(spec, source.import_root, file).exists()
-    except (OSError, RuntimeError):  # no home, or not ours: nothing was ever remembered
+    except (OSError, RuntimeError):  # no home directory, or not readable: nothing was recorded
         return False
 
 
 def _record(spec: Mapping[str, Any], import_root: str, file: str) -> Path:
-    """The file whose existence is the user's word for a problem, its arguments and its place."""
+    """The file that records the user's trust in a problem, its arguments and its import root."""
     state = Path(os.environ.get("XDG_STATE_HOME", ""))
     if not state.is_absolute():  # as its specification says
         state = Path.home() / ".local" / "state"

@@ -1,8 +1,8 @@
-"""Run cells: all that any job does, on any executor.
+"""Run cells: what every job does, on any executor.
 
 A job receives a run directory, the fingerprint it was made for, and cell ids. For each cell that is
 not done it runs the stage, then publishes the receipt; a failure is recorded and the next cell
-tried, unless the failure would stop every cell.
+tried, unless the failure affects every cell.
 """
 
 from __future__ import annotations
@@ -57,15 +57,15 @@ def run_cells(  # noqa: PLR0913, PLR0917
 ) -> bool:
     """Run those of `cell_ids` that are not done; whether all are done in the end.
 
-    What came of each is in the run directory.
+    The result of each is in the run directory.
 
     Parameters
     ----------
     should_stop : callable
-        Asked before each cell; once it says yes, no further one is begun.
+        Called before each cell; once it returns True, no further cell is started.
     retry_delays : iterable of float
-        Seconds. After each of them, one by one, the receipts that a cell lacks are looked for
-        again: another node may have published what this one does not see yet.
+        Seconds to wait before each further look for missing receipts: another node may have
+        published what this one does not see yet.
     sessions : Sessions, optional
         Of a caller who runs several jobs in this process, which share problem and model.
 
@@ -98,13 +98,13 @@ def run_cells(  # noqa: PLR0913, PLR0917
         except MissingInputs as error:
             log.warning(
                 "%s: not run: %s", cell.id, error.what
-            )  # its inputs' failures are on record
-        # The boundary of a cell: recorded, shown by launch and status.
+            )  # the failures of its inputs are recorded
+        # The boundary of a cell: the failure is recorded, for launch and status.
         except (Exception, SystemExit) as error:
             expected = isinstance(error, TrakDistError)
             first, *_ = str(error).splitlines() or [type(error).__name__]
             log.error("%s: failed: %s", cell.id, first, exc_info=None if expected else error)  # noqa: TRY400
-            with contextlib.suppress(StoreError):  # a full disk: the log above has to do
+            with contextlib.suppress(StoreError):  # a full disk: the log above must do
                 run.receipts.fail(cell, _failure(session, cell, error))
             if isinstance(error, STOPS_WORKER):
                 return False
@@ -125,18 +125,18 @@ def _run_when_inputs_visible(
             give_up = should_stop() or _has_failed_dependency(session.run, cell)
             delay = None if give_up else next(retry_delays, None)
             if delay is None:
-                again = f"after looking again for {waited:.0f} s, " if waited else ""
+                again = f"after retrying for {waited:.0f} s, " if waited else ""
                 raise MissingInputs(
                     again + error.what, where=error.where, next=error.next
                 ) from None
             if not waited:
-                log.info("%s: %s; looking again, for other nodes may see more", cell.id, error.what)
+                log.info("%s: %s; retrying, since other nodes may see more", cell.id, error.what)
             time.sleep(delay)
             waited += delay
 
 
 def _has_failed_dependency(run: Run, cell: Cell) -> bool:
-    """Whether something that `cell` needs, at whatever remove, is on record as failed."""
+    """Whether a dependency of `cell`, direct or not, has a recorded failure."""
     plan = run.plan
     done = run.receipts.done(of_run(plan))
     return bool(run.receipts.failures(graph.upstream(plan, [cell], done).difference(done)))
@@ -147,14 +147,14 @@ def _run_cell(session: Session, cell: Cell) -> None:
     _fix_numerics(session, cell)
     if isinstance(cell, FeaturizeCell) and not run.plan.split(cell.split).streamed:
         require(run, list(cell.dependencies(run.plan, ())), needed_by=cell)
-        # not on the clock: data shards are sized by rows per second
+        # not timed: data shards are sized by rows per second
         session.featurizer(cell.model_id)
-        _fix_numerics(session, cell)  # again: a problem's file may set torch's switches
+        _fix_numerics(session, cell)  # again: a problem's file may change torch's global settings
     started, clock = time.time(), time.perf_counter()
     module, name = cell.run.split(":")  # imported here, so that a score job loads no matplotlib
     stage: Callable[[Session, Cell], Outcome] = getattr(importlib.import_module(module), name)
     outcome = stage(session, cell)
-    seconds = time.perf_counter() - clock  # which no one sets while it runs
+    seconds = time.perf_counter() - clock  # a monotonic clock
     run.receipts.publish(
         cell,
         Receipt(
@@ -173,7 +173,7 @@ def _run_cell(session: Session, cell: Cell) -> None:
 
 @contextlib.contextmanager
 def cell_numerics(device: torch.device) -> Iterator[None]:
-    """Compute as a cell does, and leave the process as it was: random numbers, threads, flags."""
+    """Compute as a cell does, and restore random states, threads and flags afterwards."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), numerics.preserve():
         threads = torch.get_num_threads()
@@ -188,7 +188,7 @@ def cell_numerics(device: torch.device) -> Iterator[None]:
 
 
 def _fix_numerics(session: Session, cell: Cell) -> None:
-    """Set all that could change bits from one executor to another."""
+    """Set everything that could change bits from one executor to another."""
     # For a train_checkpoint or a model output that draws numbers and does not seed them itself.
     seed = int(cell.key(session.run.plan)[:8], 16)
     random.seed(seed)

@@ -48,7 +48,7 @@ def append(directory: str, cells: Sequence[str]) -> None:
 
 
 def append_or_die(directory: str, death: str, cells: Sequence[str]) -> None:
-    """A job that dies without a word at the cell `b1`, by exit or by signal."""
+    """A job that dies silently at the cell `b1`, by exit or by signal."""
     for cell in cells:
         if cell == "b1" and death == "exit":
             os._exit(3)
@@ -186,7 +186,7 @@ def test_local_starts_no_work_that_it_leaves_alone_where_the_disk_is_full(
 
 def refuse(directory: str, cells: Sequence[str]) -> None:
     """A job that can't begin."""
-    raise StoreError("not readable: Permission denied", where=directory, next="see that you may")
+    raise StoreError("not readable: Permission denied", where=directory, next="check permissions")
 
 
 def test_what_a_local_worker_could_not_begin_for_is_in_its_log_in_our_words(

@@ -94,7 +94,7 @@ def test_wrong_gradients_take_the_checkpoint_back_and_the_loop_makes_it_anew(
     assert np.linalg.norm(run.scores("val") - by_loop) <= 1e-5 * np.linalg.norm(by_loop)
     status = command("stage=status").out
     assert "audit  checkpoint 0 by loop, since featurize/0/train/" in status
-    assert "has other gradients in its batch, by hooks, than alone: " in status
+    assert "has different gradients in its batch, by hooks, than alone: " in status
     assert json.loads(status.splitlines()[-1])["complete"]
 
 
@@ -132,7 +132,7 @@ def test_wrong_gradients_by_hooks_that_were_asked_for_fail_and_the_loop_is_a_way
     ended = command()
     assert ended.code == 1
     status = command("stage=status").out
-    assert "has other gradients in its batch, by hooks, than alone: " in status
+    assert "has different gradients in its batch, by hooks, than alone: " in status
     assert "next:  featurize.gradients=loop with the same run_dir" in status
     ended = command("featurize.gradients=loop")
     assert ended.code == 0, ended.err
@@ -157,7 +157,7 @@ def test_a_batch_without_a_rule_goes_one_by_one(
     run = open_run(tmp_path / "run")
     slower = [r.facts["slower_batches"] for r in run.receipts("featurize").values()]
     assert 0 < sum(slower) < 24
-    assert f"{sum(slower)} batches went one by one" in command("stage=status").out
+    assert f"{sum(slower)} batches computed one by one" in command("stage=status").out
     assert np.linalg.norm(run.scores("val") - by_loop) <= 1e-5 * np.linalg.norm(by_loop)
 
 

@@ -449,7 +449,7 @@ def test_stage_evaluate_makes_them_and_needs_scores(
 def test_with_nothing_to_hold_scores_against(plain: Path, command) -> None:
     ended = command("stage=evaluate")
     assert ended.code == 2
-    assert ended.err.startswith("error: there is no ground truth to hold the scores against\n")
+    assert ended.err.startswith("error: there is no ground truth to compare the scores with\n")
 
 
 # Damaged ----------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def test_checkpoint_gone(launch, tiny_run, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(tmp_path)
         ended = launch(*tiny_run, "problem._target_=listed.problem")
-    hint = "  where: /gone/0.pt\n  next:  mend the problem's path"
+    hint = "  where: /gone/0.pt\n  next:  fix the problem's path"
     says(ended, 2, f"error: no checkpoint found\n{hint}")
 
 
@@ -73,7 +73,7 @@ def test_checkpoint_that_does_not_fit(launch, tiny_run, checkpoints: Path) -> No
 
 def test_pickle_where_a_state_dict_should_be(launch, tiny_run, checkpoints: Path) -> None:
     torch.save(tiny.net(), checkpoints / "1.pt")
-    text = "error: a pickle where a state dict should be: it asks for torch.nn.modules"
+    text = "error: a pickle instead of a state dict: it asks for torch.nn.modules"
     says(launch(*tiny_run), 2, text, str(checkpoints / "1.pt"), "save model.state_dict()")
 
     class Attack:
@@ -158,7 +158,7 @@ def test_non_finite_gradient_names_cell_rows_and_checkpoint(launch, tiny_run, mo
         "featurize: 3 of 27 cells are not done",
         "non-finite gradient or out-to-loss in 2 of 8 rows of 'train': 9, 12; checkpoint 0 (",
         "where: featurize/0/train/8-16",
-        "next: mend the cause, then run the same command again; finished cells are kept",
+        "next: fix the cause, then run the same command again; finished cells are kept",
     )
     status = launch("stage=status", tiny_run[2])
     assert status.code == 1
@@ -259,7 +259,7 @@ def test_run_directory_of_another_spec(launch, tiny_run) -> None:
         "  featurize.dtype: 'float16' in the plan, 'float32' now\n"
         "  projection.kind: 'sjlt' in the plan, 'gaussian' now\n"
         "  where: ",
-        "next:  leave these settings out to go on with this run, or use another run_dir",
+        "next:  leave these settings out to resume this run, or use another run_dir",
     )
 
 

@@ -503,10 +503,10 @@ def test_without_a_ground_truth_nothing_is_said_of_any(command, tmp_path: Path) 
     ended = command(*MODULE, "proj_dim=16", "checkpoints.train=1")
     assert ended.code == 0, ended.err
     assert "LDS" not in ended.out
-    assert "evaluate: nothing to do, the problem brings its checkpoints" not in ended.out
+    assert "evaluate: nothing to do, the problem provides its checkpoints" not in ended.out
     asked = command("stage=evaluate", "cluster=debug")
     assert asked.code == 2
-    assert "error: there is no ground truth to hold the scores against\n" in asked.err
+    assert "error: there is no ground truth to compare the scores with\n" in asked.err
     assert {p.name for p in (tmp_path / "run/report").iterdir()} == {"val.html"}
     assert "LDS" not in (tmp_path / "run/report/val.html").read_text()
     assert not (tmp_path / "run/ground_truth").exists()

@@ -1,4 +1,4 @@
-"""What a run is held against: weights, sources, models, data, and a user's own output."""
+"""What a run is checked against: weights, sources, models, data, and a user's own output."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_an_example_that_differs_when_read_again_is_refused(run_problem) -> None
 
     ended = run_problem(train=Augmented(50, seed=1))
     assert ended.code == 2
-    assert "an example of 'train' is another one when it is read again" in ended.err
+    assert "an example of 'train' differs when it is read again" in ended.err
 
 
 class Averaged(ImageClassification):
@@ -203,7 +203,7 @@ def test_of_two_that_extend_a_run_at_once_one_is_reported(launch, tiny_run, tmp_
     split = dataclasses.replace(run.plan.targets[0], name="one")
     run.extend(dataclasses.replace(run.plan, targets=(*run.plan.targets, split)))
     other = dataclasses.replace(split, name="other")
-    with pytest.raises(PlanMismatch, match="another process planned something else here just now"):
+    with pytest.raises(PlanMismatch, match="another process has just planned something else here"):
         run.extend(dataclasses.replace(run.plan, targets=(*run.plan.targets, other)))
     assert [s.name for s in Run.open(tmp_path / "run").plan.targets] == ["val", "one"]
 

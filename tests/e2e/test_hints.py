@@ -196,7 +196,7 @@ def test_of_changed_rows(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trak_dist.runtime.reread._read_digests", lambda *_: other)
     ended = place("stage=featurize")
     assert ended.code == 1
-    assert "were shown other rows than the dataset has now" in ended.err
+    assert "were computed from other rows than the dataset has now" in ended.err
     assert place.names(hinted(ended.err))
 
 

@@ -1,4 +1,4 @@
-"""Rows, batches, models and files that change in the middle of a run are noticed and mended."""
+"""Rows, batches, models and files that change in the middle of a run are noticed and fixed."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_changed_rows_of_done_cells_are_named_and_restored_data_resume(
     ended = run_problem(train=Rows(changed=True))
     assert ended.code == 1
     assert (
-        "1 of 3 done cells of 'train' were shown other rows than the dataset has now: "
+        "1 of 3 done cells of 'train' were computed from other rows than the dataset has now: "
         "featurize/0/train/16-24 (rows 20-24)"
     ) in ended.err
     assert f"stage=verify repair=true run_dir={tmp_path / 'run'}" in ended.err
@@ -122,7 +122,8 @@ def test_cells_of_data_that_changed_are_revoked_by_one_command(
     ended = run_problem("stage=verify", "repair=true", train=changed)
     assert ended.code == 0
     assert (
-        "damaged featurize/0/train/16-24: shown other rows than 'train' has at 20-24" in ended.out
+        "damaged featurize/0/train/16-24: computed from other rows than 'train' has at 20-24"
+        in ended.out
     )
     attempts.clear()
     assert run_problem(train=changed).code == 0
@@ -151,11 +152,15 @@ def test_mixed_cells_that_nobody_noticed_are_revoked_with_what_was_made_of_them(
     assert ended.code == 1
     assert "cells that belong together disagree on inputs_digest" in ended.err
     assert odd[0] in ended.err
-    assert f"stage=verify repair=true run_dir={tmp_path / 'run'} takes all that" in ended.err
+    assert (
+        f"stage=verify repair=true run_dir={tmp_path / 'run'} revokes all cells that" in ended.err
+    )
     ended = run_problem("stage=verify", "repair=true")
     assert ended.code == 0
     for model_id in range(3):
-        assert f"damaged featurize/{model_id}/train/16-24: shown other rows than" in ended.out
+        assert (
+            f"damaged featurize/{model_id}/train/16-24: computed from other rows than" in ended.out
+        )
         assert f"damaged gram/{model_id}: made of featurize/{model_id}/train/16-24" in ended.out
         assert f"damaged kernel/{model_id}: made of " in ended.out
     attempts.clear()
@@ -219,12 +224,13 @@ def test_a_frozen_layer_that_is_another_one_in_each_process_is_refused_by_name(
     begun(run_problem, tmp_path, model=model(1.0))
     ended = run_problem(model=model(2.0))
     assert ended.code == 2
-    assert "tiny.problem built another model than was planned: scale" in ended.err
+    assert "tiny.problem built a model that differs from the planned one: scale" in ended.err
     run = Run.open(tmp_path / "run")
     featurize(run, ["featurize/0/train/24-32"])
     (failure,) = run.receipts.failures(of_stage(run.plan, "featurize")).values()
-    assert "built another model than was planned: scale, which the checkpoints do not" in (
-        failure.error
+    assert (
+        "built a model that differs from the planned one: scale, which the checkpoints do not"
+        in (failure.error)
     )
     assert run_problem(model=model(1.0)).code == 0
 

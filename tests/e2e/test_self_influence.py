@@ -344,7 +344,7 @@ def test_the_report_says_how_many_top_rows_the_halves_share(
             f"halves: val share {found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}] of "
             f"the {count} most helpful rows, by chance {count / 30:.2g}\n"
         ) in ended.out
-    assert "Would another ensemble say the same?" in (fork / "report/val.html").read_text()
+    assert "Would another ensemble agree?" in (fork / "report/val.html").read_text()
 
 
 def test_damaged_halves_and_self_influence_are_found_and_repaired(

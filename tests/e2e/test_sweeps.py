@@ -337,8 +337,8 @@ def test_another_projection_is_reported_how_to_keep_both(run) -> None:
     ended = run("run", "projection.seed=1")
     assert ended.code == 2
     assert (
-        "  next:  leave these settings out to go on with this run, add -m to compute with these "
-        "too, or use another run_dir\n"
+        "  next:  leave these settings out to resume this run, add -m to compute with these too, "
+        "or use another run_dir\n"
     ) in ended.err
 
 
@@ -362,13 +362,13 @@ UNKNOWN = (
     "  next:  python -m trak_dist.launch --help lists the keys"
 )
 NO_VALUES = (
-    "'reduce.lambda_reg={}' has no values to run one by one\n"
+    "'reduce.lambda_reg={}' has no discrete values\n"
     "  where: the command line\n"
     "  next:  reduce.lambda_reg=…,… or choice(…), range(…), or for a group glob(*)"
 )
 NO_PATH = (
-    "run_dir 'runs/%j' is not usable: a path without '%', which submitit and Slurm take "
-    "for a job's number\n"
+    "run_dir 'runs/%j' is not usable: a path without '%', which submitit and Slurm replace by a "
+    "job's number\n"
     "  where: run_dir\n"
     "  next:  run_dir=runs/…"
 )

@@ -256,7 +256,7 @@ def test_where_nothing_can_be_remembered_it_is_reported_and_the_run_resumes(
     (theirs.path / "state").write_text("no directory")
     ended = theirs(*named, "stage=plan")
     assert ended.code == 0
-    assert f"that you planned {MODULE}.problem can't be remembered" in ended.out
+    assert f"that you planned {MODULE}.problem can't be recorded" in ended.out
     assert asks(theirs(f"run_dir={run_dir}"))
     assert theirs(f"run_dir={run_dir}", "stage=plan", "trust=true").code == 0
 
@@ -400,7 +400,7 @@ def test_a_directory_of_settings_adds_nothing_to_what_was_typed(theirs: Place, n
     settings_of_theirs(theirs, name)
     ended = theirs("stage=status", "-m")
     assert ended.code == 2
-    assert f"error: {name}.yaml would be read though nobody chose it\n" in ended.err
+    assert f"error: {name}.yaml would be read although nothing selects it\n" in ended.err
     ended = theirs("stage=status", "run_dir=none", "hydra.searchpath=[]")
     assert "there is no run here" in ended.err
 

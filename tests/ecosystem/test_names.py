@@ -268,7 +268,7 @@ def test_a_part_that_holds_less_of_the_model_than_another_is_not_taken() -> None
     state = Headed().state_dict()
     said = refused({**state, **below("aux.head.", nn.Linear(5, 3).state_dict())}, Headed())
     assert "does not fit the model: unexpected aux.head.bias (3,); unexpected aux.head" in said
-    assert "next:  save the model alone: torch.save(model.state_dict(), path), if" in said
+    assert "next:  save only the model: torch.save(model.state_dict(), path), if" in said
 
 
 def test_an_unfit_part_is_named_with_what_else_is_in_the_file() -> None:
@@ -276,7 +276,7 @@ def test_an_unfit_part_is_named_with_what_else_is_in_the_file() -> None:
     state["net.0.weight"] = torch.ones(5, 9)
     said = refused(state, tiny.net())
     assert "does not fit the model below 'net.': 0.weight has shape (5, 9), the model's" in said
-    assert "other parts are in it too (criterion.weight): save the model alone" in said
+    assert "other parts are in it too (criterion.weight): save only the model" in said
     assert "the checkpoint does not fit the model: it is empty" in refused({}, nn.ReLU())
 
 

@@ -41,7 +41,7 @@ MISSING = (
 FAILED = (
     "{} failed: Unable to contact slurm controller (connect failure)\n"
     "  where: {}\n"
-    "  next:  see whether Slurm is up (scontrol ping), then run the same command again"
+    "  next:  check that Slurm is up (scontrol ping), then run the same command again"
 )
 SQUEUE = "squeue -h -r -u ada -o %i|%j|%T|%r|%N"
 TIMED_OUT = "Batch job submission failed: Socket timed out on send/recv operation"
@@ -123,7 +123,7 @@ def test_nothing_is_submitted_where_all_is_done(launch, slurm_run, fake_slurm, t
 def test_a_stage_whose_inputs_nobody_makes_is_refused(launch, slurm_run, tmp_path: Path) -> None:
     refuses(
         launch(*slurm_run, "stage=reduce"),
-        "14 cells need others that are neither done nor in the queue, gram/0 first\n"
+        "14 cells depend on others that are neither done nor in the queue, gram/0 first\n"
         f"  where: {tmp_path / 'run'}\n"
         "  next:  leave out stage=…: the whole graph is submitted then",
     )
@@ -171,8 +171,8 @@ def test_squeue_gives_no_answer(launch, slurm_run, fake_slurm, monkeypatch) -> N
     fake_slurm.hang("squeue")
     refuses(
         launch(*slurm_run),
-        "squeue gave no answer in 0.1 s\n"
-        "  next:  see whether Slurm is up (scontrol ping), then run the same command again",
+        "squeue did not answer within 0.1 s\n"
+        "  next:  check that Slurm is up (scontrol ping), then run the same command again",
     )
 
 
@@ -253,7 +253,7 @@ def test_what_was_submitted_before_sbatch_refused_is_reported_and_left_alone_aft
     assert records(tmp_path) == [1, 2]
     ended = launch(*slurm_run)
     assert [row[:2] for row in table(ended)][:2] == [("kernel", "4"), ("kernel", "5")]
-    assert told(ended) == ["in the queue before, left alone: 31 cells"]
+    assert told(ended) == ["already in the queue: 31 cells"]
 
 
 def test_an_answer_that_was_lost_though_the_job_was_taken(
@@ -277,8 +277,8 @@ def test_after_four_tries_it_gives_up(launch, slurm_run, fake_slurm, tmp_path: P
     fake_slurm.refuse(TIMED_OUT, range(1, 10))
     refuses(
         launch(*slurm_run),
-        f"sbatch gave no answer for the featurize array: sbatch: error: {TIMED_OUT}\n"
-        "  next:  see whether Slurm is up (scontrol ping), then run the same command again",
+        f"sbatch did not answer for the featurize array: sbatch: error: {TIMED_OUT}\n"
+        "  next:  check that Slurm is up (scontrol ping), then run the same command again",
     )
     assert len(fake_slurm.calls("sbatch")) == 4
     assert records(tmp_path) == [1]  # for it may still come
@@ -389,8 +389,8 @@ def test_a_limit_that_accounting_does_not_tell(launch, slurm_run, fake_slurm, tm
     fake_slurm.refuse(POLICY, range(1, 10))
     refuses(
         launch(*slurm_run),
-        f"Slurm takes no more jobs: sbatch: error: {POLICY}\n"
-        "  next:  run the same command again when some of yours have ended",
+        f"Slurm accepts no more jobs: sbatch: error: {POLICY}\n"
+        "  next:  run the same command again when some of your jobs have ended",
     )
     assert len(fake_slurm.calls("sbatch")) == 1
     assert records(tmp_path) == []
@@ -427,7 +427,7 @@ def test_nothing_is_submitted_twice(launch, slurm_run, fake_slurm) -> None:
     fake_slurm.set(lambda row: row.job_id == "1_0", state="RUNNING", node="n1")
     ended = launch(*slurm_run)
     assert table(ended) == []
-    assert told(ended) == ["in the queue before, left alone: 43 cells"]
+    assert told(ended) == ["already in the queue: 43 cells"]
     assert len(fake_slurm.calls("sbatch")) == 7
 
 
@@ -447,7 +447,7 @@ def test_exactly_what_is_missing_is_submitted(
         ("report", "12", 1, 1, "afterok:10_1"),
     ]
     assert cells_of(tmp_path, 8) == ["featurize/1/val/0-7"]
-    assert told(ended) == ["in the queue before, left alone: 25 cells"]
+    assert told(ended) == ["already in the queue: 25 cells"]
 
 
 def test_tasks_that_end_meanwhile_are_not_in_the_queue(launch, slurm_run, fake_slurm) -> None:
@@ -481,7 +481,7 @@ def test_while_a_job_waits_to_submit_the_rest_no_second_one_is_made(
     ended = launch(*slurm_run)
     assert table(ended) == []
     left = "no room in the queue for 27 cells: job 2_0 submits them"
-    assert told(ended) == ["in the queue before, left alone: 16 cells", left]
+    assert told(ended) == ["already in the queue: 16 cells", left]
     finish(opened(tmp_path), cells_of(tmp_path, 1))
     fake_slurm.end("1")
     ended = launch(*slurm_run)
@@ -531,7 +531,7 @@ def test_what_would_never_run_is_cancelled_and_submitted_anew(
         ("report", "12", 1, 1, "afterok:11_0"),
         ("report", "13", 1, 1, "afterok:11_1"),
     ]
-    assert told(ended) == ["in the queue before, left alone: 4 cells"]
+    assert told(ended) == ["already in the queue: 4 cells"]
 
 
 def test_a_job_to_submit_the_rest_that_would_never_run_is_made_anew(
@@ -611,7 +611,7 @@ def test_what_its_own_launch_submitted_before_is_not_submitted_again(
         ["kernel", "5", "1", "4"],
     ]
     assert ended.out.splitlines()[4] == (
-        "not submitted, since what they need failed or is missing: 8 cells, gram/0 first"
+        "not submitted, since a dependency failed or is missing: 8 cells, gram/0 first"
     )
     assert lost not in [cell for number in (3, 4, 5) for cell in cells_of(tmp_path, number)]
 
@@ -681,8 +681,8 @@ def test_more_time_than_the_partition_gives(launch, slurm_run, fake_slurm) -> No
     ):
         refuses(
             launch(*slurm_run, f"cluster.partition='{partition}'", f"cluster.time={asked}"),
-            f"cluster.time is {asked} minutes, {name} gives {most} at most: the jobs "
-            "would pend for ever\n"
+            f"cluster.time is {asked} minutes, {name} gives {most} at most: the jobs would stay "
+            "pending forever\n"
             "  where: cluster.time\n"
             f"  next:  cluster.time={most}, or another cluster.partition",
         )
@@ -865,7 +865,8 @@ def test_status_where_squeue_fails(launch, slurm_run, status, fake_slurm) -> Non
     ended = status()
     assert ended.code == 0
     assert (
-        "\nnote   what is running or queued is not known: squeue failed: Unable to contact slurm "
+        "\n"
+        "note   what is running or queued is unknown: squeue failed: Unable to contact slurm "
         "controller (connect failure)\n"
     ) in ended.out
     assert '"featurize": {"done": 0, "total": 27' in ended.out.splitlines()[-1]
@@ -893,9 +894,13 @@ def test_status_shows_a_vanished_task_with_the_end_of_its_log(lost, status, fake
     ended = status()
     assert ended.code == 1
     assert (
-        f"\nlost   featurize/0/train/0-8 and 6 more cells on n2, job 1_0, log {log}\n"
-        "  the task ended without a word; Slurm says OUT_OF_MEMORY\n"
-        "  line 996\n  line 997\n  line 998\n  line 999\n"
+        "\n"
+        f"lost   featurize/0/train/0-8 and 6 more cells on n2, job 1_0, log {log}\n"
+        "  the task ended silently; Slurm says OUT_OF_MEMORY\n"
+        "  line 996\n"
+        "  line 997\n"
+        "  line 998\n"
+        "  line 999\n"
     ) in ended.out
     assert fake_slurm.calls("sacct") == [["-nXP", "-j", "1_0", "-o", "JobID,State"]]
 
@@ -914,7 +919,7 @@ def test_a_status_is_shown_without_a_look_at_disk_or_queue(
     asked = fake_slurm.calls("sacct")
 
     def looks(*_: object, **__: object) -> None:
-        pytest.fail("it looks again")
+        pytest.fail("it retries")
 
     for name in ("read", "names", "exists"):
         monkeypatch.setattr(atomic, name, looks)
@@ -945,7 +950,7 @@ def test_status_where_sacct_fails(lost, status, fake_slurm, how: str) -> None:
         fake_slurm.fail("sacct", "Slurm accounting storage is disabled")
     ended = status()
     assert ended.code == 1
-    assert "\n  the task ended without a word\n  the end\n" in ended.out
+    assert ("\n  the task ended silently\n  the end\n") in ended.out
 
 
 def test_status_reads_no_log_outside_the_run_directory(lost, status, tmp_path: Path) -> None:
@@ -953,7 +958,7 @@ def test_status_reads_no_log_outside_the_run_directory(lost, status, tmp_path: P
     secret.write_text("the password\n")
     begin(lost, secret)
     ended = status()
-    assert "the task ended without a word\n" in ended.out
+    assert "the task ended silently\n" in ended.out
     assert "the password" not in ended.out
 
 

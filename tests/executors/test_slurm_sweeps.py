@@ -65,7 +65,7 @@ def test_all_members_are_submitted_at_once_and_featurize_once(
         ("score", "20", 1, 1, "afterok:17:18:19"),
         ("report", "21", 1, 1, "afterok:20"),
     ]
-    assert ended.out.count("in the queue before, left alone: 24 cells\n") == 3
+    assert ended.out.count("already in the queue: 24 cells\n") == 3
     there = runs(tmp_path)
     assert set(there) == {16, 8, 4, 2}
     assert [line.split() for line in ended.out.splitlines()[-4:]] == [

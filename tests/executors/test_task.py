@@ -152,7 +152,7 @@ def test_a_damaged_record(main: Main, run: Run, log) -> None:
     run.layout.job(job).write_text("{")
     assert main(job) == 1
     assert "the job's record can't be read (Expecting property name" in log[-1]
-    assert "next:  run the launch command again: what is missing is submitted anew" in log[-1]
+    assert "next:  run the launch command again: what is missing is submitted again" in log[-1]
 
 
 def test_a_directory_without_a_run(main: Main, tmp_path: Path, log) -> None:
@@ -213,8 +213,8 @@ def test_a_task_looks_for_longer_than_nfs_may_hide_its_inputs_and_then_says_whic
     assert unseen.slept == [5.0] * 18, "in all, not for each of its cells"
     assert sum(unseen.slept) > 60
     assert (
-        "gram/0: not run: after looking again for 90 s, 1 of the cells that gram/0 needs are not "
-        f"done: {hidden}"
+        "gram/0: not run: after retrying for 90 s, 1 of the cells that gram/0 needs are not done: "
+        f"{hidden}"
     ) in unseen.log
     assert [line.split(":")[0] for line in unseen.log if ": not run: " in line] == KERNEL
 
@@ -287,7 +287,7 @@ def test_a_task_that_sees_an_older_plan_waits_for_the_one_it_was_submitted_for(
     assert unseen.slept == [5.0, 5.0]
     assert on_slurm(publish(run, FIRST, generation=2)) == 1
     assert log[-1].startswith(
-        "the job was submitted for plan.2.json, which is not there after looking again for 90 s\n"
+        "the job was submitted for plan.2.json, which is not there after retrying for 90 s\n"
     )
 
 
@@ -350,7 +350,7 @@ def test_an_array_with_gaps_is_refused_or_has_all_cells(
 def test_an_unknown_step(main: Main, log) -> None:
     assert main("featurise") == 1
     assert (
-        "'featurise' is no step\n"
+        "'featurise' is not a step\n"
         "  next:  one of train, featurize, kernel, score, counterfactual, evaluate, report"
     ) in log[-1]
 
@@ -384,7 +384,7 @@ def test_attempts_in_a_row_that_finish_nothing_come_to_an_end(
     assert run.receipts.failures(map(parse_cell, FIRST)) == {}
     assert main(job) == 1
     error = (
-        "2 attempts in a row ended without a word before a cell was finished\n"
+        "2 attempts in a row ended silently before they finished a cell\n"
         f"  where: {FIRST[1]}\n"
         "  next:  see the log's end; memory (cluster.memory_gb), time (cluster.time), or smaller "
         "cells (featurize.cell_rows, in a new run) may help"
@@ -405,7 +405,7 @@ def test_status_tells_of_a_task_that_was_given_up(
     ended = launch("stage=status", f"run_dir={tmp_path / 'run'}")
     assert ended.code == 1
     assert f"\nfailed {FIRST[0]} on " in ended.out
-    assert "\n  1 attempts in a row ended without a word before a cell was finished\n" in ended.out
+    assert ("\n  1 attempts in a row ended silently before they finished a cell\n") in ended.out
 
 
 def test_progress_begins_the_count_anew(main: Main, run: Run, dies) -> None:
@@ -450,7 +450,7 @@ def test_the_shares_of_an_array_of_ones_own_count_their_attempts(
     with pytest.raises(Killed):
         main("featurize", "--max-attempts", 1)
     assert main("featurize", "--max-attempts", 1) == 1
-    assert "1 attempts in a row ended without a word" in log[-1]
+    assert "1 attempts in a row ended silently" in log[-1]
     assert attempt(run, "sbatch-12-featurize").fruitless == 2
 
 
@@ -517,7 +517,7 @@ def test_after_a_termination_notice_a_task_finishes_its_cell_and_requeues(
     assert process.wait(60) == 85
     assert done(waiting_run, FIRST) == FIRST[:2]
     log = (tmp_path / "log").read_text()
-    assert "Slurm gave a warning; the cell in work has 50 s to finish" in log
+    assert "Slurm announced the end; the running cell has 50 s to finish" in log
     assert attempt(waiting_run, 1).job["job_id"] == "12_0"
 
 
@@ -536,7 +536,7 @@ def test_a_cell_that_is_stuck_when_warned_is_abandoned() -> None:
         "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)\n"
     )
     assert ended.returncode == 85
-    assert "the cell in work is abandoned, and the task put into the queue again" in ended.stderr
+    assert "the running cell is abandoned, and the task requeued" in ended.stderr
 
 
 def test_a_grace_period_is_used_to_the_end() -> None:

@@ -48,7 +48,12 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("launcher killed, workers go on", LAUNCHER),
 )
 KILLED = (-signal.SIGKILL, -signal.SIGUSR2)  # by a warning that comes before it is listened to
-MISSED, THROUGH, TOLD, DIED = "never met", "went through", "told, then mended", "died, then mended"
+MISSED, THROUGH, TOLD, DIED = (
+    "never met",
+    "went through",
+    "reported, then fixed",
+    "died, then fixed",
+)
 
 
 @dataclass(frozen=True)

@@ -212,7 +212,7 @@ def kinds(subject: Subject) -> dict[str, Kind]:
     def mended() -> str:
         prepare(subject.run)  # what the planner does: mends it, or says what to do
         if not subject.run.receipts.done(ScoreCell.of(subject.run.plan)):
-            return "told"  # taken back, to be done again
+            return "told"  # revoked, to be done again
         return subject.looked()
 
     def metadata(draw: random.Random) -> Callable[[], str]:

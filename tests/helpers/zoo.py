@@ -1,7 +1,7 @@
 """Models as people write them, composed at random: blocks that move the examples of a batch about.
 
 A block takes (batch, tokens, WIDTH) and where tokens are no padding, and gives the same shape.
-`MIXING` ones make an example depend on its companions, on purpose.
+`MIXING` ones make an example depend on the other examples of its batch, on purpose.
 """
 
 from __future__ import annotations

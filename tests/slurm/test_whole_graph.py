@@ -79,7 +79,7 @@ def test_the_same_command_submits_nothing_twice_and_cancel_ends_the_runs_own_job
     again = launch(*one)
     assert again.code == 0
     assert submitted(again.out) == []
-    left = re.search(r"in the queue before, left alone: (\d+) cells", again.out)
+    left = re.search(r"already in the queue: (\d+) cells", again.out)
     assert left
     assert undone_cells(path / "one") <= int(left[1]) <= before <= 28
     ended = launch("stage=cancel", f"run_dir={path / 'two'}")
@@ -98,7 +98,7 @@ def test_a_stage_waits_for_what_is_still_queued(launch, path: Path, expected: np
     arguments = [*overrides(path, "run", seconds=0.5), *SLURM]
     refused = launch(*arguments, "stage=reduce")
     assert refused.code == 2
-    assert "need others that are neither done nor in the queue, gram/0 first" in refused.err
+    assert "depend on others that are neither done nor in the queue, gram/0 first" in refused.err
     [(_, features, _)] = submitted(launch(*arguments, "stage=featurize").out)
     reduce = submitted(launch(*arguments, "stage=reduce").out)
     assert [step for step, *_ in reduce] == ["kernel", "kernel", "score"]

@@ -156,7 +156,7 @@ def test_an_array_of_another_kind_is_refused_and_kept(tmp_path: Path, other: Arr
     arrays.ensure(path, SPEC)
     arrays.write_rows(path, SPEC, 0, rows(0, 8))
     before = files(path)
-    with pytest.raises(StoreError, match="an array of another kind is in the way"):
+    with pytest.raises(StoreError, match="a different array exists"):
         arrays.ensure(path, other)
     assert files(path) == before
 
@@ -211,7 +211,7 @@ def test_of_processes_that_make_different_arrays_at_once_the_losers_are_reported
     won = zarr.open_array(path, mode="r").shape[1]
     for process, n, error in zip(processes, columns, errors, strict=True):
         assert (process.returncode == 0) == (n == won), error
-        assert n == won or "an array of another kind is in the way" in error
+        assert n == won or "a different array exists" in error
 
 
 def test_only_whole_chunks_of_the_right_kind_are_written(made: Path, spec: ArraySpec) -> None:
@@ -284,7 +284,7 @@ def test_metadata_that_is_not_what_is_planned_is_refused(
     ):
         with pytest.raises(StoreError, match=told) as raised:
             do()
-    with pytest.raises(StoreError, match="an array of another kind is in the way"):
+    with pytest.raises(StoreError, match="a different array exists"):
         arrays.ensure(made, spec)
     assert files(made) == before
     subprocess.run(["sh", "-c", raised.value.next.partition(", then")[0]], check=True)

@@ -115,7 +115,7 @@ def parse_cell(cell_id: str) -> Cell:
             cell = kind(*coordinates)
             if cell.id == cell_id:  # one spelling per cell
                 return cell
-    raise ConfigError(f"{cell_id!r} names no cell", next="use the id of a cell of the run")
+    raise ConfigError(f"{cell_id!r} is not a cell id", next="use the id of a cell of the run")
 
 
 def _number(text: str) -> int:

@@ -70,14 +70,14 @@ class Cell(ABC):
 
     @abstractmethod
     def identity(self, plan: Plan) -> str:
-        """Digest of all that determines its bytes, apart from its coordinates; see `of_plan`."""
+        """Digest of what determines its bytes, apart from its coordinates; see `of_plan`."""
 
     def key(self, plan: Plan) -> str:
-        """Hash of all that determines its bytes; a receipt with this key makes it done."""
+        """Hash of everything that determines its bytes; a receipt with this key makes it done."""
         return digest_of(f"{self.identity(plan)}|{self.id}".encode())
 
     def receipt_group(self, plan: Plan) -> tuple[str, ...]:
-        """The directories below `receipts/<kind>` that its receipt lies in."""
+        """The directories of its receipt, below `receipts/<kind>`."""
         return ()
 
     @property
@@ -89,29 +89,29 @@ class Cell(ABC):
 
     @abstractmethod
     def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
-        """The cells that it needs, done or not.
+        """The cells whose outputs it reads, done or not.
 
-        Those that a cell named here needs itself may be left out as long as that one is not done.
+        Dependencies of a dependency may be left out until that one is done.
         """
 
     @property
     def depends_as(self) -> Hashable:
-        """Cells of one step for which this is the same depend on the same of earlier steps."""
+        """Cells of one step with equal values have the same dependencies in earlier steps."""
         return self
 
     @property
     def chain(self) -> Hashable:
-        """Cells of one step for which this is the same are one task's, unless they have a shard."""
+        """Cells of one step with equal values form one task, unless they have a shard."""
         return self
 
     @property
     def chain_order(self) -> int:
-        """Its place among the cells of its chain; those of one place stay in the plan's order."""
+        """Its place in its chain; cells with equal places stay in the plan's order."""
         return 0
 
     @property
     def shard(self) -> tuple[Hashable, Rows] | None:
-        """Of what it has which rows, if a task is as many neighbouring ones as are asked for."""
+        """What it has which rows of, if a task is a number of neighbouring cells."""
         return None
 
     # What it writes -------------------------------------------------------------------------
@@ -122,7 +122,7 @@ class Cell(ABC):
 
     @classmethod
     def one_per_array(cls, plan: Plan) -> Iterator[Self]:
-        """Of the kind's arrays each is owned by one of these, in part."""
+        """One cell for each array of the kind."""
         yield from ()
 
     def files(self) -> Mapping[str, OwnedFile]:

@@ -51,7 +51,7 @@ class MarginsCell(Cell):
 
     @property
     def chain_order(self) -> int:
-        """A model's margins come right after its training."""
+        """A model's margins follow its training."""
         return self.seed
 
     def arrays(self, plan: Plan) -> Mapping[str, OwnedRows]:

@@ -13,8 +13,8 @@ from typing import Any, Literal
 class ArraySpec:
     """What an array is: shape, chunks, dtype, compression and attributes.
 
-    `if_changed` says what becomes of an array whose plan changed: one of another spec is refused,
-    gets more rows (`grow`), or gives way to an empty one (`replace`).
+    `if_changed` is what happens to an array of another spec: it is refused, gets more rows
+    (`grow`), or is replaced by an empty one (`replace`).
     """
 
     shape: tuple[int, ...]

@@ -123,7 +123,7 @@ def halves_targets(plan: Plan, targets: str) -> list[int]:
 
 
 def _cut(plan: Plan, targets: str) -> Split:
-    """The train split, cut so that a cell's scores, and its grads, stay below `CHUNK_BYTES`."""
+    """The train split, cut so that a cell's scores and grads stay below `CHUNK_BYTES`."""
     rows = max(1, CHUNK_BYTES // (4 * max(columns(plan, targets), plan.store_dim)))
     return replace(plan.train, cell_rows=min(rows, plan.train.rows))
 

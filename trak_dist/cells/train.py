@@ -95,7 +95,7 @@ def training_on_subsets(plan: Plan) -> str:
 
 
 def training_bytes(plan: Plan) -> int:
-    """Bytes that training is taken to hold, for `train_checkpoint` is the user's.
+    """An estimate of the bytes that training holds, since `train_checkpoint` is the user's.
 
     Weights, what they were, their gradients and an optimizer's two moments; activations of a batch
     as large as featurize's, and half as much for what comes and goes.

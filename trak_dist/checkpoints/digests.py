@@ -1,4 +1,4 @@
-"""Checkpoints: loaded, digested, and held to one set of weights per `model_id`."""
+"""Digests of checkpoints: each `model_id` has one set of weights, for the whole run."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def check_weights(run: Run, model_id: int, digest: str, *, publish: bool) -> Non
         content = json.dumps({"digest": digest}).encode()
         atomic.write_once(run.layout.checkpoint_digest(model_id), content)
     first = published(run, model_id)
-    if first is None and publish:  # damaged: what is there now takes its place
+    if first is None and publish:  # damaged: replaced by the current one
         atomic.write(run.layout.checkpoint_digest(model_id), content)
     for then, when in ((first, "first featurized"), (planned, "planned")):
         if then and then != digest:
@@ -74,7 +74,8 @@ def check_weights(run: Run, model_id: int, digest: str, *, publish: bool) -> Non
 def ids_with_same_weights(run: Run, model_id: int, digest: str) -> list[int]:
     """The other ids under which these weights are known.
 
-    Asked after the own digest is published, so that of two workers at once at least one sees it.
+    Called after the own digest is published, so that of two concurrent workers at least one sees
+    it.
     """
     others = (c.model_id for c in run.plan.checkpoints if c.model_id != model_id)
     return [other for other in others if published(run, other) == digest]

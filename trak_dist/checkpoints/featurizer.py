@@ -1,4 +1,4 @@
-"""A checkpoint in memory: its model, and what computes its grads as the plan has it."""
+"""A checkpoint in memory: its model, gradient computer and projector, as planned."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ log = logging.getLogger("trak_dist")
 
 
 class CheckpointFeaturizer:
-    """A model with a checkpoint's weights, on the device, and what computes its grads.
+    """A model with a checkpoint's weights, on the device, and its gradient computer and projector.
 
     Parameters
     ----------
     method : str
-        How: `hooks`, `vmap` or `loop`; the plan's, unless that was found to be wrong.
+        `hooks`, `vmap` or `loop`: that of the plan, unless an audit failed.
     """
 
     def __init__(
@@ -68,14 +68,14 @@ class CheckpointFeaturizer:
 
     @property
     def shapes(self) -> dict[str, torch.Size]:
-        """Of the parameters whose gradients are used."""
+        """The shapes of the parameters whose gradients are used."""
         return select_params(self.model, self.plan.spec.featurize.params)
 
     def featurize(self, batch: Batch, into: Float[Tensor, "batch k"]) -> Float[Tensor, " batch"]:
-        """Add X / √p of a batch on the device to rows of zeros, and give its Q.
+        """Add X / √p of a batch on the device to zeroed rows; returns its Q.
 
-        A batch in which the model uses parameters as it did in none when it was planned goes one by
-        one, if `featurize.gradients` leaves that open.
+        A batch in which the model uses parameters in a way that planning never saw is computed one
+        by one, if `featurize.gradients` is `auto`.
 
         Raises
         ------
@@ -91,7 +91,7 @@ class CheckpointFeaturizer:
             if self.plan.spec.featurize.gradients != "auto":
                 raise
             if not self.slower_batches:
-                log.warning("a batch goes one by one, not by hooks: %s", error.what)
+                log.warning("a batch is computed one by one, not by hooks: %s", error.what)
             self.slower_batches += 1
             f = self.loop(batch, projecting_sink(self.projector, into.zero_()))
         into /= math.sqrt(self.plan.parameters)
@@ -102,7 +102,7 @@ class CheckpointFeaturizer:
 def make_gradient_computer(
     plan: Plan, method: str, model: nn.Module, model_output: ModelOutput, into: Projector
 ) -> GradientComputer:
-    """What computes per-sample gradients by `method`, for a projection."""
+    """The gradient computer for `method`, for a projection."""
     params = plan.spec.featurize.params
     if method != "hooks":
         kind = VmapGradients if method == "vmap" else LoopGradients
@@ -113,7 +113,7 @@ def make_gradient_computer(
 
 
 def projecting_sink(project: Projector, into: Float[Tensor, "batch k"]) -> GradientSink:
-    """What adds gradients that are handed over, projected, to a batch's rows."""
+    """A sink that projects gradients and adds them to a batch's rows."""
 
     def sink(name: str, rows: slice, grads: Float[Tensor, "rows ..."]) -> None:
         project.add(into[rows], name, grads.float())

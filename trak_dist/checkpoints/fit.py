@@ -1,4 +1,4 @@
-"""Whether a part of a state dict fits a model: what torch's own loading would take of it."""
+"""Whether a part of a state dict fits a model, by what torch's own loading would take."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Fit:
     def _faults_after_torch_load(
         self, model: nn.Module, own: Mapping[str, Tensor], faults: list[Fault]
     ) -> list[Fault]:
-        """The faults that are left once its modules have read older names and versions."""
+        """The faults that remain after its modules have read older names and versions."""
         state = self.part.state
         extra = {name for name in state if name.endswith(_EXTRA_STATE)}
         # Copies, since some modules write into what they read.
@@ -61,7 +61,7 @@ class Fit:
             with noted:
                 found = model.load_state_dict(State(tensors, state.metadata), strict=False)
             missing, unexpected = set(found.missing_keys), set(found.unexpected_keys)
-        except Exception as error:  # other sizes, or whatever the model's own hooks do
+        except Exception as error:  # other sizes, or hooks of the model may raise anything
             by_size = str(error).startswith("Error(s) in loading state_dict")
             return faults if by_size else [*faults, Fault(f"loading it raises {one_line(error)}")]
         self.matched_ids = noted.matched_ids | {id(own[name]) for name in extra & own.keys()}
@@ -72,7 +72,7 @@ class Fit:
         ]
 
     def _missing(self, own: Mapping[str, Tensor], names: Iterable[str]) -> list[Fault]:
-        """Those of `names` that have to be there: not frozen, nor tied to what is there."""
+        """The required ones of `names`: neither frozen, nor tied to a tensor that is there."""
         needed = (k for k in names if id(own[k]) not in self.matched_ids and not is_frozen(own[k]))
         return [Fault(f"missing {k} {tuple(own[k].shape)}") for k in needed]
 
@@ -83,7 +83,7 @@ class Fit:
 
 
 class _CopyRecorder(TorchFunctionMode):
-    """Notes what would be copied into which tensors, and copies nothing."""
+    """Records which tensors would be written, and copies nothing."""
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ def same_weights(one: State, other: State) -> bool:
 
 
 def one_line(error: Exception) -> str:
-    """What it is and says, on one line."""
+    """Its type and message on one line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
 
 

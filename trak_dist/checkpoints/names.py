@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from trak_dist.listing import first_few
 
 WRAPPERS = ("module", "_orig_mod")  # of DistributedDataParallel, of torch.compile
-_PLACES = 5  # of what is left out, that are told
+_PLACES = 5  # listed at most, of what is left out
 
 
 class State(dict[str, Tensor]):
     """Named tensors, with the versions of the modules that saved them if those are known.
 
-    By their versions modules know what of a state dict to read in an older way.
+    By the version a module knows how to read an older state dict.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], metadata: Any = None) -> None:
@@ -65,7 +65,7 @@ class Part:
 
 
 class Names:
-    """The names of a model's tensors, in all the ways in which they are written."""
+    """The names of a model's tensors, in all spellings that training tools use."""
 
     def __init__(self, model: nn.Module, own: Mapping[str, Tensor]) -> None:
         self._own = own
@@ -81,7 +81,7 @@ class Names:
         }
 
     def _unambiguous(self, names: set[str]) -> str:
-        """The one that is meant: of several adapters the one that is trained."""
+        """The name that is meant: of several adapters the trained one."""
         trained = {name for name in names if self._own[name].requires_grad} or names
         return next(iter(trained)) if len(trained) == 1 else ""
 

@@ -1,4 +1,4 @@
-"""State dicts: read from what training tools write, without unpickling, and fitted to a model."""
+"""State dicts as training tools write them, read without unpickling and fitted to a model."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def read(path: Path) -> State:
 
 
 def named(loaded: Any, *, where: str) -> State:
-    """The named tensors of what a checkpoint holds: itself, or Lightning's beside the optimiser's.
+    """The named tensors of a checkpoint: itself, or the `state_dict` of Lightning's.
 
     Raises
     ------
@@ -116,7 +116,7 @@ def _load_or_explain(path: Path, action: Callable[[], Any]) -> Any:
         raise CheckpointNotFound(
             "no checkpoint found",
             where=str(path),
-            next="mend the problem's path, or run the stage train if the run is to train it",
+            next="fix the problem's path, or run the stage train if the run is to train it",
         ) from None
     except OSError as error:
         raise _write_error(path, error) from error
@@ -124,11 +124,11 @@ def _load_or_explain(path: Path, action: Callable[[], Any]) -> Any:
         callable_name = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"asks for {callable_name[1]}" if callable_name else "holds more than tensors"
         raise CheckpointError(
-            f"a pickle where a state dict should be: it {what}, and is not loaded",
+            f"a pickle instead of a state dict: it {what}, and is not loaded",
             where=str(path),
             next=_SAVE,
         ) from None
-    except Exception as error:  # torch's unpickler lets through whatever it stumbles over
+    except Exception as error:  # torch's unpickler raises many types
         raise CheckpointError(
             f"not a readable state dict: {type(error).__name__}: {error}",
             where=str(path),
@@ -140,7 +140,7 @@ def _write_error(path: Path, error: OSError) -> UnreadableCheckpoint:
     return UnreadableCheckpoint(
         f"not readable: {error.strerror or error}",
         where=str(path),
-        next="see that you may read it and that the file system is well, then run it again",
+        next="check permissions and the file system, then run it again",
         errno=error.errno,
     )
 
@@ -149,8 +149,8 @@ def _write_error(path: Path, error: OSError) -> UnreadableCheckpoint:
 class Fitted:
     """A state dict under a model's own names, or under older ones that its modules read.
 
-    `notes` tells what of the file is left out, or is converted. `absent` are the model's tensors
-    that the checkpoint does not give: they stay as the model has them.
+    `notes` says what was left out or converted. `absent` are the model's tensors that the
+    checkpoint does not give: they stay as the model has them.
     """
 
     state: State
@@ -164,11 +164,11 @@ class Fitted:
         Raises
         ------
         CheckpointError
-            If a module that loads in a way of its own fails.
+            If a module's own loading code fails.
         """
         try:
             model.load_state_dict(self.state, strict=False)
-        except Exception as error:  # whatever the model's own hooks do
+        except Exception as error:  # hooks of the model may raise anything
             raise CheckpointError(
                 f"the model does not load the checkpoint: {one_line(error)}",
                 where=self.where,
@@ -206,7 +206,7 @@ def fit_state_dict(state: Mapping[str, Tensor], model: nn.Module, *, where: str)
             "the checkpoint holds several parts that could be the model, with other weights: names "
             f"that begin with {' and '.join(repr(p) if p else 'no prefix' for p in prefixes)}",
             where=where,
-            next=f"save the one that is meant alone: {_saving(chosen.part.prefix)}, for instance",
+            next=f"save only the intended one: {_saving(chosen.part.prefix)}, for instance",
         )
     absent = frozenset(name for name, tensor in own.items() if id(tensor) not in chosen.matched_ids)
     notes = "; ".join([*chosen.part.notes(), *_conversions(chosen.part.state, own)])
@@ -216,7 +216,7 @@ def fit_state_dict(state: Mapping[str, Tensor], model: nn.Module, *, where: str)
 def _unfit(fit: Fit, model: nn.Module, where: str) -> CheckpointError:
     part, faults = fit.part, sorted(fit.faults)
     below = f" below {part.prefix!r}" if part.prefix else ""
-    save_hint = f"save the model alone: {_saving(part.prefix)}"
+    save_hint = f"save only the model: {_saving(part.prefix)}"
     hint = "give the problem the architecture that the checkpoint was saved from"
     if part.left_out:
         hint = f"{hint}; other parts are in it too ({part.left_out_summary()}): {save_hint}"
@@ -241,7 +241,7 @@ def _saving(prefix: str) -> str:
 
 
 def _conversions(state: State, own: Mapping[str, Tensor]) -> list[str]:
-    """What is told of types that are not the model's."""
+    """Notes on dtypes that are not the model's."""
     pairs = {(state[k].dtype, own[k].dtype) for k in state.keys() & own.keys()}
     named = sorted((str(a).split(".")[1], str(b).split(".")[1]) for a, b in pairs if a != b)
     return [f"what it holds in {a} is converted to the model's {b}" for a, b in named]
@@ -250,12 +250,13 @@ def _conversions(state: State, own: Mapping[str, Tensor]) -> list[str]:
 def check_same_absent(one: Fitted, absent: frozenset[str], *, where: str) -> None:
     """Raise `CheckpointError` if a checkpoint lacks other tensors than the others do.
 
-    One after the other is loaded into one model: what it lacks would be another's.
+    All are loaded into the same model: a missing tensor would keep another checkpoint's value.
     """
     differ = sorted(one.absent ^ absent)
     if differ:
         raise CheckpointError(
             f"{differ[0]} is in some checkpoints and not in others",
             where=where,
-            next="save all checkpoints alike: with all tensors, or without the frozen ones",
+            next="save all checkpoints in the same way: with all tensors, or without the frozen "
+            "ones",
         )

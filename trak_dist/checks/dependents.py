@@ -1,4 +1,4 @@
-"""What was made of cells, in a run and in all plans that share its grads: taken back with them."""
+"""What was derived from cells, in a run and in all plans that share its grads."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from trak_dist.store.run import Run
 
 
 def derived_from(run: Run, sources: Collection[Cell]) -> dict[Cell, str]:
-    """The done cells that were made of `sources`, or of what was; and of which."""
+    """The done cells that were derived from `sources`, directly or not; and from which."""
     found: dict[Cell, str] = {}
     cells = dict.fromkeys(of_run(run.plan))
-    for cell in cells if sources else ():  # each after those it needs, done or taken back before
+    for cell in cells if sources else ():  # each after its dependencies, done or revoked before
         needed = cell.dependencies(run.plan, cells)
         origin = next((other for other in needed if other in sources or other in found), None)
         if origin and cell not in sources:
-            found[cell] = f"made of {origin.id}"
+            found[cell] = f"derived from {origin.id}"
     done = run.receipts.done(found)
     return {cell: why for cell, why in found.items() if cell in done}
 
 
 def runs_sharing_grads(run: Run) -> Iterator[Run]:
-    """The run and its members by all plans that they ever had, if of the same grads."""
+    """The run and its members under every plan they ever had, if it has the same grads."""
     base = Layout(run.layout.base)
     for layout in (base, *(Layout(base.sweeps / name) for name in base.members())):
         for generation in range((layout.generation() or 0) + 1):

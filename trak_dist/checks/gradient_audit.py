@@ -1,8 +1,8 @@
-"""The audit of a featurize cell, before its receipt is published; and what a failed one takes back.
+"""The audit of a featurize cell, before its receipt is published; and what a failed one revokes.
 
 Some rows of the cell, drawn by its key, are computed again, each alone, by the plain loop; and of
-one batch in `BATCHES`, the weighted sum of its grads is held against one backward pass of torch's
-own (`ops.audit`). Both are projected, so that what is compared is what is stored.
+one batch in `BATCHES`, the weighted sum of its grads is checked against one backward pass of
+torch's own (`ops.audit`). Both are projected, so that what is compared is what is stored.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ log = logging.getLogger("trak_dist")
 
 @dataclass
 class Audit:
-    """What of some rows is to be checked, and what was found.
+    """Which rows to check, and the results so far.
 
     `rows` are positions among them, `batch` is the number of the batch that is checked whole, if
     any is.
@@ -64,7 +64,7 @@ class Audit:
 
     @classmethod
     def sample_for_batch(cls, rows: NDArray[np.int64], *, first: bool) -> Audit:
-        """The audit of a batch that is fed: a row of the first, and of one in `CALLS`."""
+        """The audit of a streamed batch: a row of the first, and of one in `CALLS`."""
         draw = random.Random(rows.tobytes())  # noqa: S311
         row, pick, chance = (
             draw.randrange(len(rows)),
@@ -82,7 +82,7 @@ class Audit:
         out_to_loss: Float[Tensor, " batch"],
         name: Callable[[int], str],
     ) -> None:
-        """Check the next batch, where it has something to be checked.
+        """Check the next batch, if it was sampled.
 
         Parameters
         ----------
@@ -98,7 +98,8 @@ class Audit:
         rows = [row - self.seen for row in sorted(self.rows) if 0 <= row - self.seen < size]
         whole = self.batches == self.batch
         self.seen, self.batches = self.seen + size, self.batches + 1
-        # What is not finite is refused later; to ask that of each batch is to wait for it.
+        # Rows that are not finite are refused later; checking each batch here would wait for the
+        # device.
         if not (rows or whole) or not grads.isfinite().all():
             return
         batch = batch_in(featurizer.plan.spec.featurize.compute, batch)
@@ -143,8 +144,8 @@ class Audit:
             raise WrongGradient(
                 f"{name(row)} has out-to-loss {float(out_to_loss[row]):.6g} in its batch, "
                 f"{float(q[0]):.6g} alone",
-                next="an example's loss must not depend on its companions: mend the model or its "
-                "output, then use another run_dir",
+                next="an example's loss must not depend on the other examples of its batch: fix "
+                "the model or its output, then use another run_dir",
             )
 
     def _check_batch(
@@ -164,17 +165,17 @@ class Audit:
         expected /= math.sqrt(featurizer.plan.parameters)
         self.audited_batches += 1
         found = weights.to(grads) @ grads
-        # Of a sum whose terms cancel, what rounding leaves goes by the terms.
+        # Where the terms of a sum cancel, rounding is relative to the terms.
         magnitude = float(grads.norm(dim=1).square().sum().sqrt())
         if not self._matches(found, expected[0], audit.tolerance(featurizer.model), magnitude):
             raise WrongGradient(
-                f"the grads of a batch, {name(0)} and its companions, do not add up to those that "
-                "autograd gives",
+                f"the grads of a batch, {name(0)} and the others of its batch, do not add up to "
+                "those of autograd",
                 next=_next(featurizer),
             )
 
     def _matches(self, found: Tensor, expected: Tensor, tolerance: float, magnitude: float) -> bool:
-        """Whether two are the same but for rounding; `magnitude` is how large others of theirs are."""
+        """Whether two agree up to rounding; `magnitude` is the size of the terms."""
         error, norm = float((found - expected).norm()), float(expected.norm())
         self.largest = max(self.largest, error / max(norm, 1e-2 * magnitude, 1e-30))
         return error <= tolerance * (norm + 1e-2 * magnitude)
@@ -190,7 +191,7 @@ def _wrong(featurizer: CheckpointFeaturizer, batch: Batch, row: int, name: str) 
     errors = {n: float((grads[n] - w).norm()) for n, w in expected.items()}
     worst = max(errors, key=lambda n: errors[n])
     return WrongGradient(
-        f"{name} has other gradients in its batch, by {featurizer.method}, than alone: {worst} "
+        f"{name} has different gradients in its batch, by {featurizer.method}, than alone: {worst} "
         f"differs by {errors[worst]:.1e}, its norm is {float(expected[worst].norm()):.1e}",
         next=_next(featurizer),
     )
@@ -198,11 +199,11 @@ def _wrong(featurizer: CheckpointFeaturizer, batch: Batch, row: int, name: str) 
 
 def _next(featurizer: CheckpointFeaturizer) -> str:
     if featurizer.method == "loop":
-        return "the model gives other gradients each time: see whether it is random"
+        return "the model gives different gradients each time: check whether it is random"
     return "featurize.gradients=loop with the same run_dir, where there are no scores yet"
 
 
-# What is taken back -----------------------------------------------------------------------------
+# Revoking --------------------------------------------------------------------------------------
 
 
 def gradient_method(run: Run, model_id: int) -> str:
@@ -211,11 +212,11 @@ def gradient_method(run: Run, model_id: int) -> str:
 
 
 def fall_back_to_loop(run: Run, cell: FeaturizeCell, error: WrongGradient) -> None:
-    """Have a checkpoint's gradients computed one by one from now on, all of them.
+    """Compute all gradients of a checkpoint one by one from now on.
 
-    What was computed of it otherwise is taken back, with all that was made of it.
+    What was computed in another way is revoked, with everything derived from it.
     """
-    log.warning("checkpoint %d goes one by one, by loop: %s", cell.model_id, error.what)
+    log.warning("checkpoint %d is computed one by one, by loop: %s", cell.model_id, error.what)
     run.receipts.record_audit_failure(cell.model_id, why=f"{cell.id}: {error.what}")
     revoke_stale_cells(run, cell.model_id)
 
@@ -223,7 +224,7 @@ def fall_back_to_loop(run: Run, cell: FeaturizeCell, error: WrongGradient) -> No
 def revoke_stale_cells(run: Run, model_id: int) -> None:
     """Make cells of a distrusted checkpoint missing that were not computed by the loop.
 
-    What was made of a cell is taken back before it: the next call after a kill finds the rest.
+    What was derived from a cell is revoked before it: the next call after a kill finds the rest.
     """
     plan, why = run.plan, run.receipts.audit_failure(model_id)
     splits = (plan.train, *plan.targets)

@@ -1,8 +1,8 @@
 """What featurize cells were shown, as digests of their batches in receipts.
 
 Rows have to be the same for every checkpoint, and for every worker, however long a run takes.
-`runtime.reread` holds them against the dataset. Cells that were shown other rows than it has now
-are marked, so that `verify`, which runs no code of a problem, can take them back.
+`runtime.reread` holds them against the dataset. Cells that were computed from other rows than it
+has now are marked, so that `verify`, which runs no code of a problem, can revoke them.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ SHORT = 8  # characters of a batch's digest
 
 
 class InputDigests:
-    """Digests of the batches that a cell is shown: one of all, and a short one of each."""
+    """Digests of a cell's batches: one of all of them, and a short one of each."""
 
     def __init__(self) -> None:
         self._sha, self._batches = hashlib.sha256(), ""
 
     def add(self, batch: Any) -> None:
-        """Take the next batch into account."""
+        """Add the next batch."""
         crc = 0
         for piece in content_bytes(batch, where="problem.collate"):
             self._sha.update(piece)
@@ -42,9 +42,9 @@ class InputDigests:
 
 
 def cells_with_other_inputs(run: Run) -> dict[Cell, str]:
-    """Done cells that were shown other rows than others were, or than their dataset has; and why.
+    """Done cells whose input rows differ from other cells' or from the dataset's; and why.
 
-    Which ones of those that disagree are right can't be told without the data: each is named.
+    Without the data it can't be decided which of them are right: each is named.
     """
     found: dict[Cell, str] = {}
     for split in (run.plan.train, *run.plan.targets):
@@ -55,7 +55,7 @@ def cells_with_other_inputs(run: Run) -> dict[Cell, str]:
         for cell, receipt in done.items():
             others = [c for d, c in by_rows[cell.rows].items() if d != inputs_digest(receipt)]
             if others:
-                found[cell] = f"shown other rows than {others[0].id}"
+                found[cell] = f"computed from other rows than {others[0].id}"
         found |= run.receipts.stale(done)
     return found
 

@@ -1,10 +1,9 @@
-"""What pins a problem's model beyond the names of its layers: each worker builds it anew.
+"""Signatures of the model that a problem builds: each worker builds it again.
 
-Pinned are the tensors that no checkpoint holds (frozen weights that are not saved, buffers that are
-not persistent, tensors and arrays that are attributes of modules), and what the model gives of
-some train rows as it is built. Numbers are kept as their norm and weighted sums, so that another
-processor, which rounds and draws otherwise, gives the same but for rounding; whole numbers by their
-digest.
+They cover the tensors that no checkpoint holds (frozen weights that are not saved, buffers that are
+not persistent, tensors and arrays that are attributes of modules), and the outputs and gradients of
+some train rows, as built. Floating-point numbers are stored as their norm and weighted sums, which
+another processor reproduces up to rounding; integers by digest.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ Numbers = list[float]
 
 
 def unsaved_tensors(model: nn.Module, saved_names: Collection[str]) -> dict[str, str | Numbers]:
-    """What tells the tensors of a model, as it is built, that checkpoints do not hold, by name.
+    """Signatures of the tensors of a model, as it is built, that checkpoints do not hold, by name.
 
     Parameters
     ----------
@@ -66,9 +65,9 @@ def built_values(
     params: Sequence[str],
     unsaved: Collection[str],
 ) -> dict[str, Numbers]:
-    """What the model, as it is built, gives of a batch: outputs, out-to-loss and gradients.
+    """Outputs, out-to-loss and gradients of a batch, by the model as built.
 
-    The weights that checkpoints hold, all but the `unsaved`, are told too: where they differ, which
+    The weights that checkpoints hold, all but the `unsaved`, are included: where they differ, which
     does not matter to a run, the others can't be compared.
     """
     gradients: dict[str, list[Tensor]] = {}
@@ -103,8 +102,8 @@ def check_unsaved(planned: Source, model: nn.Module, *, what: str) -> None:
     )
     if differ:
         raise ProblemError(
-            f"{what} built another model than was planned: {first_few(differ, 5)}, which "
-            "the checkpoints do not hold",
+            f"{what} built a model that differs from the planned one: {first_few(differ, 5)}, "
+            "which the checkpoints do not hold",
             where="problem._target_",
             next="restore what it was built from; or, in a new run_dir, save it in the checkpoints "
             "(register_buffer puts a tensor into the state dict), or draw it from a seed",
@@ -112,13 +111,15 @@ def check_unsaved(planned: Source, model: nn.Module, *, what: str) -> None:
 
 
 def check_built(planned: Source, now: Mapping[str, Numbers], *, what: str) -> None:
-    """Raise `ProblemError` if the model, as it is built, computes otherwise than when planned."""
+    """Raise `ProblemError` if the model, as built, does not compute what it did when planned."""
     then = planned.built
     if not then:
         return  # a plan of an earlier version
     (tolerance,) = then["tolerance"]
     if not _close(then["weights"], now["weights"], tolerance):
-        log.info("weights that checkpoints hold are built as others: outputs are not compared")
+        log.info(
+            "weights that checkpoints hold are initialised differently: outputs are not compared"
+        )
         return
     for name, minimum in (("output", 1.0), ("out-to-loss", 1.0), ("gradient", 0.0)):
         if not _close(then[name], now[name], tolerance, minimum):
@@ -126,8 +127,8 @@ def check_built(planned: Source, now: Mapping[str, Numbers], *, what: str) -> No
                 f"the model of {what} gives another {name} of {ROWS} train rows than when it was "
                 f"planned: {_format_values(then[name])} then, {_format_values(now[name])} now",
                 where="problem._target_",
-                next="restore the code that it was planned with, or start a new run with another "
-                "run_dir; what is drawn when it is built has to be seeded, or saved",
+                next="restore the code of the plan, or start a new run with another run_dir; "
+                "random values that are drawn while it is built must be seeded, or saved",
             )
 
 
@@ -142,7 +143,7 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _memory(value: Tensor | np.ndarray[Any, Any]) -> int:
-    """Where a tensor's entries lie: tied weights, and views, are no others."""
+    """The address of a tensor's storage, which tied weights and views share."""
     dense = isinstance(value, Tensor) and value.layout is torch.strided
     return value.untyped_storage().data_ptr() if dense else 0  # type: ignore[union-attr]
 
@@ -220,7 +221,7 @@ def _same_tensor(then: str | Numbers, now: str | Numbers) -> bool:
 
 
 def _close(then: Numbers, now: Numbers, tolerance: float, minimum: float = 0.0) -> bool:
-    """Whether numbers, the norm first, agree to a share of the norm (of `minimum`, if it is less)."""
+    """Whether numbers (norm first) agree relative to the norm, at least `minimum`."""
     scale = tolerance * max(then[0], now[0], minimum, 1e-9)
     return len(then) == len(now) and all(
         abs(a - b) <= scale for a, b in zip(then, now, strict=True)

@@ -18,7 +18,7 @@ DRAW_VERSION = 1  # of random streams; another one draws other numbers
 PROJECTION_VERSION = 2  # of what projections make of them
 CACHE_BYTES = 2**30  # what a projector may keep of its draws in memory
 DEVICES = ("auto", "cpu", "cuda")
-# Options of sbatch that have a setting of their own, or on which the job graph rests.
+# Options of sbatch that have a setting here, or that the job graph relies on.
 RESERVED_SBATCH_OPTIONS = {
     *("account", "array", "constraint", "cpus-per-task", "dependency", "error", "exclude"),
     *("gpus-per-node", "job-name", "kill-on-invalid-dep", "mem", "nodes", "open-mode", "output"),
@@ -43,9 +43,9 @@ class ProjectionConfig:
 class FeaturizeConfig:
     """What sets the bits of grads: parameters, how computed, batches, cells, threads, storage type.
 
-    `auto` gradients are by hooks where hooks can; the plan says which it is. `compute` is the type
-    of weights, activations and gradients, that of the model or another one; `dtype` that of grads.
-    `random` says what of an output that draws random numbers.
+    `auto` means hooks where they cover the model; the plan records the method. `compute` is the
+    type of weights, activations and gradients, that of the model or another one; `dtype` that of
+    grads. `random` says what of an output that draws random numbers.
     """
 
     params: tuple[str, ...] = field(default=("*",), metadata={"not_empty": True})
@@ -96,10 +96,10 @@ class Spec:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointsConfig:
-    """How many checkpoints `stage=train` makes, where the problem brings none, and the ensemble.
+    """How many checkpoints `stage=train` makes, where the problem provides none, and the ensemble.
 
-    `use` names its checkpoints, none of them: all; `allow_missing` leaves out of it those that are
-    not featurized.
+    `use` names its checkpoints (empty: all); `allow_missing` leaves out those that are not
+    featurized.
     """
 
     train: int = field(default=5, metadata={"min": 1})
@@ -114,7 +114,7 @@ class CheckpointsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GroundTruth:
-    """Models retrained on random subsets, which the scores are held against; none if 0 or empty.
+    """Models retrained on random subsets, which the scores are checked against; none if 0 or empty.
 
     Either `subsets` with `seeds` models each, on a share `alpha` of the train rows; or the files
     `masks` (subsets, n_train) and `margins` (subsets, n_targets) of models trained elsewhere.
@@ -142,7 +142,7 @@ class Counterfactuals:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterConfig:
-    """Cells run on this machine. `workers` and `memory_gb` of 0 mean: what it has."""
+    """Cells run on this machine. `workers` and `memory_gb` of 0 mean all that it has."""
 
     kind: str = field(default="local", metadata={"choices": ("debug", "local", "slurm")})
     device: str = field(default="auto", metadata={"choices": DEVICES})
@@ -152,7 +152,7 @@ class ClusterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CpuJobsConfig:
-    """Where jobs without a GPU go, if elsewhere; empty means: where the others go."""
+    """Where jobs without a GPU go; empty: where the others go."""
 
     partition: str = field(default="", metadata=ONE_LINE)
     account: str = field(default="", metadata=ONE_LINE)
@@ -163,7 +163,7 @@ class CpuJobsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SlurmConfig:
-    """Cells run in Slurm jobs. What each field means stands in `conf/cluster/slurm.yaml`."""
+    """Cells run in Slurm jobs. The fields are documented in `conf/cluster/slurm.yaml`."""
 
     kind: str = field(default="slurm", metadata={"choices": ("slurm",)})
     device: str = field(default="auto", metadata={"choices": DEVICES})

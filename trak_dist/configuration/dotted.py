@@ -13,8 +13,8 @@ from trak_dist.configuration.config import Spec
 def non_default_settings(spec: Spec) -> dict[str, Any]:
     """The dotted settings that are not at their defaults.
 
-    Keys are made of these, so that a later version's new setting, at its default, leaves what was
-    computed before it valid.
+    Keys contain only these, so that a new setting of a later version, at its default, keeps earlier
+    results valid.
     """
     defaults = flatten(asdict(Spec(problem={})))
     return {k: v for k, v in flatten(asdict(spec)).items() if k not in defaults or v != defaults[k]}

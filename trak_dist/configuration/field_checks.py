@@ -15,7 +15,7 @@ class Misfit(Exception):
 
 
 def scalar(raw: Any, kind: Any) -> Any:
-    """`raw` if it is of `kind`: bool, int, float or str. A whole number stands for a float too."""
+    """`raw` if it is of `kind`: bool, int, float or str. An integer counts as a float too."""
     fits = isinstance(raw, (int, float) if kind is float else kind)
     if not fits or (isinstance(raw, bool) and kind is not bool):
         raise Misfit(f"{raw!r} is not of type {kind.__name__}")
@@ -32,7 +32,7 @@ def mapping(raw: Any, _: Any) -> dict[str, Any]:
 
 
 def names_or_numbers(raw: Any, hint: Any) -> tuple[Any, ...]:
-    """The items of a list of names, or of whole numbers; a single one stands for its list."""
+    """The items of a list of names or integers; a single one counts as a list."""
     several = tuple(raw) if is_list(raw) else (raw,)
     if not all(type(one) is get_args(hint)[0] for one in several):
         raise Misfit(f"{raw!r} is not {_list_of(hint)}")
@@ -61,9 +61,9 @@ def check_limits(raw: Any, hint: Any, limits: Mapping[str, Any]) -> None:
 
 
 def control_character(text: str) -> str:
-    """The first character of `text` that could end a line, or is none at all; nothing if all are.
+    """The first character of `text` that could end a line or is not valid; empty if there is none.
 
-    The latter are bytes of a command line that are no UTF-8.
+    The latter are bytes of a command line that are not UTF-8.
     """
     return next((c for c in text if category(c) in ("Cc", "Cs", "Zl", "Zp")), "")
 

@@ -1,7 +1,7 @@
 """Mappings from outside to frozen dataclasses and back: strict, and with all that is bad at once.
 
-cattrs walks through them, `field_checks` says what a field may hold, and here the groups of
-exceptions that cattrs raises become a line for each bad field, by its dotted key.
+cattrs walks through them, `field_checks` says what a field may hold, and here cattrs' exception
+groups become one line for each bad field, with its dotted key.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def unstructure(value: Any) -> dict[str, Any]:
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
-    """A half-sentence that names the valid key nearest to `name`, or lists all of them."""
+    """A hint that names the valid key nearest to `name`, or lists all of them."""
     valid = sorted(valid)
     close = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
     return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(valid)}"

@@ -53,9 +53,9 @@ def cluster_from_mapping(mapping: Mapping[str, Any]) -> SlurmConfig:
 
 
 def check_sections(mapping: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` naming each setting that was taken out, and each that is no section."""
+    """Raise `ConfigError` naming each setting that was removed, and each that is not a section."""
     settings = _INVOCATION | _SPEC
-    bad = [f"{name}: it can't be taken out" for name in settings if name not in mapping]
+    bad = [f"{name}: it can't be removed" for name in settings if name not in mapping]
     bad += [
         f"{name}: {mapping[name]!r} is not a section of settings"
         for name, field in settings.items()
@@ -71,7 +71,7 @@ def check_sections(mapping: Mapping[str, Any]) -> None:
 
 
 def spec_conflicts(spec: Spec) -> Iterator[str]:
-    """What of a spec does not go together, a line for each."""
+    """What is inconsistent in a spec, a line for each."""
     if not isinstance(spec.problem.get("_target_"), str):
         yield "problem._target_: missing; give the import path of a function returning a Problem"
     if spec.projection.kind != "identity" and spec.store_dim % spec.proj_dim:

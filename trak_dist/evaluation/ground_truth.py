@@ -35,10 +35,10 @@ class GroundTruthData:
 
 
 def check_has_ground_truth(plan: Plan) -> None:
-    """Raise `ConfigError` if there is nothing to hold scores against."""
+    """Raise `ConfigError` if there is nothing to compare scores with."""
     if not any(of_stage(plan, "evaluate")):
         raise ConfigError(
-            "there is no ground truth to hold the scores against",
+            "there is no ground truth to compare the scores with",
             where="ground_truth",
             next="ground_truth.subsets=100 ground_truth.seeds=3 in place of stage=evaluate trains "
             "models for it",
@@ -74,7 +74,7 @@ def read_ground_truth(run: Run, targets: str) -> GroundTruthData:
     Raises
     ------
     EvaluationError
-        If the files that it was brought in are not those that were planned.
+        If its files are not those that were planned.
     """
     plan = run.plan
     if plan.ground_truth.subsets:
@@ -104,7 +104,7 @@ def read_ground_truth(run: Run, targets: str) -> GroundTruthData:
 
 @dataclass(frozen=True)
 class ImportedGroundTruth:
-    """The ground truth that a user brought, for one target set, and the digest of its files."""
+    """Imported ground truth: its arrays, their target set, and the digest of the files."""
 
     truth: GroundTruthData
     targets: str
@@ -125,7 +125,7 @@ def import_ground_truth(
     targets : mapping of names to numbers of rows
         The target sets; the margins are those of the one that has as many rows.
     notify : callable
-        Is told what was made of the files.
+        Gets a line on how the files were read.
 
     Raises
     ------

@@ -23,7 +23,7 @@ def lines(run: Run) -> Iterator[str]:
 
 
 def lds(run: Run) -> Iterator[str]:
-    """The LDS of each target set that was held against retrained models."""
+    """The LDS of each target set that has retrained models."""
     chosen_here = ", λ chosen on these targets" if run.plan.lambda_from else ""
     for cell, receipt in run.receipts.done(EvaluateCell.of(run.plan)).items():
         name = cell.id.partition("/")[2]

@@ -1,4 +1,4 @@
-"""One array of tasks as a batch script: what it asks Slurm for, and its submission by submitit.
+"""One job array as a batch script: its resources, and its submission by submitit.
 
 submitit writes the script and runs sbatch. The tasks run `trak_dist.task`, not submitit's pickles:
 what a task does is in the run directory, and nothing from there is ever unpickled.
@@ -32,7 +32,7 @@ TRIES, PAUSE_SECONDS = 4, 5.0
 # What sbatch says where a limit on submitted jobs is reached, and where trying again may help.
 FULL = ("MaxSubmitJob", "GrpSubmitJob", "job queue full", "temporarily unable to accept")
 PASSING = ("timed out", "Unable to contact", "Connection refused", "Transport endpoint")
-# What follows srun. 85 asks for another go; above 128 the worker was killed. A job that is not
+# What follows srun. 85 asks to be requeued; above 128 the worker was killed. A job that is not
 # RUNNING any more is being cancelled, or put into the queue by Slurm itself.
 REQUEUE = (
     "code=$?",
@@ -47,7 +47,7 @@ REQUEUE = (
 
 @dataclass(frozen=True, kw_only=True)
 class BatchRequest:
-    """What is asked of Slurm for one array; `number` is that of its file, `tasks` how many."""
+    """A request for one job array; `number` is that of its record, `tasks` the number of tasks."""
 
     name: str
     step: str
@@ -62,7 +62,7 @@ def submit(run: Run, cluster: SlurmConfig, batch: BatchRequest) -> str:
     Raises
     ------
     SlurmRefused
-        If Slurm says no; `QueueFull` where that is for a limit on submitted jobs.
+        If Slurm rejects the job; `QueueFull` where a limit on submitted jobs is the reason.
     SlurmError
         If neither sbatch nor squeue answer, so that the array may be in the queue or not.
     """
@@ -80,15 +80,16 @@ def submit(run: Run, cluster: SlurmConfig, batch: BatchRequest) -> str:
             with atomic.write_errors(logs):
                 raise
         except FailedSubmissionError as error:
-            for task in slurm.queue(batch.name):  # submitted, by an sbatch that words its answer so
+            # submitted, by an sbatch whose answer submitit can't parse
+            for task in slurm.queue(batch.name):
                 return task.job_id.split("_")[0]
-            raise SlurmError(str(error), next="see what sbatch is on this machine") from None
+            raise SlurmError(str(error), next="check which sbatch this machine runs") from None
         except FailedJobError as error:
             answer = str(error).strip()
         if any(text in answer for text in FULL):
             raise QueueFull(
-                f"Slurm takes no more jobs: {answer}",
-                next="run the same command again when some of yours have ended",
+                f"Slurm accepts no more jobs: {answer}",
+                next="run the same command again when some of your jobs have ended",
             )
         if not any(text in answer for text in PASSING):
             raise SlurmRefused(
@@ -97,11 +98,12 @@ def submit(run: Run, cluster: SlurmConfig, batch: BatchRequest) -> str:
                 next=_correction(run.plan, cluster, batch, answer),
             )
         time.sleep(PAUSE_SECONDS)
-        for task in slurm.queue(batch.name):  # an answer that was lost may have been a yes
+        # the job may be submitted although the answer was lost
+        for task in slurm.queue(batch.name):
             return task.job_id.split("_")[0]
     raise SlurmTimeout(
-        f"sbatch gave no answer for the {batch.step} array: {answer}",
-        next="see whether Slurm is up (scontrol ping), then run the same command again",
+        f"sbatch did not answer for the {batch.step} array: {answer}",
+        next="check that Slurm is up (scontrol ping), then run the same command again",
     )
 
 
@@ -186,7 +188,8 @@ def _parameters(run: Run, cluster: SlurmConfig, batch: BatchRequest) -> dict[str
             *(f"{{ {line}\n}} || exit 1" for line in cluster.setup),
         ],
         "teardown": list(REQUEUE),
-        # Since 22.05 srun does not take --cpus-per-task from sbatch. Logs go on when requeued.
+        # Since 22.05 srun does not take --cpus-per-task from sbatch. Logs are appended to when
+        # requeued.
         "srun_args": [f"--cpus-per-task={cpus}", "--open-mode=append"],
         "additional_parameters": {
             "requeue": True,

@@ -27,7 +27,7 @@ YEAR_MINUTES = 365 * 24 * 60
 
 
 class LocalExecutor:
-    """Deals tasks to at most `workers` processes, each of which sees one of the `gpus`, if any.
+    """Distributes tasks over at most `workers` processes; each sees one of the `gpus`, if any.
 
     Each worker gets one run of neighbouring tasks, so that it loads few checkpoints.
     """
@@ -106,7 +106,7 @@ def _in_worker(job: RunCells, cells: Sequence[str], logs: Path, log_variable: st
 
 
 def run_logged(job: RunCells, cells: Sequence[str]) -> None:
-    """Run cells; that a worker could not even begin is in its log, and told by the launcher."""
+    """Run cells; a worker that could not start says why in its log, and the launcher reports it."""
     try:
         job(cells)
     except TrakDistError as error:

@@ -1,4 +1,4 @@
-"""What an executor is: it runs tasks, somewhere, and says when some may have ended."""
+"""The protocol of executors: run tasks somewhere, and call back for progress."""
 
 from __future__ import annotations
 

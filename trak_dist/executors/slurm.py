@@ -1,7 +1,7 @@
-"""slurm: the whole job graph as arrays of Slurm tasks, submitted at once; then this process may go.
+"""slurm: the whole job graph as job arrays, submitted at once; then this process may end.
 
 The cells of an array are frozen in a file before it is submitted, and its name in the queue says
-which file: the queue alone tells which cells are taken. What is done, the receipts alone tell.
+which file: the queue alone says which cells are taken. What is done is in the receipts alone.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def submit(
 ) -> SubmissionResult:
     """Submit the cells of `stages` that are neither done nor, unless by `force`, in the queue.
 
-    `rate` tells what to expect of a featurize task, in rows per second, while none was measured.
-    Where the limits forbid all at once, a last job submits the rest when these have ended.
+    `rate` estimates the rows per second of a featurize task while none was measured. Where the
+    limits forbid all at once, a last job submits the rest when these have ended.
 
     Raises
     ------
     ConfigError
-        If a job would pend for ever.
+        If a job would stay pending forever.
     SlurmError
         If Slurm is not there or refuses a job.
     """
@@ -64,7 +64,7 @@ def submit(
     _, blocked = arrays.forecast()
     if blocked:
         raise MissingInputs(
-            f"{len(blocked)} cells need others that are neither done nor in the queue, "
+            f"{len(blocked)} cells depend on others that are neither done nor in the queue, "
             f"{blocked[0].id} first",
             where=str(run.layout.run_dir),
             next="leave out stage=…: the whole graph is submitted then",
@@ -77,7 +77,7 @@ def submit(
 
 
 def _owners_and_unsatisfiable(run: Run, queue: Queue) -> tuple[dict[Cell, str], list[str]]:
-    """Who makes which cell in the queue; and the waiting tasks whose needs nobody makes.
+    """The queued task of each cell; and the waiting tasks whose dependencies no task makes.
 
     Those are cancelled by Slurm a little later, or begin too early: after a failure, or if the run
     has more checkpoints now than when they were submitted.
@@ -99,7 +99,7 @@ def _owners_and_unsatisfiable(run: Run, queue: Queue) -> tuple[dict[Cell, str], 
                 needed = cells[0].dependencies(plan, done)
                 blocked[group] = any(c not in done and c not in owners for c in needed)
             if task.unsatisfiable or (blocked[group] and not task.has_started):
-                # Another member's are not ours to cancel, and not to be waited for.
+                # Tasks of another member are neither cancelled nor waited for.
                 unsatisfiable += [task.job_id] if job.member == run.layout.member else []
             else:
                 owners.update(dict.fromkeys(cells, task.job_id))
@@ -107,9 +107,9 @@ def _owners_and_unsatisfiable(run: Run, queue: Queue) -> tuple[dict[Cell, str], 
 
 
 def continue_submission(jobs: JobRecords, job: JobRecord) -> SubmissionResult:
-    """Submit what had no room before, waiting for room if need be.
+    """Submit what had no room before; wait for room if there is none.
 
-    A cell that was submitted by the same command before is not submitted again: it failed.
+    A cell that this command submitted before is not submitted again: it failed.
     """
     order = SubmissionRequest(cluster_from_mapping(job.cluster), job.stages, job.launch)
     while True:
@@ -118,14 +118,14 @@ def continue_submission(jobs: JobRecords, job: JobRecord) -> SubmissionResult:
         except SlurmRefused as error:
             if not isinstance(error, QueueFull):
                 raise
-            log.info("%s; looking again in %.0f s", error.what, RETRY_SECONDS)
+            log.info("%s; trying again in %.0f s", error.what, RETRY_SECONDS)
         except SlurmError as error:  # Slurm does not answer, for now
             log.warning("%s; trying again in %.0f s", error.what, RETRY_SECONDS)
         else:
             if not result.deferred_cells or result.continuation_job != machine.process()["job_id"]:
                 return result
             log.info(
-                "no room for %d cells; looking again in %.0f s",
+                "no room for %d cells; trying again in %.0f s",
                 result.deferred_cells,
                 RETRY_SECONDS,
             )
@@ -138,7 +138,7 @@ def _continue_once(jobs: JobRecords, order: SubmissionRequest) -> SubmissionResu
     owners, _ = _owners_and_unsatisfiable(jobs.run, read_queue(jobs))
     arrays = PendingGroups(jobs, order, owners, skip=attempted)
     limits = read_limits(order.cluster)
-    # Another job like this one needs room too; where there is none, this one stays.
+    # Another continuation job needs room too; where there is none, this one keeps running.
     reusable_job = machine.process()["job_id"] if limits.room < 2 else ""
     return submit_within_limits(
         arrays, make_submit(jobs, order, arrays.rows), limits, continuation_job=reusable_job
@@ -148,7 +148,7 @@ def _continue_once(jobs: JobRecords, order: SubmissionRequest) -> SubmissionResu
 def dry_run(
     run: Run, cluster: SlurmConfig, stages: Sequence[str], *, rate: Rate
 ) -> tuple[SubmissionResult, list[str]]:
-    """What `submit` would submit in an empty queue without limits, and the batch scripts."""
+    """What `submit` would submit to an empty queue without limits, and the batch scripts."""
     jobs, order = JobRecords(run), SubmissionRequest(cluster, tuple(stages), "")
     scripts: list[str] = []
 
@@ -175,7 +175,7 @@ def check_time_limit(order: SubmissionRequest) -> None:
             name = f"partition {partition}" if partition else "the default partition"
             raise ConfigError(
                 f"cluster.time is {minutes} minutes, {name} gives {longest} at most: the jobs "
-                "would pend for ever",
+                "would stay pending forever",
                 where="cluster.time",
                 next=f"cluster.time={longest}, or another cluster.partition",
             )

@@ -1,4 +1,4 @@
-"""The arrays of one command, sent to Slurm as far as there is room."""
+"""Submitting the task groups of one command, as far as the queue has room."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trak_dist.store.receipts import rows_per_second
 
 @dataclass(frozen=True)
 class SubmissionRequest:
-    """What a command asked for: settings, stages, and a name that tells it from other commands."""
+    """What a command asked for: settings, stages, and a name of its own."""
 
     cluster: SlurmConfig
     stages: tuple[str, ...]
@@ -43,8 +43,8 @@ class SubmittedJob:
 class SubmissionResult:
     """What a command submitted, and what it did not.
 
-    `deferred_cells` cells found no room, job `continuation_job` submits them; `blocked` ones need
-    cells that are missing and that nobody makes.
+    `deferred_cells` cells found no room, the job `continuation_job` submits them; `blocked` ones
+    depend on missing cells that no task makes.
     """
 
     jobs: list[SubmittedJob] = field(default_factory=list)
@@ -85,7 +85,7 @@ class PendingGroups:
         return self._arrays(self.owners)
 
     def forecast(self) -> tuple[list[graph.Task], list[Cell]]:
-        """The tasks that there will be, and the cells that lack what nobody makes."""
+        """The tasks to come, and the cells whose dependencies no task makes."""
         owners = dict(self.owners)
         tasks: list[graph.Task] = []
         blocked: list[Cell] = []
@@ -120,7 +120,7 @@ def read_limits(cluster: SlurmConfig) -> slurm.Limits:
 
 
 def make_submit(jobs: JobRecords, order: SubmissionRequest, rows: int) -> SubmitFunction:
-    """Publishes what is to be sent, then sends it; the rest is to have as large data shards."""
+    """Returns a function that records a job array, then submits it."""
 
     def send(step: str, tasks: Sequence[graph.Task], dependency: str) -> str:
         job = JobRecord(
@@ -148,14 +148,14 @@ def make_submit(jobs: JobRecords, order: SubmissionRequest, rows: int) -> Submit
 def submit_within_limits(
     arrays: PendingGroups, send: SubmitFunction, limits: slurm.Limits, *, continuation_job: str = ""
 ) -> SubmissionResult:
-    """Send the arrays as far as `limits` allow, and a job that goes on if there is none.
+    """Submit the groups as far as `limits` allow, and a continuation job if there is none.
 
     Raises
     ------
     QueueFull
-        If nothing could be sent.
+        If nothing could be submitted.
     SlurmError
-        If Slurm does not answer or refuses an array, with what was sent before.
+        If Slurm does not answer or rejects an array, with what was submitted before.
     """
     tasks, blocked = arrays.forecast()
     result = SubmissionResult(
@@ -173,7 +173,7 @@ def submit_within_limits(
         after = _dependency(array, sizes)
         try:
             job_id = send(array.step, part, after) if part else ""
-        except QueueFull:  # by a limit that accounting does not tell
+        except QueueFull:  # by a limit that accounting does not report
             if not result.jobs:
                 raise
             job_id, room = "", 0
@@ -191,7 +191,7 @@ def submit_within_limits(
         try:
             result.continuation_job = send(CONTINUATION, (), f"afterany:{':'.join(sizes)}")
         except QueueFull:
-            pass  # told as cells that are left, by no job
+            pass  # reported as deferred cells without a job
         except SlurmError as error:
             raise _with_submitted_jobs(error, sizes) from None
     return result
@@ -215,7 +215,7 @@ def _parts(
 def make_batch(
     jobs: JobRecords, number: int, step: str, tasks: Sequence[graph.Task], dependency: str
 ) -> batch.BatchRequest:
-    """What is asked of Slurm for some tasks; none are those of a job that goes on."""
+    """What is asked of Slurm for some tasks; no tasks: the continuation job."""
     return batch.BatchRequest(
         name=jobs.name(number, step),
         step=step,
@@ -228,7 +228,7 @@ def make_batch(
 def _dependency(array: graph.TaskGroup, sizes: Mapping[str, int]) -> str:
     """`afterok` of tasks `12_3`, an array named as a whole where all of its tasks are meant.
 
-    `afterany` of those beside it: what fails there need not be what is needed here.
+    `afterany` of those of another member: what fails there need not be needed here.
     """
     kinds = {"afterok": array.after, "afterany": array.after_any}
     return ",".join(

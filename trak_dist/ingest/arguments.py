@@ -83,7 +83,7 @@ def model_output(task: str | ModelOutput, gradient_computer: type[Any]) -> Model
 
 @dataclass(frozen=True, kw_only=True)
 class TRAKerArguments:
-    """What the arguments of a `TRAKer` say of a run; those that are None say nothing."""
+    """The arguments of a `TRAKer` that determine its run; None means not given."""
 
     gradient_computer: type[Any] = FunctionalGradientComputer
     projector: Any = None
@@ -121,7 +121,7 @@ class TRAKerArguments:
         self.spec()  # refuses numbers that are none
 
     def spec(self, planned: Spec | None = None) -> Spec:
-        """The spec of a new run; or of one that is planned, with what is said otherwise."""
+        """The spec of a new run; or of a planned one, with the arguments that are given."""
         threads = torch.get_num_threads()
         spec = planned or Spec(
             problem=PROBLEM,
@@ -227,7 +227,7 @@ def check_rows(rows: NDArray[np.int64], size: int, split: Split) -> None:
     if len(rows) != size:
         what = f"{len(rows)} rows for a batch of {size} examples"
     elif len(outside):
-        what = f"row {outside[0]} is none of the {split.rows} of {split.name!r}"
+        what = f"row {outside[0]} is not one of the {split.rows} of {split.name!r}"
     elif len(np.unique(rows)) < len(rows):
         what = "a row is there twice in one batch"
     if what:

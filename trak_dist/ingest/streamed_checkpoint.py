@@ -1,4 +1,4 @@
-"""The checkpoint whose rows a process feeds: in the model, and what was made for it."""
+"""The checkpoint whose rows a process streams: in the model, with its featurizer."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class StreamedCheckpoint:
         self._featurizer: CheckpointFeaturizer | None = None
 
     def make_ready(self) -> None:
-        """Put the model in evaluation mode: a script may have trained it meanwhile.
+        """Put the model in evaluation mode: a script may have trained it since.
 
         Raises
         ------

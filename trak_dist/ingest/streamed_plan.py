@@ -1,4 +1,4 @@
-"""The plan of a run that is fed (`TRAKer`): checkpoints and target sets join as they come."""
+"""The plan of a run with streamed rows: checkpoints and target sets are added as they come."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ def with_checkpoint(plan: Plan, model_id: int, path: str | None) -> Plan:
     Raises
     ------
     ConfigError
-        If it is the plan of a problem, which brings its checkpoints itself.
+        If it is the plan of a problem, which provides its own checkpoints.
     """
     if any(c.model_id == model_id for c in plan.checkpoints):
         return plan
     if plan.has_problem:
         raise ConfigError(
-            f"model_id {model_id} is not of this run, whose problem brings its checkpoints: "
+            f"model_id {model_id} is not of this run, whose problem provides its checkpoints: "
             f"{[c.model_id for c in plan.checkpoints]}",
             where="model_id",
-            next="launch the run with that checkpoint in its problem, or feed another save_dir",
+            next="launch the run with that checkpoint in its problem, or use another save_dir",
         )
     joined = [*plan.checkpoints, Checkpoint(model_id, path, trained=False)]
     return replace(plan, checkpoints=tuple(sorted(joined, key=lambda c: c.model_id)), use=())
 
 
 def with_ensemble(plan: Plan, model_ids: Sequence[int]) -> Plan:
-    """`plan` whose ensemble are these checkpoints."""
+    """`plan` with these checkpoints as the ensemble."""
     all_of_them = len(model_ids) == len(plan.checkpoints)
     return replace(plan, use=() if all_of_them else tuple(model_ids))
 
@@ -89,11 +89,11 @@ def create_run(run_dir: Path, plan: Plan) -> None:
 
 
 def extend_run(run: Run, change: Callable[[Plan], Plan]) -> Run:
-    """`run` with its plan changed, whatever other processes change meanwhile."""
+    """`run` with its plan changed, also if other processes change it at the same time."""
     while True:
         run = Run.open(run.layout.run_dir)
         plan = change(run.plan)
         if plan == run.plan:
             return run
-        with contextlib.suppress(PlanMismatch):  # another was first: on top of its plan, then
+        with contextlib.suppress(PlanMismatch):  # another process was first: extend its plan
             return run.extend(plan)

@@ -1,4 +1,4 @@
-"""Splits whose rows are fed by calls (`TRAKer`), not read from a problem's dataset.
+"""Splits whose rows are streamed by calls of `TRAKer`, not read from a problem's dataset.
 
 What a call computes is a part of its process's own; a featurize cell gathers the parts of its rows
 into its chunk, the earliest part where a row came twice. Once all cells of a checkpoint and split
@@ -37,7 +37,7 @@ log = logging.getLogger("trak_dist")
 
 
 class RowStream:
-    """What one process feeds into one checkpoint's split."""
+    """The rows that one process streams into one checkpoint's split."""
 
     def __init__(self, run: Run, model_id: int, split: str, checkpoint_digest: str) -> None:
         self._run, self._model_id, self.split = run, model_id, split
@@ -54,7 +54,8 @@ class RowStream:
         """Which rows (n,) are there, in cells or in parts of any process."""
         if self._done.all():
             return self._done
-        listed = parts.listed(self._directory)  # first: what is gathered meanwhile is in cells
+        # first: rows that are gathered during this are in cells
+        listed = parts.listed(self._directory)
         cells = list(FeaturizeCell.of_split(self._run.plan, self._model_id, self.split))
         for cell in self._run.receipts.done(cells):
             assert isinstance(cell, FeaturizeCell)
@@ -82,7 +83,7 @@ class RowStream:
         rows : (m,) int64
             Rows that are done.
         inputs : (m, 16) uint8
-            What `row_digests` gives of the examples that are brought for them now.
+            What `row_digests` gives of the examples that come for them now.
         """
         plan = self._run.plan
         if not plan.split(self.split).streamed:
@@ -98,8 +99,8 @@ class RowStream:
         if len(others):
             name = "save_dir" if self.split == TRAIN else "exp_name"
             raise DatasetError(
-                f"{len(others)} of {len(rows)} rows of {self.split!r} that are there were computed "
-                f"from other examples than these: {format_ranges(np.sort(others))}",
+                f"{len(others)} of {len(rows)} rows of {self.split!r} were computed before from "
+                f"other examples than these: {format_ranges(np.sort(others))}",
                 where=f"model_id {self._model_id}",
                 next=f"the same examples as before, or another {name}; inds, if they come in "
                 "another order; no random augmentation",

@@ -85,7 +85,7 @@ class Outcome:
 
     def raise_for_failures(self) -> None:
         """Raise `CellsFailed`, with the first error, if cells are not done and none is queued."""
-        again = "the same call again, once the cause is gone: finished cells are kept"
+        again = "the same call again after fixing the cause: finished cells are kept"
         for cell, failure in self.failed.items():
             where = str(failure.job.get("log") or cell.id)
             count = len(self.failed) + len(self.not_run)
@@ -167,7 +167,7 @@ class _Execution:
                 ids = [tuple(cell.id for cell in task) for task in tasks if task]
                 self._executor().run(self._job, ids, counter.tick)
             if run.receipts.failed_audits() != failed_before:
-                return self.run_stage(stage)  # cells were taken back, of other tasks too
+                return self.run_stage(stage)  # cells were revoked, of other tasks too
             outcome = outcome_of(run, stage, waiting)
             if not outcome.complete:
                 break
@@ -254,7 +254,7 @@ def _submitted_assignment(run: Run, config: Config, cluster: SlurmConfig) -> Out
 
 
 def _waited(prepared: Prepared, outcome: Outcome, on_progress: OnProgress | None) -> Outcome:
-    """`outcome` as it is once the queue holds nothing of the run."""
+    """`outcome`, once the queue has no task of the run."""
     run, started = prepared.run, time.monotonic()
     report = on_progress or (lambda _: None)
     while not (status := read_status(run)).idle:

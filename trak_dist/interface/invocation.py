@@ -1,7 +1,6 @@
 """An invocation: what one command, or one call, asks for, merged with a run's plan once. Pure.
 
-A setting that the user did not name is in no way said: it comes from the run's plan, and where
-there is no run yet, from the defaults.
+A setting that the user did not name comes from the run's plan or, without a run, from the defaults.
 """
 
 from __future__ import annotations
@@ -128,7 +127,7 @@ def run_dir(value: object) -> Path:
     requirement = ""
     text = str(value) if isinstance(value, str | Path) else ""
     if not text or "%" in text:
-        requirement = "a path without '%', which submitit and Slurm take for a job's number"
+        requirement = "a path without '%', which submitit and Slurm replace by a job's number"
     elif control := control_character(text):
         requirement = (
             f"a path without the control character {control!r}, which may be a command's end"

@@ -92,7 +92,7 @@ def plan_run(
     on_note: Callable[[str], None] | None = None,
     **settings: Any,
 ) -> PlannedRun:
-    """Plan a run, or go on with the one in `run_dir`: settings not named come from its plan.
+    """Plan a run, or resume the one in `run_dir`: settings not named come from its plan.
 
     Parameters
     ----------
@@ -137,8 +137,8 @@ def plan_run(
         raise ConfigError(
             f"stage={config.stage!r} plans nothing",
             where="stage",
-            next=f"one of {', '.join(s for s in STAGES if s not in LOOKS)}; "
-            "PlannedRun.status() tells what is done",
+            next=f"one of {', '.join(s for s in STAGES if s not in LOOKS)}; PlannedRun.status() "
+            "shows what is done",
         )
     if held and config.cluster.kind != "debug":
         raise ConfigError(

@@ -104,7 +104,7 @@ def open_existing(resolved: Resolved, note: Note) -> Run:
 
 
 def prepare_run(resolved: Resolved, note: Note) -> Prepared:
-    """The run, made or extended, and how many workers fit; refuses before it writes.
+    """The run, created or extended, and how many workers fit; all checks precede the first write.
 
     A combination of a sweep makes or extends a member, if it is not the run itself.
     """
@@ -159,7 +159,7 @@ def gpus(cluster: ClusterConfig) -> int:
 def _with_chosen_lambda(
     invocation: Invocation, base: Run | None, note: Note
 ) -> tuple[Invocation, str | None]:
-    """With the λ that `auto` stands for, and why it is that one."""
+    """With the λ that `auto` selects, and the reason."""
     plan = base.plan if base else None
     if invocation.values(plan).get(LAMBDA_KEY) != "auto":
         return invocation, None
@@ -184,7 +184,7 @@ def _with_settings(config: Config, run: Run, changeable: tuple[str, ...], note: 
         raise PlanMismatch(
             f"the run directory belongs to another spec:\n{listed}",
             where=where,
-            next="leave these settings out to go on with this run, "
+            next="leave these settings out to resume this run, "
             + ("add -m to compute with these too, " if as_member else "")
             + "or use another run_dir",
         )
@@ -272,9 +272,9 @@ def _check_needs_no_problem(invocation: Invocation, config: Config) -> None:
     requested = [key for key in sorted(invocation.explicit) if key.startswith(sections)]
     if requested:
         raise ConfigError(
-            f"{', '.join(requested)}: there is no problem here to take it from",
+            f"{', '.join(requested)}: this run has no problem to take it from",
             where=config.run_dir,
-            next="the run is fed by TRAKer: more checkpoints and targets come from there",
+            next="the rows of this run come from TRAKer: add checkpoints and targets there",
         )
 
 

@@ -1,9 +1,9 @@
-"""Per-sample gradients, and what goes with them, held against plain autograd.
+"""Checks of per-sample gradients, f and Q against plain autograd.
 
 A gradient computer is tried on a whole batch. Some rows of it are computed again, each alone: their
-gradients, f and Q must be the same, whatever companions they had. And a sum of all rows' gradients,
-with random weights, must be the gradient of the weighted sum of outputs, one backward pass of
-torch's own, in which a row that was given to another example would show.
+gradients, f and Q must be the same, whatever other examples they came with. And a sum of all rows'
+gradients, with random weights, must be the gradient of the weighted sum of outputs, one backward
+pass of torch's own, in which a row that was given to another example would show.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def tolerance(model: nn.Module) -> float:
 
 @dataclass(frozen=True)
 class SingleExampleResults:
-    """Some examples, each computed without companions: gradients, f (rows,), Q (rows,)."""
+    """Some examples, each computed alone: gradients, f (rows,), Q (rows,)."""
 
     grads: Grads
     f: Float[Tensor, " rows"]
@@ -73,7 +73,7 @@ def out_to_loss_alone(
 def check_deterministic(
     model: nn.Module, model_output: ModelOutput, params: Sequence[str], batch: Batch, *, where: str
 ) -> None:
-    """Raise `ProblemError` if the output of an example is another one when it is computed again."""
+    """Raise `ProblemError` if the output of an example differs when it is computed again."""
     loop, example = LoopGradients(model, model_output, params), rows_of(batch, [0])
     first, second = (loop(example, lambda *_: None) for _ in range(2))
     if not torch.allclose(first, second, rtol=tolerance(model), atol=1e-6, equal_nan=True):
@@ -101,7 +101,7 @@ def gradients_and_weighted_sum(
     weights: Float[Tensor, " batch"] | None,
     shapes: Mapping[str, torch.Size],
 ) -> tuple[Grads, Grads, Float[Tensor, " batch"] | None]:
-    """The same, and the weighted sum of all rows' gradients; (batch, p) numbers are never held."""
+    """The same, and the weighted sum of all rows' gradients, without a (batch, p) matrix."""
     selected = {n: torch.zeros(len(rows), *s, dtype=torch.float64) for n, s in shapes.items()}
     sums = {
         n: torch.zeros(s, dtype=torch.float64) for n, s in shapes.items() if weights is not None
@@ -127,7 +127,7 @@ def weighted_sum_gradient(
     weights: Float[Tensor, " batch"],
     sink: GradientSink,
 ) -> None:
-    """Hand over the gradient of Σ wᵢ fᵢ, as that of one example, from one plain backward pass."""
+    """Pass the gradient of Σ wᵢ fᵢ, from one backward pass, to the sink as that of one example."""
     output: Callable[..., Tensor] | None = own_method(model_output, "get_batch_output")
     assert output is not None
     selected = select_params(model, params)

@@ -1,9 +1,9 @@
-"""Where the examples of a batch lie in a tensor that was made of them.
+"""Which entries of a tensor belong to which example of a batch.
 
 In a model's forward pass examples move: a batch is sorted, its padding left out, its tokens sent to
-experts, its dimensions put in another order. `ExampleAxis` says where they are; `Untracked` that
-this is not known, and since which function. A tensor with neither holds nothing of any example.
-Which function does what to them is in `ops.tracking`.
+experts, its dimensions put in another order. `ExampleAxis` says along which dimension they are;
+`Untracked` that this is unknown, and since which function. A tensor with neither does not depend on
+examples. The rules of functions are in `ops.tracking`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NO_EXAMPLE = -1
 
 @dataclass(frozen=True, eq=False)
 class ExampleAxis:
-    """Examples lie along a dimension: what is at index j of it is of example `ids[j]` alone.
+    """Examples are along a dimension: index j of it depends on example `ids[j]` alone.
 
     `ids` is on the CPU, whatever device the tensor is on; `NO_EXAMPLE` where no example is. A
     tensor without dimensions has one id.
@@ -39,7 +39,7 @@ class ExampleAxis:
         return minimum if minimum == most != NO_EXAMPLE else None
 
     def has_same_examples(self, other: ExampleAxis) -> bool:
-        """Whether the same examples lie at the same indices."""
+        """Whether both have the same examples at the same indices."""
         return self.ids is other.ids or torch.equal(self.ids, other.ids)
 
     def expand_to(self, shape: Sequence[int]) -> Int64[Tensor, "..."]:
@@ -53,7 +53,7 @@ class ExampleAxis:
 
 @dataclass(frozen=True)
 class Untracked:
-    """Of which example an entry is, is not known, or it is of several; since the function `by`."""
+    """The example of an entry is unknown, or it depends on several; since the function `by`."""
 
     by: str
 
@@ -62,7 +62,7 @@ AxisInfo = ExampleAxis | Untracked | None
 
 
 def axis_of(value: object) -> AxisInfo:
-    """Where the examples lie in a tensor; None where it holds nothing of them."""
+    """The axis of the examples in a tensor; None if it does not depend on them."""
     if not isinstance(value, Tensor):
         return None
     found, version = recorded_axis(value)
@@ -76,19 +76,19 @@ def axis_of(value: object) -> AxisInfo:
 
 
 def recorded_axis(tensor: Tensor) -> tuple[AxisInfo, int | None]:
-    """What was noted last, and at which version of the tensor."""
+    """What was recorded last, and at which version of the tensor."""
     last: tuple[AxisInfo, int | None] = getattr(tensor, "_examples", (None, None))
     return last
 
 
 def record_axis(tensor: Tensor, found: AxisInfo) -> Tensor:
-    """Note it on the tensor itself, since a tensor's id may be another's later on."""
+    """Recorded on the tensor itself, since ids of tensors are reused."""
     tensor._examples = (found, tensor._version)  # type: ignore[attr-defined]  # noqa: SLF001
     return tensor
 
 
 def entry_owners(tensor: Tensor) -> Int64[Tensor, "..."]:
-    """The example of each entry of a tensor; nobody where that is not known."""
+    """The example of each entry of a tensor; `NO_EXAMPLE` where that is unknown."""
     found = axis_of(tensor)
     if isinstance(found, ExampleAxis):
         return found.expand_to(tensor.shape)
@@ -96,7 +96,7 @@ def entry_owners(tensor: Tensor) -> Int64[Tensor, "..."]:
 
 
 def axis_in_view(view: Tensor, base: Tensor) -> AxisInfo:
-    """Where examples lie in a view, by the tensor that it is a view of."""
+    """The axis of the examples in a view, from its base tensor."""
     found, by = axis_of(base), "a change in place of what it is a view of"
     if not isinstance(found, ExampleAxis) or not base.is_contiguous() or view.dtype != base.dtype:
         return found if isinstance(found, Untracked) else Untracked(by)
@@ -106,7 +106,7 @@ def axis_in_view(view: Tensor, base: Tensor) -> AxisInfo:
 
 
 def mark_batch_first(tensor: Tensor, size: int) -> Tensor:
-    """Note that the examples of a batch are a tensor's first dimension."""
+    """Record that the examples of a batch are a tensor's first dimension."""
     if not tensor.ndim or len(tensor) != size:
         return record_axis(
             tensor, Untracked(f"a batch of {size} with a tensor of shape {tuple(tensor.shape)}")
@@ -115,10 +115,9 @@ def mark_batch_first(tensor: Tensor, size: int) -> Tensor:
 
 
 def axis_from_owners(owners: Int64[Tensor, "..."], by: str) -> AxisInfo:
-    """Where examples lie in a tensor whose entries are of these ones.
+    """The axis of the examples, from the example of each entry.
 
-    That is along one dimension, if the entries at each of its indices are all of one example but
-    for those that are nobody's.
+    There is one if all entries at each index of a dimension are of one example, or of none.
     """
     if not owners.ndim:
         one = owners.reshape(1)
@@ -138,7 +137,7 @@ def axis_from_owners(owners: Int64[Tensor, "..."], by: str) -> AxisInfo:
 
 
 def merge_owners(owners: Sequence[Int64[Tensor, "..."]], shape: Sequence[int], by: str) -> AxisInfo:
-    """Where they lie in what is made entry by entry of tensors whose entries are of these ones."""
+    """The axis of the examples in the elementwise result of tensors with these owners."""
     most = torch.full((), NO_EXAMPLE).expand(tuple(shape))
     for own in owners:
         own = own.expand(tuple(shape))  # noqa: PLW2901
@@ -149,10 +148,10 @@ def merge_owners(owners: Sequence[Int64[Tensor, "..."]], shape: Sequence[int], b
 
 
 class RowsByExample:
-    """The rows of a tensor, dealt out to the examples that they are of.
+    """The rows of a tensor, grouped by example.
 
-    Where each example has equally many, one after the other, that is another view of the tensor;
-    else each gets as many as the one that has most, those that are too many being zero.
+    Where each example has equally many consecutive rows, that is a view of the tensor; else
+    examples are padded with zero rows.
     """
 
     def __init__(self, ids: Int64[Tensor, " rows"], size: int) -> None:
@@ -187,7 +186,7 @@ class RowsByExample:
         return found.masked_fill_(blank.view(*blank.shape, *[1] * (tensor.ndim - 1)), 0)
 
     def unowned_have_gradient(self, grad: Tensor) -> bool:
-        """Whether rows that are of no example have a gradient, so that it would be lost."""
+        """Whether rows of no example have a gradient, which would be lost."""
         if self._unowned is None:
             return False
         return bool(grad[self._unowned.to(grad.device)].any())

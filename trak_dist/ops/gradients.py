@@ -1,6 +1,6 @@
 """Per-sample gradients of the model output.
 
-A gradient computer takes a batch and hands over, piece by piece, the gradient of each example's
+A gradient computer takes a batch and passes on, piece by piece, the gradient of each example's
 model output by each selected parameter. `VmapGradients` here is general; it holds all of a batch's
 gradients at once. `HookGradients`, in `ops.hooks`, is fast and never does. `LoopGradients` asks
 nothing of the model but autograd.

@@ -1,14 +1,14 @@
 """Per-sample gradients from one batched forward and one backward pass.
 
-The forward pass is watched: whatever function of torch a selected parameter goes into gives its
+The forward pass is traced: whatever function of torch a selected parameter goes into gives its
 output a hook. In the backward pass, which computes gradients by activations only, the hook forms
-the parameter's per-sample gradients by the function's rule (`ops.layers`), hands them over in
-pieces, and lets go of them. So neither the (batch, p) matrix nor the summed weight gradients exist.
+the parameter's per-sample gradients by the function's rule (`ops.layers`), passes them on in
+pieces, and frees them. So neither the (batch, p) matrix nor the summed weight gradients exist.
 
-What is watched are functions and not modules, so `F.linear(x, self.fc.weight)`, tied weights and
-modules used twice need no case of their own; a use without a rule is found, never passed over. The
-examples are followed too (`ops.tracking`): a layer's rows are read as examples only where it is
-known whose they are, however the model has sorted, packed or routed them.
+Functions are traced and not modules, so `F.linear(x, self.fc.weight)`, tied weights and modules
+used twice need no case of their own; a use without a rule is found, never passed over. The examples
+are tracked too (`ops.tracking`): a layer's rows count as an example's only where that is known,
+however the model has sorted, packed or routed them.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class HookGradients:
             watch.check_covered()
             if watch.escaped_by:
                 raise NotCovered(
-                    f"the model output, since what {watch.escaped_by} does is not followed"
+                    f"the model output, since what {watch.escaped_by} does is not tracked"
                 )
             _check_outputs(f, size)
             if watch.roots:
@@ -119,8 +119,10 @@ def _check_outputs(f: Any, size: int) -> None:
     depend_on_examples([f])
     where = example_axis.axis_of(f)
     if isinstance(where, Untracked):
-        raise NotCovered(f"the model output, since examples can't be told apart after {where.by}")
+        raise NotCovered(
+            f"the model output, since examples are no longer separable after {where.by}"
+        )
     if where is None:
         raise NotCovered("the model output, which is made of no example as far as torch shows")
     if not torch.equal(where.ids, torch.arange(size)):
-        raise NotCovered("the model output, which comes in another order than the batch")
+        raise NotCovered("the model output, which is not in the order of the batch")

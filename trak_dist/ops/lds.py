@@ -35,12 +35,12 @@ class Interval:
 def spearman(a: Matrix, b: Matrix) -> Matrix:
     """Spearman's ρ between the columns of `a` and `b` (subsets, targets), one for each target.
 
-    A constant prediction, of a target whose scores are all zero, tells nothing: 0.
+    A constant prediction, of a target whose scores are all zero, counts as 0.
 
     Raises
     ------
     EvaluationError
-        If a column of `b` is constant, where there is nothing to be told.
+        If a column of `b` is constant, where no correlation exists.
     """
     ranks = [stats.rankdata(values, axis=0) for values in (a, b)]
     centred = [r - r.mean(axis=0) for r in ranks]
@@ -60,7 +60,8 @@ def spearman(a: Matrix, b: Matrix) -> Matrix:
 def interval(per_target: Matrix, *, minimum: float = -1.0) -> Interval:
     """The mean over targets with its percentile bootstrap interval over targets.
 
-    One target says nothing of others: the interval is all that can be, from `minimum` to 1.
+    One target allows no estimate of the spread: the interval is everything possible, from `minimum`
+    to 1.
     """
     mean = float(per_target.mean())
     if len(per_target) < 2:
@@ -96,7 +97,7 @@ def two_way_interval(values: Matrix) -> Interval:
 
 @dataclass(frozen=True)
 class Reliability:
-    """What the ground truth can tell.
+    """How reliable the ground truth is.
 
     `halves` is the correlation, per target, between the means over either half of the seeds;
     `of_mean` what follows from its mean for the mean over all seeds (Spearman–Brown); `bound` its
@@ -114,7 +115,7 @@ def reliability(margins: NDArray[np.float64]) -> Reliability | None:
     if seeds < 2:
         return None
     half = seeds // 2
-    # With an odd number one seed is left out, so that the halves are alike.
+    # With an odd number one seed is left out, so that the halves have equal size.
     halves = spearman(margins[:, :half].mean(axis=1), margins[:, half : 2 * half].mean(axis=1))
     by_targets = interval(halves)
     ratio = seeds / half
@@ -134,7 +135,7 @@ def cross_fitted(by_choice: Matrix) -> tuple[Matrix, tuple[int, int]]:
     Returns
     -------
     (targets,) and the two choices
-        No target has a say in the choice that it is reported at.
+        No target influences the choice that it is reported at.
     """
     targets = by_choice.shape[1]
     first = np.zeros(targets, dtype=bool)

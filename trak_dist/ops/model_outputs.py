@@ -159,7 +159,8 @@ class SingleExampleBatches:
 class SeededByExample:
     """A model output that draws random numbers: the same ones for the same example, each time.
 
-    It has no form for batches, in which draws would depend on an example's place and companions.
+    It has no form for batches, in which draws would depend on an example's place and on the other
+    examples.
     """
 
     def __init__(self, output: ModelOutput) -> None:
@@ -247,7 +248,7 @@ def out_to_loss(
     try:
         q = torch.as_tensor(raw)
     except (TypeError, ValueError, RuntimeError):
-        found = f"{type(raw).__name__}, which is no numbers"
+        found = f"{type(raw).__name__}, which is not numeric"
     else:
         if q.numel() == size:
             return q.reshape(size)  # TRAK's own classes give (size, 1)

@@ -1,4 +1,4 @@
-"""Models as they were, whatever a forward pass does to them."""
+"""Restores models after forward passes that change them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trak_dist.listing import first_few
 
 
 def copy_model(model: nn.Module) -> nn.Module:
-    """A copy of a model, also of one that keeps what its last forward pass made of its weights.
+    """A copy of a model, even if modules hold results of the last forward pass.
 
     As torch's old weight norm does, whose tensors `copy.deepcopy` refuses.
     """
@@ -30,7 +30,7 @@ def copy_model(model: nn.Module) -> nn.Module:
 
 
 class ModelStateGuard:
-    """A model that is the same after each pass as before it.
+    """Restores a model after each pass.
 
     `torch.func.functional_call` leaves what it was given in a module that has two names, and
     forward passes count calls, average, or renormalise a table. Buffers and such tables are put

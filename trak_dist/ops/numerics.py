@@ -1,4 +1,4 @@
-"""How torch computes in this process: by which kernels, how exactly, in which order."""
+"""Numerical settings of torch in this process: kernels, precision, order of sums."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def fix(device: torch.device) -> None:
-    """Have torch take kernels that give the same bits each time, and float32 where it says so."""
+    """Make torch use deterministic kernels and exact float32."""
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
     torch.set_float32_matmul_precision("highest")
@@ -20,14 +20,14 @@ def fix(device: torch.device) -> None:
     if device.type == "cuda":  # on the CPU it only costs the import of inductor, 1.4 s
         # A warning where there is no such kernel: that is the user's model.
         torch.use_deterministic_algorithms(True, warn_only=True)
-        # With mere warnings fused attention's backward pass goes on to sum in any order.
+        # With warnings only, fused attention's backward pass still sums in any order.
         for enable in _ATTENTION:
             enable(enable is torch.backends.cuda.enable_math_sdp)
 
 
 @contextlib.contextmanager
 def preserve() -> Iterator[None]:
-    """Leave what `fix` sets as it was."""
+    """Restore what `fix` sets."""
     cudnn = torch.backends.cudnn
     flags = cudnn.deterministic, cudnn.benchmark
     strict = torch.are_deterministic_algorithms_enabled()

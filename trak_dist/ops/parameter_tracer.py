@@ -1,4 +1,4 @@
-"""A forward pass watched: what parameters are used for, and by which examples (for `ops.hooks`)."""
+"""Traces a forward pass: how parameters are used, and by which examples (for `ops.hooks`)."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class _CallResult:
 
 
 class ParameterTracer(TorchFunctionMode):
-    """Sees every call of a torch function, and follows parameters and batch through them."""
+    """Intercepts every call of a torch function, and traces parameters and batch through it."""
 
     def __init__(self, size: int, piece_elements: int) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class ParameterTracer(TorchFunctionMode):
     def add_parameter(
         self, name: str, weight: Tensor, sink: GradientSink, bundles: Bundles | None
     ) -> None:
-        """Follow one parameter, whose gradients `sink` gets."""
+        """Trace one parameter, whose gradients `sink` gets."""
 
         def sink_of_rows(rows: slice, grads: Tensor) -> None:
             sink(name, rows, grads)

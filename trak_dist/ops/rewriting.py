@@ -1,4 +1,4 @@
-"""Calls that `ops.hooks` can follow once they are written as several others.
+"""Rewrites calls into simpler ones that `ops.hooks` has rules for.
 
 torch's multi-head attention takes its weights whole and its inputs with positions before examples;
 written with `linear`, examples first, each product has its rule. So has any layer whose input has

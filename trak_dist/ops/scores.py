@@ -26,6 +26,6 @@ class Ensemble:
         self._count += 1
 
     def scores(self) -> Float64[Tensor, "rows targets"]:
-        """The scores; the products' memory is theirs from now on."""
+        """The scores; they take over the memory of the products."""
         assert self._count > 0
         return self._products.div_(self._count).mul_((self._q / self._count)[:, None])

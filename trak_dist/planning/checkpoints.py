@@ -54,7 +54,7 @@ def held_names(problem: Problem, checkpoints: Sequence[Checkpoint]) -> set[str]:
 def check_checkpoints(
     plan: Plan, problem: Problem, run: Run | None, notify: Callable[[str], None]
 ) -> Plan:
-    """Read every checkpoint of the ensemble that is not ours to train, before anything is queued.
+    """Read every provided checkpoint of the ensemble, before anything is queued.
 
     The plan that is given back holds the digests of those of which nothing was known before.
 

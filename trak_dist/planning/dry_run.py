@@ -54,7 +54,7 @@ def dry_run(problem: Problem, name: str, dataset: MapDataset, spec: FeaturizeCon
         LoopGradients(model, problem.model_output, spec.params)(batch, lambda *_: None)
         with torch.no_grad():
             q = problem.model_output.get_out_to_loss_grad(model, weights, buffers, batch)
-    except Exception as error:  # whatever the user's model and output do
+    except Exception as error:  # user code may raise anything
         text = " ".join(str(error).split())
         raise ProblemError(
             f"the model output can't be computed on the first examples of {name!r}: "

@@ -27,7 +27,7 @@ def check_ensemble(plan: Plan) -> None:
 
 
 def without_missing(run: Run, plan: Plan) -> Plan:
-    """`plan` whose ensemble are those of its checkpoints that are featurized.
+    """`plan` with only its featurized checkpoints as the ensemble.
 
     Raises
     ------

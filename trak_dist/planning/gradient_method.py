@@ -1,10 +1,10 @@
-"""Which way of computing gradients a plan takes: the fastest that is right.
+"""Selects the gradient method of a plan: the fastest that is right.
 
-Hooks refuse what they have no rule for, and torch.func what it can't trace. What they could still
-get wrong shows in numbers, on whole batches of real examples: each row alone, and all of a batch in
-one weighted sum (`ops.audit`). They are compared at weights moved away from the problem's own,
-among which there may be zeros that hide a difference. No way is right for an output that is random,
-or whose out-to-loss depends on an example's companions: those are refused.
+Hooks refuse what they have no rule for, and torch.func what it can't trace. Other errors show in
+numbers, on whole batches of real examples: each row alone, and all of a batch in one weighted sum
+(`ops.audit`). They are compared at weights moved away from the problem's own, among which there may
+be zeros that hide a difference. No method is right for an output that is random, or whose
+out-to-loss depends on other examples of the batch: those are refused.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ def select_gradient_method(
     Raises
     ------
     ConfigError
-        If it asks for a way that can't be.
+        If the requested method can't be used.
     ProblemError
-        If no way can be right.
+        If no method can be right.
     """
     moved = _perturbed(model)
     for name, batch in batches.items():
@@ -105,7 +105,7 @@ def check_per_example(
             q = out_to_loss(model_output, model, batch, None)[rows]
     except TrakDistError:
         raise
-    except Exception as error:  # whatever the user's model and output do
+    except Exception as error:  # user code may raise anything
         raise ProblemError(
             f"the model output can't be computed on examples of {where}, one by one and as a "
             f"batch: {_text(error)}",
@@ -116,7 +116,7 @@ def check_per_example(
     if not torch.allclose(q.float(), own.float(), rtol=tolerance, atol=tolerance, equal_nan=True):
         at = int((q.float() - own.float()).abs().nan_to_num(torch.inf).argmax())
         raise ProblemError(
-            f"the out-to-loss of an example of {where} depends on its companions: "
+            f"the out-to-loss of an example of {where} depends on the other examples of its batch: "
             f"{float(q[at]):.6g} in a batch of {examples_in(batch)}, {float(own[at]):.6g} alone",
             where=f"{kind}, {type(model).__qualname__}",
             next="an example's loss must be its own: no statistics of the batch "
@@ -131,7 +131,7 @@ def _reason_against(
     params: Sequence[str],
     method: str,
 ) -> str:
-    """What speaks against hooks or vmap; empty if nothing."""
+    """Why hooks or vmap can't be used; empty if they can."""
     p = sum(shape.numel() for shape in select_params(model, params).values())
     for name, whole in batches.items():
         batch = whole if method == "hooks" else rows_of(whole, slice(max(2, VMAP_BYTES // (4 * p))))
@@ -206,7 +206,7 @@ def _exact(
 def _mismatch(
     found: audit.Grads, expected: audit.Grads, tolerance: float, loop: audit.Grads, than: str
 ) -> str:
-    """Which parameter has other gradients than wanted; they may be as far off as the loop's are."""
+    """The parameter whose gradients differ; they may be as far off as those of the loop."""
     whole = sum(float(w.square().sum()) for w in expected.values()) ** 0.5
     for name, reference in expected.items():
         error, of_loop = (float((g[name] - reference).norm()) for g in (found, loop))

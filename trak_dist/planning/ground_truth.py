@@ -39,7 +39,7 @@ def with_ground_truth(
     ConfigError
         If models can't be retrained, or a subset would be empty or all.
     EvaluationError
-        If the files that were brought do not fit.
+        If the imported files do not fit.
     """
     planned = plan.ground_truth
     requested = replace(planned, **{name: getattr(config, name) for name in explicit_fields})
@@ -59,7 +59,7 @@ def with_ground_truth(
         raise ConfigError(
             "the problem has no train_checkpoint to retrain models with",
             where="ground_truth.subsets",
-            next="give it one, or bring ground_truth.masks and ground_truth.margins",
+            next="give it one, or set ground_truth.masks and ground_truth.margins",
         )
     if requested.subsets and not 0 < round(requested.alpha * plan.train.rows) < plan.train.rows:
         raise ConfigError(

@@ -25,8 +25,8 @@ class LambdaSelection:
 def select_lambda(base: Run | None, spec: Spec, use: Sequence[int]) -> LambdaSelection:
     """The λ with the highest mean LDS over the target sets, from `report/<targets>.json`.
 
-    Asked are the run and the members of its sweeps, whose evaluations know their own projection,
-    kernel scale and ensemble, and the dimensions that fold from their own.
+    The run and the members of its sweeps are searched. An evaluation covers its own projection,
+    kernel scale and ensemble, and the dimensions that fold from its own.
 
     Parameters
     ----------

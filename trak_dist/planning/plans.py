@@ -34,7 +34,7 @@ PLANNING_BYTES = 2**30  # of activations that are kept where a run is planned
 def make_plan(
     config: Config, problem: Problem, source: Source, *, notify: Callable[[str], None]
 ) -> Plan:
-    """Plan a new run; `notify` gets why gradients are not by hooks, where that was left open.
+    """Plan a new run; `notify` gets the reason if gradients are not by hooks.
 
     Raises
     ------
@@ -129,7 +129,7 @@ def extend_plan(
 
 
 def with_gradients(plan: Plan, problem: Problem) -> Plan:
-    """`plan` whose gradients are computed as `featurize.gradients` says now: all of them anew.
+    """`plan` with the gradient method of `featurize.gradients`: all grads are computed again.
 
     Raises
     ------

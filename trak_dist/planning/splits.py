@@ -27,7 +27,7 @@ def planned_split(name: str, problem: Problem, spec: Spec, dim: int) -> Split:
     found = probe(problem, name, spec)
     if probe(problem, name, spec) != found:
         raise DatasetError(
-            f"an example of {name!r} is another one when it is read again",
+            f"an example of {name!r} differs when it is read again",
             where="problem",
             next="switch random augmentation off: an example must be the same every time",
         )

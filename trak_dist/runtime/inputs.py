@@ -61,8 +61,8 @@ def require(run: Run, cells: Sequence[Cell], *, needed_by: Cell) -> dict[Cell, R
 
 
 def check_same_origin(receipts: dict[Cell, Receipt]) -> None:
-    """Raise `MixedRun` naming the cells of one checkpoint that were not made alike."""
-    hint = "mend the cause, then start a new run_dir: these cells can't be reduced together"
+    """Raise `MixedRun` naming the cells of one checkpoint that were made differently."""
+    hint = "fix the cause, then start a new run_dir: these cells can't be reduced together"
     for fact in SHARED_FACTS:
         values = [(cell, r.facts.get(fact)) for cell, r in receipts.items()]
         _check_equal(fact, values, next=hint)
@@ -76,7 +76,7 @@ def check_same_rows(run: Run, receipts: dict[Cell, Receipt]) -> None:
         values = by_rows.setdefault((cell.split, cell.rows), [])
         values.append((cell, receipt.facts.get("inputs_digest")))
     command = commands.launch(run.layout.run_dir, "stage=verify", "repair=true")
-    back = f"mend the cause; {command} takes all that disagree back, to be computed again"
+    back = f"fix the cause; {command} revokes all cells that disagree, to be computed again"
     for values in by_rows.values():
         _check_equal("inputs_digest", values, next=back)
 

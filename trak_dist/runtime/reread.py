@@ -1,4 +1,4 @@
-"""Rows that done featurize cells were shown, read again and held against what they were shown.
+"""Rows that done featurize cells were shown, read again and checked against what they were shown.
 
 A worker that begins with a split reads some batches of done cells again; each cell is compared with
 those of the same rows.
@@ -24,12 +24,12 @@ Done = Mapping[FeaturizeCell, Receipt]
 
 
 def check_done_rows(session: Session, cell: FeaturizeCell) -> None:
-    """Hold what done cells of the split of `cell` were shown against the dataset.
+    """Check what done cells of the split of `cell` were shown against the dataset.
 
     Raises
     ------
     DatasetError
-        If it was something else, naming the cells.
+        If they differ, naming the cells.
     """
     run, split = session.run, cell.split
     done = featurized(run, split)
@@ -51,7 +51,7 @@ def check_done_rows(session: Session, cell: FeaturizeCell) -> None:
 
 
 def check_same_inputs(session: Session, cell: FeaturizeCell, shown: InputDigests) -> None:
-    """Hold what a cell was shown against what those of other checkpoints were, before it is done.
+    """Check a cell's input against that of other checkpoints, before it is done.
 
     Raises
     ------
@@ -63,14 +63,14 @@ def check_same_inputs(session: Session, cell: FeaturizeCell, shown: InputDigests
         return
     _check_against_dataset(session, cell.split, featurized(session.run, cell.split))
     raise DatasetError(
-        f"the rows {cell.rows} of {cell.split!r} are others when they are read again",
+        f"the rows {cell.rows} of {cell.split!r} differ when they are read again",
         where=cell.id,
         next="switch random augmentation off: an example must be the same every time",
     )
 
 
 def _check_against_dataset(session: Session, split: str, done: Done) -> None:
-    """Read all that the done cells were shown again, mark those that were shown something else."""
+    """Read the rows of all done cells again; mark cells whose input differs."""
     run, size = session.run, session.run.plan.spec.featurize.batch_rows
     now = {rows: _read_digests(session, split, rows) for rows in {c.rows for c in done}}
     stale, mismatched = run.receipts.stale(done), dict[FeaturizeCell, str]()
@@ -83,16 +83,18 @@ def _check_against_dataset(session: Session, split: str, done: Done) -> None:
         pairs = zip(*map(batch_digests, (receipt.facts, found)), strict=False)
         at = next((i for i, (then, again) in enumerate(pairs) if then != again), None)
         mismatched[cell] = str(cell.rows if at is None else _batch_rows(cell.rows, at, size))
-        run.receipts.mark_stale(cell, f"shown other rows than {split!r} has at {mismatched[cell]}")
+        run.receipts.mark_stale(
+            cell, f"computed from other rows than {split!r} has at {mismatched[cell]}"
+        )
     if mismatched:
         shown = first_few([f"{c.id} (rows {rows})" for c, rows in mismatched.items()], 5)
         command = commands.launch(run.layout.run_dir, "stage=verify", "repair=true")
         raise DatasetError(
-            f"{len(mismatched)} of {len(done)} done cells of {split!r} were shown other rows than "
-            f"the dataset has now: {shown}",
+            f"{len(mismatched)} of {len(done)} done cells of {split!r} were computed from other "
+            f"rows than the dataset has now: {shown}",
             where=next(iter(mismatched)).id,
             next="if the data were right then, restore them and run the same command again; if "
-            f"they are right now, take these cells back by {command}",
+            f"they are right now, revoke these cells by {command}",
         )
 
 

@@ -50,7 +50,7 @@ class Session:
 
     @cached_property
     def problem(self) -> Problem:
-        """The problem, rebuilt from the plan and held against it."""
+        """The problem, rebuilt from the plan and checked against it."""
         plan = self.run.plan
         what = plan.spec.problem["_target_"]
         if not plan.has_problem:  # nobody was asked whether one may be executed
@@ -113,8 +113,8 @@ class Session:
     def batches(self, split: str, rows: Rows) -> Iterator[tuple[Any, ...]]:
         """Batches of `batch_rows` examples, on the CPU, none reaching beyond `rows`.
 
-        They are read in this thread, which made the dataset: see `datasets`. A GPU goes on
-        with one batch while the next is read.
+        They are read in this thread, which made the dataset: see `datasets`. A GPU computes one
+        batch while the next is read.
 
         Raises
         ------

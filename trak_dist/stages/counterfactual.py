@@ -1,4 +1,4 @@
-"""counterfactual: what a model says of a target after training without its most helpful rows."""
+"""counterfactual: the output for a target after training without its most helpful rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""evaluate: what is known better than the scores, and how they stand up to it."""
+"""evaluate: compare the scores with a ground truth."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def gram(session: Session, cell: GramCell) -> Outcome:
     """
     plan = session.run.plan
     cells = list(FeaturizeCell.of_split(plan, cell.model_id, TRAIN))
-    if session.run.receipts.audit_failure(cell.model_id):  # what was published meanwhile too
+    if session.run.receipts.audit_failure(cell.model_id):  # also what was published since
         gradient_audit.revoke_stale_cells(session.run, cell.model_id)
     receipts = require(session.run, cells, needed_by=cell)
     check_same_origin(receipts)
@@ -92,7 +92,7 @@ def precondition(session: Session, cell: PreconditionCell) -> Outcome:
     source = KernelCell(cell.model_id)
     (receipt,) = require(run, [source], needed_by=cell).values()
     targets = list(FeaturizeCell.of_split(plan, cell.model_id, cell.targets))
-    # One train cell stands for all: the gram cell saw to it that they agree.
+    # One train cell represents all: the gram cell checked that they agree.
     train = next(FeaturizeCell.of_split(plan, cell.model_id, TRAIN))
     check_same_origin(require(run, [train, *targets], needed_by=cell))
     factor = torch.from_numpy(contents.read(run, source, "kernel")).to(session.device)

@@ -65,7 +65,7 @@ def read_queue(jobs: JobRecords) -> Queue:
     queued = slurm.queue(jobs.pattern)
     known = dict(jobs.readable({jobs.number(task.name) for task in queued}))
     numbered = ((task, known.get(jobs.number(task.name))) for task in queued)
-    # A job without tasks goes on; a task without cells makes nothing of ours.
+    # A job without tasks is a continuation job; a task without cells makes nothing of this run.
     return Queue(tuple((t, j) for t, j in numbered if j and (not j.tasks or cells_of(t, j))))
 
 
@@ -75,7 +75,7 @@ def cells_of(task: slurm.QueuedTask, job: JobRecord) -> tuple[Cell, ...]:
 
 
 def cancel(jobs: JobRecords) -> list[str]:
-    """Cancel this run's jobs, and those of its members, and nobody else's; return their ids.
+    """Cancel the jobs of this run and of its members; return their ids.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""status: what is done, from receipts; the queue decorates it. Loads neither torch nor zarr."""
+"""status: what is done, from receipts, and what is queued. Loads neither torch nor zarr."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trak_dist.store.jobs import JobRecords
 from trak_dist.store.receipts import Failure, Receipt
 from trak_dist.store.run import Run
 
-SHOWN = 10  # kinds of failures, and lost tasks, of which all is told
+SHOWN = 10  # kinds of failures, and vanished tasks, that are shown in full
 LOG_BYTES, LOG_LINES = 4096, 4  # of the end of a log
 # By falling urgency: a mark of the grid that stands for several cells shows the first that applies.
 MARKS = {"failed": "!", "missing": "·", "queued": "-", "running": ">", "done": "█"}
@@ -33,7 +33,7 @@ class StageStatus:
 
     @property
     def missing(self) -> list[Cell]:
-        """Cells that are not done, that nobody is about to make, and that did not fail."""
+        """Cells that are not done, not queued, and did not fail."""
         known = {*self.done, *self.failed, *self.running, *self.queued}
         return [c for c in self.cells if c not in known]
 
@@ -47,7 +47,7 @@ class StageStatus:
 
 @dataclass(frozen=True)
 class VanishedTask:
-    """A task that began, and ended without a word: neither done, nor failed, nor in the queue.
+    """A task that started and vanished: neither done, nor failed, nor in the queue.
 
     `worker` says whether its worker began, or it ended in the batch script before; `state` what
     Slurm's accounting says of it, and `end` the last lines of its log, both of the first `SHOWN`.
@@ -89,7 +89,7 @@ class Status:
 
     @property
     def failed(self) -> bool:
-        """Whether a cell failed, or its task was lost, and nobody is about to make it again."""
+        """Whether a cell failed, or its task vanished, and no task is about to run it again."""
         return any(s.failed for s in self.stages.values()) or bool(self.vanished)
 
     @property
@@ -119,7 +119,7 @@ def read_status(run: Run) -> Status:
         try:
             queue = read_queue(jobs)
         except SlurmError as error:
-            note = f"what is running or queued is not known: {' '.join(error.what.split())}"
+            note = f"what is running or queued is unknown: {' '.join(error.what.split())}"
     stages = {}
     for name in STAGE_STEPS:
         cells = tuple(of_stage(run.plan, name))
@@ -144,7 +144,7 @@ def read_status(run: Run) -> Status:
 
 
 def _lost(jobs: JobRecords, stages: Mapping[str, StageStatus]) -> list[VanishedTask]:
-    """The last tasks that were to make the missing cells, if they began, newest first."""
+    """The last tasks that started on missing cells, newest first."""
     missing = {c for s in stages.values() for c in s.missing}
     failed = {c for s in stages.values() for c in s.failed}
     found = []
@@ -158,7 +158,7 @@ def _lost(jobs: JobRecords, stages: Mapping[str, StageStatus]) -> list[VanishedT
             if attempt or log:
                 missing.difference_update(cells)
                 if any(c in failed for c in made):
-                    continue  # what it left out, it left out for that
+                    continue  # its other cells were skipped because of that failure
                 host = str(attempt.job.get("host", "?")) if attempt else "?"
                 found.append(VanishedTask(cells, attempt is not None, host, log))
     return found

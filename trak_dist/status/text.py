@@ -16,7 +16,7 @@ TRACEBACK_LINES = 12
 
 
 def lines(status: Status) -> list[str]:
-    """The report for people: stages, the checkpoint × shard grid, what went wrong."""
+    """The report as text: stages, the checkpoint × shard grid, failures."""
     run = status.run
     found_lines = [f"run    {run.layout.run_dir}", f"plan   {run.plan.fingerprint}"]
     layout = run.layout
@@ -59,7 +59,7 @@ def _audits(status: Status) -> Iterator[str]:
 
 
 def _time_left(status: Status, stage: StageStatus, rate: float) -> str:
-    """Time until what is running and queued is done, if as many tasks go on as run now."""
+    """Time until what is running and queued is done, if as many tasks keep running as now."""
     cells = {*stage.running, *stage.queued}
     rows = sum(len(c.rows) for c in cells if isinstance(c, FeaturizeCell))
     workers = status.queue.workers(cells)
@@ -131,7 +131,7 @@ def _failures(status: Status) -> Iterator[str]:
 def _vanished(status: Status) -> Iterator[str]:
     for task in status.vanished[:SHOWN]:
         job = {"host": task.host, "job_id": task.job_id, "log": task.log}
-        ended = "without a word" if task.worker else "before its worker began"
+        ended = "silently" if task.worker else "before its worker began"
         slurm_state = f"; Slurm says {task.state}" if task.state else ""
         yield ""
         yield f"lost   {task.cells[0].id}{_and(task.cells[1:], 'cells')} {_origin(job)}"
@@ -147,7 +147,7 @@ def _and(others: Sequence[Cell], what: str) -> str:
 
 
 def _origin(job: Mapping[str, Any]) -> str:
-    """Who did it: `on n2, job 12_3, attempt 2, log …`."""
+    """Where it ran: `on n2, job 12_3, attempt 2, log …`."""
     parts = [f"on {job.get('host', '?')}"]
     parts += [f"job {job['job_id']}"] if job.get("job_id") else []
     parts += [f"attempt {job['attempt']}"] if job.get("attempt", 1) != 1 else []

@@ -36,13 +36,13 @@ def verify_run(run: Run, *, repair: bool) -> Verification:
     Raises
     ------
     StoreError
-        If receipts to be taken back lie outside of the run directory.
+        If receipts to be revoked lie outside of the run directory.
     """
     from trak_dist.status.verify import damaged_cells, revoke_damaged_cells
     from trak_dist.store.prepare import prepare
 
     if repair:
-        prepare(run)  # lost metadata is made anew, which damages nothing
+        prepare(run)  # lost metadata is written again, which damages nothing
     cells = list(of_run(run.plan))
     done = len(run.receipts.done(cells))
     damaged = dict(damaged_cells(run))

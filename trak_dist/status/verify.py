@@ -1,7 +1,7 @@
-"""verify: re-read all that done cells wrote, and hold it against their receipts.
+"""verify: read again what done cells wrote, and check it against their receipts.
 
-Receipts are held against each other too: where cells were shown different rows, they, and what was
-made of them, count as damaged. None of a problem's code is run.
+Receipts are compared with each other too: cells computed from different rows, and what was derived
+from them, count as damaged. No code of a problem is run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from trak_dist.store.run import Run
 def damaged_cells(run: Run) -> Iterator[tuple[Cell, list[str]]]:
     """Each done cell whose bytes are missing or not what its receipt says, with the reasons.
 
-    Also those that were shown other rows than others, and what was made of them.
+    Also those computed from other rows than others, and what was derived from them.
     """
     invalid = cells_with_other_inputs(run)
     invalid |= derived_from(run, invalid)
@@ -38,9 +38,9 @@ def damaged_cells(run: Run) -> Iterator[tuple[Cell, list[str]]]:
 
 
 def revoke_damaged_cells(run: Run, damaged: Sequence[tuple[Cell, list[str]]]) -> None:
-    """Make damaged cells missing again; and what other plans made of other rows of this run.
+    """Revoke damaged cells, and what other plans derived from them.
 
-    What was made of a cell is taken back before it: the next call after a kill finds the rest.
+    What was derived from a cell is revoked before it: the next call after a kill finds the rest.
     """
     invalid = cells_with_other_inputs(run)
     for other in runs_sharing_grads(run) if invalid else ():

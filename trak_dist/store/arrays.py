@@ -1,8 +1,8 @@
-"""Chunked arrays on Zarr v3: made aside and renamed into place, written by whole chunks.
+"""Chunked arrays on Zarr v3: created under a temporary name and renamed, written by whole chunks.
 
 The only module that imports zarr. Every chunk carries a CRC-32C; a chunk that was never written
-reads as NaN, or 0 of whole numbers; a writer owns whole chunks and never touches metadata, which
-is held against what is planned whenever an array is opened.
+reads as NaN, or 0 of whole numbers; a writer owns whole chunks and never touches metadata, which is
+checked against what is planned whenever an array is opened.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ def ensure_group(path: Path) -> None:
 def ensure(path: Path, spec: ArraySpec) -> None:
     """Make the array at `path`, or verify that the one there is as `spec` says.
 
-    Metadata that is lost, or no metadata at all, is made anew: the chunks stay.
+    Metadata that is lost or damaged is written again; the chunks stay.
 
     Raises
     ------
     StoreError
-        If another array is there, or the file system refuses.
+        If a different array exists, or the file system refuses.
     """
     if not _there(path) and atomic.publish_directory(
         path, lambda at: _create(LocalStore(at), spec)
@@ -59,23 +59,25 @@ def ensure(path: Path, spec: ArraySpec) -> None:
         return
     if _opened(path) is None:
         if _there(path):
-            log.warning("metadata is damaged, and made anew from the plan: %s", path / "zarr.json")
+            log.warning(
+                "metadata is damaged, and written again from the plan: %s", path / "zarr.json"
+            )
             atomic.write(path / "zarr.json", _serialised(spec))
-        else:  # chunks that lost their metadata get it back
+        else:  # chunks without metadata
             atomic.write_once(path / "zarr.json", _serialised(spec))
     if differences := _differences(_array(path), spec):
         raise StoreError(
-            f"an array of another kind is in the way, or its metadata is damaged: {differences}",
+            f"a different array exists, or its metadata is damaged: {differences}",
             where=str(path),
             next=f"use another run_dir; or if zarr.json was damaged: {_removal_command(path)}, "
-            "then the same command again, which makes it anew; the chunks stay",
+            "then the same command again, which creates it again; the chunks stay",
         )
 
 
 def grow(path: Path, spec: ArraySpec) -> None:
-    """Make the array at `path`, or give the one that is there more rows; its chunks stay.
+    """Create the array at `path`, or add rows to the existing one; its chunks stay.
 
-    One that has more rows already, for another plan, keeps them.
+    Existing rows beyond that, of another plan, stay.
     """
     existing = _opened(path)
     if existing is not None and existing.shape[0] < spec.shape[0]:
@@ -92,7 +94,7 @@ def is_other(path: Path, spec: ArraySpec) -> bool:
 
 
 def replace(path: Path, spec: ArraySpec) -> None:
-    """Put an empty array at `path`; one of another kind that is there is discarded."""
+    """Create an empty array at `path`; a different one is discarded."""
     if is_other(path, spec):
         discarded = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         # by another process
@@ -212,11 +214,11 @@ def _checked(path: Path, spec: ArraySpec, *, mode: Any, plan: str) -> Any:
 
 def _array(path: Path, *, mode: Any = "r", plan: str = "stage=plan") -> Any:
     next_step = f"{plan} makes what is missing, and metadata that can't be read"
-    if not _there(path):  # asked first, since zarr makes a directory for what it then misses
+    if not _there(path):  # first, since zarr would create a directory
         raise ArrayNotFound("no readable array: it is missing", where=str(path), next=next_step)
     try:
         return zarr.open_array(LocalStore(path, read_only=mode == "r"), mode=mode)
-    except Exception as error:  # of damaged metadata zarr raises whatever its first use of it does
+    except Exception as error:  # for damaged metadata zarr raises many types
         raise StoreError(
             f"no readable array ({type(error).__name__}: {error})",
             where=str(path),
@@ -236,7 +238,7 @@ def _opened(path: Path) -> Any | None:
 
 
 def _differences(array: Any, spec: ArraySpec) -> str:
-    """What of an array's metadata is not as `spec` says, in words; nothing if all is."""
+    """How an array's metadata differs from `spec`, as text; empty if it does not."""
     actual, planned = _metadata(array), _metadata(_create(MemoryStore(), spec))
     rows = array.shape[:1]
     if spec.if_changed == "grow" and rows > spec.shape[:1]:

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: temporary file, fsync, rename, fsync of the directory."""
+"""Files that appear completely or not at all: temporary file, fsync, rename, fsync of directory."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _write_error(path: Path, error: OSError) -> StoreError:
     return StoreError(
         f"the file system refused: {error}",
         where=str(path),
-        next="see that path and file system are right, then run the same command again",
+        next="check the path and the file system, then run the same command again",
         errno=error.errno,
     )
 
@@ -133,8 +133,7 @@ def read_errors(path: Path) -> Iterator[None]:
         raise StoreError(
             f"not readable: {error.strerror or error}",
             where=str(path),
-            next="see that you may read it and that the file system is well, then run the same "
-            "command again",
+            next="check permissions and the file system, then run the same command again",
             errno=error.errno,
         ) from error
 
@@ -207,7 +206,7 @@ def fsync_directory(path: Path) -> None:
 
 @contextlib.contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
-    """A name beside `path`, of which nothing is left behind."""
+    """A temporary name next to `path`, removed in the end."""
     _ensure_directory(path.parent)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:

@@ -1,4 +1,4 @@
-"""What each cell wrote, and where: one home for writing, reading back and verifying."""
+"""What each cell wrote, and where: writing, reading back and verifying."""
 
 from __future__ import annotations
 

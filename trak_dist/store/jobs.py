@@ -1,7 +1,7 @@
-"""Jobs on disk: what each submitted array was to do, and how its tasks' last attempts began.
+"""Job records: what each job array was submitted to do, and the last attempts at its tasks.
 
-Written before it is submitted and never changed, so that a task finds its cells by its index
-whatever happens to the plan meanwhile. Needs no zarr and no torch. What is done is in the receipts.
+Written before submission and never changed, so that a task finds its cells by index even if the
+plan is extended. Needs no zarr and no torch. What is done is in the receipts.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class JobRecord:
 class Attempt:
     """The start of an attempt at a task.
 
-    `fruitless` counts the attempts in a row, this one included, before which no cell was finished;
-    `done` is how many of the task's cells were done when it began.
+    `fruitless` counts the attempts in a row, this one included, that began without progress since
+    the last; `done` is how many of the task's cells were done when it began.
     """
 
     number: int
@@ -81,7 +81,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class JobRecords:
-    """The jobs of one run; those of the members of its sweeps are numbered along with its own."""
+    """The job records of one run; those of its sweep's members share its numbering."""
 
     run: Run
 
@@ -111,13 +111,13 @@ class JobRecords:
         return int(name.split("-")[2])
 
     def withdraw(self, number: int) -> None:
-        """Forget a job that was not submitted."""
+        """Remove the record of a job that was not submitted."""
         path = self._layout.job(number)
         with atomic.write_errors(path):
             path.unlink(missing_ok=True)
 
     def publish(self, job: JobRecord) -> int:
-        """Write `job` under the next number, which no other process takes; return it."""
+        """Write `job` under the next free number; return the number."""
         content = json.dumps(unstructure(job)).encode()
         number = max(self._layout.jobs(), default=0)
         while True:
@@ -141,7 +141,7 @@ class JobRecords:
             raise StoreError(
                 f"the job's record can't be read ({' '.join(str(error).split())})",
                 where=str(path),
-                next="run the launch command again: what is missing is submitted anew",
+                next="run the launch command again: what is missing is submitted again",
                 errno=getattr(error, "errno", None),
             ) from None
 
@@ -152,7 +152,7 @@ class JobRecords:
     def readable(self, numbers: Collection[int]) -> Iterator[tuple[int, JobRecord]]:
         """The jobs of these numbers, newest first, without those whose record is damaged.
 
-        Of other members' jobs only the cells that are this run's too: those of the same bytes.
+        Of other members' jobs only the cells that this run shares.
         """
         for number in sorted(numbers, reverse=True):
             try:
@@ -175,7 +175,7 @@ class JobRecords:
         return replace(job, tasks=tasks) if any(tasks) else None
 
     def _is_shared(self, cell: Cell, other: Run) -> bool:
-        """Whether `cell`, one of `other`'s, is one of ours, and one receipt makes both done."""
+        """Whether `cell` of `other` is a cell of this run too, done by the same receipt."""
         run = self.run
         return (
             cell in self._cells
@@ -196,7 +196,7 @@ class JobRecords:
         try:
             raw = decoding.mapping(self._layout.attempt(job, index).read_bytes())
             return structure(Attempt, raw, "it is no attempt:")
-        except (OSError, ValueError):  # none, or damaged: counting begins anew
+        except (OSError, ValueError):  # none, or damaged: counting starts over
             return None
 
     def begin(self, job: str, index: int, *, done: int, by: Mapping[str, Any]) -> Attempt:

@@ -1,4 +1,4 @@
-"""The names inside a run directory. No other module knows them."""
+"""The names inside a run directory; no other module knows them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ SWEEPS = "sweeps"
 class Layout:
     """Where the run at `run_dir` keeps its things.
 
-    The member of a sweep, at `sweeps/<reduce_id>` of its base run, borrows from that run all that
-    does not depend on how it reduces; its own are plans, scores, reports and their receipts.
+    The member of a sweep, at `sweeps/<reduce_id>` of its base run, shares with that run everything
+    up to the kernels; plans, scores, reports and their receipts are its own.
     """
 
     run_dir: Path
@@ -89,7 +89,7 @@ class Layout:
         return {int(index): path for index, path in by_index if index.isdecimal()}
 
     def attempt(self, job: str, index: int) -> Path:
-        """What the last attempt at one task of a job began with."""
+        """The record of the last attempt at one task of a job."""
         return self.base / "jobs" / job / f"{index}.json"
 
     def checkpoint(self, path: str) -> Path:
@@ -105,7 +105,7 @@ class Layout:
         return self.base / "receipts" / "distrusted" / f"{model_id}.json"
 
     def receipts(self, plan: Plan, cell: Cell) -> Path:
-        """The directory of the cell's receipt, shared with others that are read along with it."""
+        """The directory of the cell's receipt, shared with those that are read together."""
         owner = self.run_dir if cell.per_member else self.base
         return owner.joinpath("receipts", cell.kind, *cell.receipt_group(plan))
 
@@ -132,7 +132,7 @@ class Layout:
         return (self.run_dir if cell.per_member else self.base) / cell.files()[name].path
 
     def parts(self, plan: Plan, model_id: int, split: str) -> Path:
-        """The parts of a checkpoint's split that is fed."""
+        """The parts of a checkpoint's streamed split."""
         return self.base / "parts" / str(model_id) / plan.projection_id / split
 
     @property

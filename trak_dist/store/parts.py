@@ -1,7 +1,7 @@
-"""Parts: rows of grads in any order, from any process, until there are whole chunks of them.
+"""Parts: streamed rows of grads, from any process in any order, until they are gathered.
 
-A part is one file, which appears whole or not at all and is never changed: the rows, what was
-computed of them, and how. Parts sort by when they were written.
+A part is one file, published atomically and never changed: the rows, what was computed of them, and
+how. Parts sort by when they were written.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _damaged(path: Path, error: Exception) -> CorruptChunk:
 
 
 def discard(directory: Path) -> None:
-    """Remove all parts at once: no reader finds some of them gone and others there."""
+    """Remove all parts at once, so that no reader sees only some of them."""
     hidden = directory.with_name(f".{directory.name}.{uuid.uuid4().hex}")
     try:
         directory.rename(hidden)

@@ -1,4 +1,4 @@
-"""Make the arrays that a plan calls for. The planner does so; workers only fill them."""
+"""Create the arrays of a plan. The planner does this; workers only fill them."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from trak_dist.store.run import Run
 
 
 def prepare(run: Run, requested: Callable[[Cell], bool] | None = None) -> None:
-    """Make whatever array of `run` is not there yet; those that are there are verified.
+    """Create the missing arrays of `run`; existing ones are verified.
 
-    Scores of another ensemble, or damaged, are replaced. Where this plan's cells made some before,
-    they are taken back: the next command does them.
+    Scores of another ensemble, or damaged, are replaced. Where cells of this plan were done before,
+    they are revoked: the next command runs them again.
 
     Parameters
     ----------
@@ -25,7 +25,7 @@ def prepare(run: Run, requested: Callable[[Cell], bool] | None = None) -> None:
     Raises
     ------
     StoreError
-        If an array of another kind is in the way, or the file system refuses.
+        If a different array exists, or the file system refuses.
     """
     for kind in KINDS:
         for cell in filter(requested, kind.one_per_array(run.plan)):  # of None: all

@@ -67,8 +67,8 @@ class Receipt:
 class Failure:
     """The last failed attempt of a cell; `expected` errors need no traceback to be understood.
 
-    `error_class` is the name of the error's class; empty in records of earlier versions.
-    `doubted` ones are no attempts: the cell is done, but not of what is there now.
+    `error_class` is the name of the error's class; empty in records of earlier versions. `doubted`
+    ones are not attempts: the cell is done, but its inputs have changed since.
     """
 
     cell: str
@@ -101,17 +101,17 @@ class Receipts:
             self.clear_failure(cell)
 
     def mark_stale(self, cell: Cell, why: str) -> None:
-        """Note that a done cell was not made of what is there now."""
+        """Mark a done cell whose inputs have changed since."""
         key = cell.key(self._plan)
         note = Failure(cell=cell.id, key=key, error=why, traceback="", expected=True, doubted=True)
         self.fail(cell, note)
 
     def stale(self, cells: Iterable[Cell]) -> dict[Cell, str]:
-        """Why those of the done `cells` are doubted that are."""
+        """The done `cells` that are marked as stale, and why."""
         return {c: f.error for c, f in self.failures(cells).items() if f.doubted}
 
     def clear_failure(self, cell: Cell) -> None:
-        """Forget what failed, or was doubted."""
+        """Remove the record of a failure, or of stale inputs."""
         failure = self._layout.failure(self._plan, cell)
         with atomic.write_errors(failure):
             failure.unlink(missing_ok=True)
@@ -121,7 +121,7 @@ class Receipts:
         atomic.write(self._layout.failure(self._plan, cell), _dump(failure))
 
     def record_audit_failure(self, model_id: int, *, why: str) -> None:
-        """Have a checkpoint's gradients computed one by one from now on."""
+        """Record that an audit failed: gradients of the checkpoint are computed one by one."""
         path = self._layout.audit_failure(model_id)
         atomic.write_once(path, json.dumps({"why": why}).encode())
 
@@ -168,7 +168,7 @@ class Receipts:
         """Gather a checkpoint's featurize receipts into one columnar file.
 
         The single receipts go only once the columnar file is on disk, so that a reader that lists
-        singles first and reads the columns after them misses none.
+        singles first and reads the columns afterwards misses none.
         """
         splits = (self._plan.train, *self._plan.targets)
         cells = [c for s in splits for c in FeaturizeCell.of_split(self._plan, model_id, s.name)]
@@ -191,7 +191,7 @@ class Receipts:
 
 
 def rows_per_second(receipts: Iterable[Receipt]) -> float:
-    """Rows per second of one worker, the median of the cells; 0 if no receipt tells.
+    """Rows per second of one worker, the median of the cells; 0 if no receipt has them.
 
     A task's first cell also pays for what is imported and drawn once.
     """
@@ -217,7 +217,7 @@ def audit_summary(receipts: Iterable[Receipt]) -> str:
         f"{rows:,} rows and {batches:,} batches computed again by autograd",
         f"largest difference {max(f['largest_difference'] for f in facts):.1e}",
     ]
-    parts += [f"{slower:,} batches went one by one"] if slower else []
+    parts += [f"{slower:,} batches computed one by one"] if slower else []
     return ", ".join(parts)
 
 
@@ -236,13 +236,14 @@ def _read(path: Path, kind: type[Kind]) -> Kind | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        # Ours appear whole, so this is damage to the file: its cell counts as missing and is rerun.
+        # Receipts are published atomically, so the file is damaged: its cell counts as missing and
+        # runs again.
         log.warning("unreadable, counted as missing: %s (%s)", path, " ".join(str(error).split()))
         return None
 
 
 def _parsed(text: bytes, kind: type[Kind]) -> Kind:
-    """Of one that an earlier version wrote, without a digest, only the form is known."""
+    """A receipt of an earlier version has no digest: only its form is checked."""
     raw = decoding.mapping(text)
     recorded = raw.pop("digest", None)
     if recorded not in (None, digest(raw)):

@@ -68,7 +68,7 @@ class Run:
         return cls._publish(Layout(run_dir.absolute()), plan, 0)
 
     def extend(self, plan: Plan) -> Run:
-        """Publish a plan with more checkpoints or target sets, or another reduce, than ours.
+        """Publish a plan with more checkpoints or target sets, or another reduce, than this one.
 
         Raises
         ------
@@ -82,13 +82,13 @@ class Run:
     def _publish(cls, layout: Layout, plan: Plan, generation: int) -> Run:
         path = layout.plan(generation)
         content = plan_file.dump(plan).encode()
-        plan_file.load(content, where=str(path))  # what could not be read is never written
+        plan_file.load(content, where=str(path))  # a plan that can't be read is never written
         stored = atomic.write_once(path, content)
         if plan_file.load(stored, where=str(path)) != plan:
             raise PlanMismatch(
-                "another process planned something else here just now",
+                "another process has just planned something else here",
                 where=str(path),
-                next="run the same command again: it goes on from the other's plan",
+                next="run the same command again: it starts from the other process's plan",
             )
         return cls(layout, plan, generation)
 
@@ -98,12 +98,12 @@ class Run:
         return Receipts(self.layout, self.plan)
 
     def check_not_superseded(self, cell: Cell) -> None:
-        """Called before a worker writes, so that one left over from an old plan does no harm.
+        """Called before a worker writes, so that a worker of an old plan does no harm.
 
         Raises
         ------
         PlanMismatch
-            If `cell` has another key in the plan on disk than in ours.
+            If `cell` has another key in the plan on disk than in this one.
         """
         current = Run.open(self.layout.run_dir)
         if cell.key(current.plan) != cell.key(self.plan):
@@ -111,5 +111,5 @@ class Run:
                 f"the plan was superseded: {cell.id} has key {cell.key(self.plan)} in this "
                 f"worker, {cell.key(current.plan)} in the run directory",
                 where=str(current.layout.plan(current.generation)),
-                next="nothing: the jobs of the new plan do the work",
+                next="nothing to do: the jobs of the new plan compute it",
             )

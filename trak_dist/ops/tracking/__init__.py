@@ -1,10 +1,10 @@
-"""How examples move through the functions of torch: what `ops.hooks` knows of a forward pass.
+"""Tracks where examples are in the results of torch functions, for `ops.hooks`.
 
-`follow` is told of each call, and notes on its results where the examples lie (`ops.example_axis`).
-A function that may keep them apart has a rule in `ops.tracking.registry`; after any other they are
-`Untracked`. A rule says only what holds for all tensors of those shapes, so what is known can be
-relied on; what a function has mixed and what nobody has a rule for are the same to whoever reads
-rows.
+`follow` is called for each call, and records on its results along which axis the examples are
+(`ops.example_axis`). A function that may keep them apart has a rule in `ops.tracking.registry`;
+after any other they are `Untracked`. A rule says only what holds for all tensors of those shapes,
+so what is known can be relied on; results that a function has mixed and results without a rule are
+treated alike.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from trak_dist.ops.tracking.call import Call
 from trak_dist.ops.tracking.elementwise import no_example
 from trak_dist.ops.tracking.registry import INDEX_AT, RULES
 
-# Functions that take numbers of a tensor into Python, or gradients. What is made of them is not
-# followed: whole numbers and conditions say how many and which, as lengths do; others are values.
+# Functions that take numbers of a tensor, or gradients, into Python, where they are not tracked:
+# integers and conditions are sizes and choices; others are values.
 _UNTRACKED_FUNCTIONS = {
     *(Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__array__),
     *(Tensor.__float__, Tensor.__complex__, Tensor.register_hook),
@@ -39,21 +39,21 @@ _UNTRACKED_FUNCTIONS = {
 
 
 def depend_on_examples(tensors: Sequence[Tensor]) -> bool:
-    """Whether any of the tensors that go into a function holds something of examples."""
+    """Whether any of a function's input tensors depends on examples."""
     for tensor in tensors:
         if (found := axis_of(tensor)) is not None:
             record_axis(tensor, found)  # as of now, for what is asked when it was changed in place
         made_by = tensor.grad_fn if found is None or isinstance(found, ExampleAxis) else None
-        # Made by what torch shows to nobody, or whose backward pass is written by hand.
+        # Made by a function that torch does not show, or that has a custom backward pass.
         if made_by is None or (found is not None and not isinstance(made_by, BackwardCFunction)):
             continue
         if found is None or found.single_example is None:
-            record_axis(tensor, Untracked(f"{made_by.name()}, which is not followed"))
+            record_axis(tensor, Untracked(f"{made_by.name()}, which is not tracked"))
     return any(axis_of(tensor) is not None for tensor in tensors)
 
 
 def escapes_tracking(func: Any, tensors: Sequence[Tensor]) -> bool:
-    """Whether a function takes values of examples to where they are not followed."""
+    """Whether a function takes values of examples out of tracking."""
     transformed = torch._C._are_functorch_transforms_active()  # noqa: SLF001
     if func not in _UNTRACKED_FUNCTIONS and not transformed:
         return False
@@ -72,12 +72,12 @@ def _plain(tensor: Tensor) -> Tensor:
 def track_call(
     func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any, versions: Sequence[int]
 ) -> None:
-    """Note where the examples lie in what a function gave.
+    """Record the axis of the examples in a function's result.
 
     Parameters
     ----------
     versions : sequence of int
-        Those that its tensors had before it.
+        The versions of its tensors before the call.
     """
     call = Call(func, args, dict(kwargs), out)
     before = list(zip(call.tensors, versions, strict=True))
@@ -101,7 +101,7 @@ def track_call(
     outputs = [_whole(t) for t in outs]
     for tensor, version in before:
         if tensor._version != version and not any(_whole(tensor) is t for t in outputs):  # noqa: SLF001
-            # changed beside what it gave, as running statistics are
+            # changed in addition to the result, as running statistics are
             record_axis(tensor, call.untracked())
             _note_on_base(tensor, call)
 

@@ -40,7 +40,7 @@ class Call:
 
     @property
     def tracked_operands(self) -> list[tuple[Tensor, ExampleAxis]]:
-        """Those that hold examples, and where."""
+        """The inputs that depend on examples, and their axes."""
         return [(t, found) for t in self.tensors if isinstance(found := axis_of(t), ExampleAxis)]
 
     def get(self, position: int, *names: str, default: Any = None) -> Any:
@@ -50,7 +50,7 @@ class Call:
         return next((self.kwargs[n] for n in names if n in self.kwargs), default)
 
     def untracked(self) -> Untracked:
-        """Its result, where the examples can't be told."""
+        """Its result, where examples are no longer separable."""
         return Untracked(name_of(self.func))
 
 

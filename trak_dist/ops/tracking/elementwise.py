@@ -20,7 +20,7 @@ def entrywise(call: Call) -> AxisInfo:
 def broadcast(
     operands: Sequence[tuple[Tensor, AxisInfo]], shape: Sequence[int], call: Call
 ) -> AxisInfo:
-    """Where examples lie in what is made entry by entry of operands."""
+    """The axis of the examples in the elementwise result of operands."""
     held = [(t, f) for t, f in operands if isinstance(f, ExampleAxis)]
     if not held:
         return None
@@ -75,7 +75,7 @@ def along(position: int, *, default: int | tuple[int, ...] | None = None) -> Rul
 
 
 def last(dims: int) -> Rule:
-    """Works on the last dimensions, each index before them apart; others hold nothing."""
+    """Works on the last dimensions, each index before them apart; other operands hold none."""
 
     def rule(call: Call) -> AxisInfo:
         found, tensor = axis_of(call.first), call.first
@@ -88,7 +88,7 @@ def last(dims: int) -> Rule:
 
 
 def sorted_along(position: int) -> Rule:
-    """Values in another order along a dimension, and the indices that tell it."""
+    """Values in another order along a dimension, and the indices of that order."""
 
     def rule(call: Call) -> AxisInfo | list[AxisInfo]:
         found, tensor = axis_of(call.first), call.first

@@ -1,10 +1,10 @@
 """Rules of look-ups by tensors of indices or masks.
 
-Where an index chooses among examples, what it brings is of the example that was there: sorted
-batches, packed tokens and tokens sent to experts are followed by the very indices that move them.
-An index that depends on other examples may only rearrange: what it leaves out or doubles, as tokens
-over an expert's capacity, an example alone would have kept. Where an index chooses within an
-example, it must come of that example itself.
+Where an index chooses among examples, the result is of the example that was there: sorted batches,
+packed tokens and tokens sent to experts are tracked by the very indices that move them. An index
+that depends on other examples may only rearrange: an example alone would have kept what it leaves
+out or doubles, as tokens over an expert's capacity. Where an index chooses within an example, it
+must come of that example itself.
 """
 
 from __future__ import annotations

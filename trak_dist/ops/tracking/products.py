@@ -155,7 +155,7 @@ def batch_norm(call: Call) -> AxisInfo:
 
 
 def prelu(call: Call) -> AxisInfo:
-    """Slopes of channels, which hold nothing of examples."""
+    """Slopes of channels, which do not depend on examples."""
     slopes = call.get(1, "weight")
     return call.untracked() if axis_of(slopes) else axis_of(call.first)
 

@@ -101,7 +101,7 @@ def padded_together(call: Call) -> AxisInfo:
 
 
 def padded(call: Call) -> AxisInfo:
-    """Margins filled with a number, or with what is beside them."""
+    """Margins filled with a number, or with adjacent entries."""
     found = axis_of(call.first)
     if not isinstance(found, ExampleAxis):
         return call.untracked()

@@ -87,7 +87,7 @@ def _write(call: Call, where: Any, value: Any, *, adds: bool) -> AxisInfo:  # no
 
 
 def _lies_along(found: AxisInfo, dim: int) -> bool:
-    """Whether others' indices into `dim` have only said where along it an example goes."""
+    """Whether indices of other examples into `dim` only determine the position of an example."""
     return isinstance(found, ExampleAxis) and found.dim == dim
 
 
