@@ -35,8 +35,8 @@ from trak_dist.errors import (
     TrakDistError,
 )
 from trak_dist.ops import numerics
+from trak_dist.runtime.cell_result import CellResult
 from trak_dist.runtime.inputs import require
-from trak_dist.runtime.outcome import Outcome
 from trak_dist.runtime.session import Session, Sessions
 from trak_dist.store.receipts import Failure, Receipt
 from trak_dist.store.run import Run
@@ -152,8 +152,8 @@ def _run_cell(session: Session, cell: Cell) -> None:
         _fix_numerics(session, cell)  # again: a problem's file may change torch's global settings
     started, clock = time.time(), time.perf_counter()
     module, name = cell.run.split(":")  # imported here, so that a score job loads no matplotlib
-    stage: Callable[[Session, Cell], Outcome] = getattr(importlib.import_module(module), name)
-    outcome = stage(session, cell)
+    stage: Callable[[Session, Cell], CellResult] = getattr(importlib.import_module(module), name)
+    result = stage(session, cell)
     seconds = time.perf_counter() - clock  # a monotonic clock
     run.receipts.publish(
         cell,
@@ -161,12 +161,12 @@ def _run_cell(session: Session, cell: Cell) -> None:
             cell=cell.id,
             key=cell.key(run.plan),
             fingerprint=run.plan.fingerprint,
-            digests=outcome.digests,
-            facts=outcome.facts,
+            digests=result.digests,
+            facts=result.facts,
             job={**_job(session, cell), "started": started, "seconds": round(seconds, 3)},
         ),
     )
-    rows = outcome.facts.get("rows")
+    rows = result.facts.get("rows")
     rate = f", {rows} rows, {rows / seconds:,.0f} rows/s" if rows else ""
     log.info("%s: done in %.1f s%s", cell.id, seconds, rate)
 

@@ -28,7 +28,7 @@ from trak_dist.hashing import digest_of
 from trak_dist.listing import first_few
 from trak_dist.ops import rows as row_format
 from trak_dist.ops.model_outputs import attention_mask
-from trak_dist.runtime.outcome import Outcome, grads_facts
+from trak_dist.runtime.cell_result import CellResult, grads_facts
 from trak_dist.store import contents, parts
 from trak_dist.store.parts import Part
 from trak_dist.store.run import Run
@@ -199,7 +199,7 @@ def format_ranges(rows: NDArray[np.int64]) -> str:
     return first_few(ranges)
 
 
-def gather_parts(run: Run, cell: FeaturizeCell) -> Outcome:
+def gather_parts(run: Run, cell: FeaturizeCell) -> CellResult:
     """Write a cell's chunk from parts, one of which is in memory at a time.
 
     Raises
@@ -240,7 +240,7 @@ def gather_parts(run: Run, cell: FeaturizeCell) -> Outcome:
     inputs = digest_of(arrays["inputs"].data)
     digests = contents.write(run, cell, arrays)
     counts = {"rows": size, "parts": len(used), "non_finite_rows": 0}
-    return Outcome(digests, {**facts, "inputs_digest": inputs, **counts})
+    return CellResult(digests, {**facts, "inputs_digest": inputs, **counts})
 
 
 def _sources(paths: Sequence[Path], cell: FeaturizeCell) -> NDArray[np.int64]:

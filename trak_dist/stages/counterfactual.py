@@ -11,8 +11,8 @@ import torch
 from trak_dist.cells import CounterfactualCell, ScoreCell
 from trak_dist.coordinates import AtRandom, HelpfulTo
 from trak_dist.ops import draws, lds
+from trak_dist.runtime.cell_result import CellResult
 from trak_dist.runtime.inputs import require
-from trak_dist.runtime.outcome import Outcome
 from trak_dist.runtime.session import Session
 from trak_dist.spacing import evenly_spaced
 from trak_dist.stages.train import SEEDS, fit, outputs_of
@@ -20,7 +20,7 @@ from trak_dist.store.results import Results
 from trak_dist.store.run import Run
 
 
-def counterfactual(session: Session, cell: CounterfactualCell) -> Outcome:
+def counterfactual(session: Session, cell: CounterfactualCell) -> CellResult:
     """Train without `cell.removed` rows; the outputs on all targets, as a fact.
 
     Raises
@@ -44,7 +44,7 @@ def counterfactual(session: Session, cell: CounterfactualCell) -> Outcome:
     hint = "counterfactuals.targets=0 leaves these models out"
     found = outputs_of(session, state, cell.targets, where=cell.id, hint=hint)
     run.check_not_superseded(cell)
-    return Outcome({}, {"outputs": found.tolist()})
+    return CellResult({}, {"outputs": found.tolist()})
 
 
 def summary(run: Run, targets: str) -> list[dict[str, Any]]:

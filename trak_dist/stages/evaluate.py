@@ -10,8 +10,8 @@ from trak_dist.coordinates import TRAIN
 from trak_dist.evaluation import self_influence
 from trak_dist.evaluation.datamodeling import datamodeling_scores
 from trak_dist.hashing import digest_of
+from trak_dist.runtime.cell_result import CellResult
 from trak_dist.runtime.inputs import require
-from trak_dist.runtime.outcome import Outcome
 from trak_dist.runtime.session import Session
 from trak_dist.stages import counterfactual
 from trak_dist.store import atomic
@@ -20,7 +20,7 @@ from trak_dist.store import atomic
 RECEIPT_FACTS = ("lds", "left_out", "chosen", "counterfactuals", "mislabelled")
 
 
-def evaluate(session: Session, cell: EvaluateCell) -> Outcome:
+def evaluate(session: Session, cell: EvaluateCell) -> CellResult:
     """Write `report/<targets>.json`.
 
     Raises
@@ -46,4 +46,4 @@ def evaluate(session: Session, cell: EvaluateCell) -> Outcome:
     run.check_not_superseded(cell)
     atomic.write(run.layout.file(cell, "figures"), text)
     facts = {name: found[name] for name in RECEIPT_FACTS if name in found}
-    return Outcome({"figures": digest_of(text)}, facts)
+    return CellResult({"figures": digest_of(text)}, facts)

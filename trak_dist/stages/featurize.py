@@ -17,13 +17,13 @@ from trak_dist.ingest import streamed_rows
 from trak_dist.listing import first_few
 from trak_dist.ops import rows as row_format
 from trak_dist.ops.batches import examples_in
-from trak_dist.runtime.outcome import Outcome, grads_facts
+from trak_dist.runtime.cell_result import CellResult, grads_facts
 from trak_dist.runtime.reread import check_done_rows, check_same_inputs
 from trak_dist.runtime.session import Session
 from trak_dist.store import contents
 
 
-def featurize(session: Session, cell: FeaturizeCell) -> Outcome:
+def featurize(session: Session, cell: FeaturizeCell) -> CellResult:
     """Compute and write grads X / √p, their row scales, and out-to-loss Q.
 
     If the audit fails, and `featurize.gradients` leaves the way open, the cell and all others of
@@ -54,7 +54,7 @@ def featurize(session: Session, cell: FeaturizeCell) -> Outcome:
     return _computed(session, cell)
 
 
-def _computed(session: Session, cell: FeaturizeCell) -> Outcome:
+def _computed(session: Session, cell: FeaturizeCell) -> CellResult:
     plan, spec = session.run.plan, session.run.plan.spec
     featurizer = session.featurizer(cell.model_id)
     session.run_once(f"done cells of {cell.split}", lambda: check_done_rows(session, cell))
@@ -98,7 +98,7 @@ def _computed(session: Session, cell: FeaturizeCell) -> Outcome:
     digests = contents.write(
         session.run, cell, {name: tensor.cpu().numpy() for name, tensor in arrays.items()}
     )
-    return Outcome(
+    return CellResult(
         digests,
         {
             **grads_facts(plan, featurizer.digest),

@@ -13,13 +13,13 @@ from trak_dist.checks import gradient_audit
 from trak_dist.coordinates import TRAIN
 from trak_dist.errors import NonFiniteGram, SingularGram
 from trak_dist.ops import kernel
+from trak_dist.runtime.cell_result import CellResult
 from trak_dist.runtime.inputs import check_same_origin, read_grads, require
-from trak_dist.runtime.outcome import Outcome
 from trak_dist.runtime.session import Session
 from trak_dist.store import contents, parts
 
 
-def gram(session: Session, cell: GramCell) -> Outcome:
+def gram(session: Session, cell: GramCell) -> CellResult:
     """Sum XᵀX over a checkpoint's train rows, then consolidate its receipts.
 
     Raises
@@ -41,10 +41,10 @@ def gram(session: Session, cell: GramCell) -> Outcome:
     else:
         session.run.receipts.consolidate(cell.model_id)
     digest = next(iter(receipts.values())).fact("checkpoint_digest", str)
-    return Outcome(digests, {"checkpoint_digest": digest})
+    return CellResult(digests, {"checkpoint_digest": digest})
 
 
-def factorise(session: Session, cell: KernelCell) -> Outcome:
+def factorise(session: Session, cell: KernelCell) -> CellResult:
     """Factorise XᵀX + λI of one checkpoint.
 
     Raises
@@ -73,7 +73,7 @@ def factorise(session: Session, cell: KernelCell) -> Outcome:
     except SingularGram as error:
         raise SingularGram(error.what, where=cell.id, next=error.next) from None
     digests = contents.write(session.run, cell, {"kernel": result.factor.cpu().numpy()})
-    return Outcome(
+    return CellResult(
         digests,
         {
             "lambda_absolute": result.lambda_absolute,
@@ -86,7 +86,7 @@ def factorise(session: Session, cell: KernelCell) -> Outcome:
     )
 
 
-def precondition(session: Session, cell: PreconditionCell) -> Outcome:
+def precondition(session: Session, cell: PreconditionCell) -> CellResult:
     """Solve the kernel for the grads of one target set, a target cell's rows at a time."""
     run, plan = session.run, session.run.plan
     source = KernelCell(cell.model_id)
@@ -105,4 +105,4 @@ def precondition(session: Session, cell: PreconditionCell) -> Outcome:
             factor, receipt.fact("scale", (int, float)), read_grads(session, target)
         )
         result[:, target.rows.start : target.rows.stop] = solved.cpu()
-    return Outcome(contents.write(run, cell, {"precond": result.numpy()}))
+    return CellResult(contents.write(run, cell, {"precond": result.numpy()}))

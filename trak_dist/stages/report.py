@@ -24,8 +24,8 @@ from trak_dist.evaluation.plots import counterfactual_picture, lds_picture
 from trak_dist.hashing import digest_of
 from trak_dist.ops import lds, ranking
 from trak_dist.problem import Rendered
+from trak_dist.runtime.cell_result import CellResult
 from trak_dist.runtime.inputs import require
-from trak_dist.runtime.outcome import Outcome
 from trak_dist.runtime.session import Session
 from trak_dist.spacing import evenly_spaced
 from trak_dist.store import atomic
@@ -53,7 +53,7 @@ class _Line:
     harmful: list[_Example]
 
 
-def report(session: Session, cell: ReportCell) -> Outcome:
+def report(session: Session, cell: ReportCell) -> CellResult:
     """Write `report/<targets>.html` and its pictures.
 
     Raises
@@ -93,7 +93,7 @@ def report(session: Session, cell: ReportCell) -> Outcome:
     written["page"] = page.encode()
     for name, content in written.items():
         atomic.write(run.layout.file(cell, name), content)
-    return Outcome({n: digest_of(c) for n, c in written.items()}, {"stability": stability})
+    return CellResult({n: digest_of(c) for n, c in written.items()}, {"stability": stability})
 
 
 def _stability(session: Session, targets: str) -> dict[str, Any]:

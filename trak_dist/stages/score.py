@@ -10,13 +10,13 @@ from trak_dist.cells.score import halves_targets
 from trak_dist.coordinates import TRAIN, Rows
 from trak_dist.ops import kernel
 from trak_dist.ops.scores import Ensemble
+from trak_dist.runtime.cell_result import CellResult
 from trak_dist.runtime.inputs import check_same_rows, read_grads, require
-from trak_dist.runtime.outcome import Outcome
 from trak_dist.runtime.session import Session
 from trak_dist.store import contents
 
 
-def score(session: Session, cell: ScoreCell) -> Outcome:
+def score(session: Session, cell: ScoreCell) -> CellResult:
     """Scores of `cell.rows`, over all checkpoints of the plan and, of some targets, its halves.
 
     Raises
@@ -53,7 +53,7 @@ def score(session: Session, cell: ScoreCell) -> Outcome:
     if half_targets:
         values["halves"] = torch.stack([half.scores() for half in halves], dim=1)
     written = {name: value.float().cpu().numpy() for name, value in values.items()}
-    return Outcome(contents.write(run, cell, written), {"model_ids": list(plan.model_ids)})
+    return CellResult(contents.write(run, cell, written), {"model_ids": list(plan.model_ids)})
 
 
 def _check_rows(session: Session, cell: ScoreCell) -> None:

@@ -19,15 +19,15 @@ from trak_dist.coordinates import FULL, TRAIN, Rows
 from trak_dist.errors import NonFiniteGradient, ProblemError
 from trak_dist.ops import draws
 from trak_dist.ops.gradients import outputs
+from trak_dist.runtime.cell_result import CellResult
 from trak_dist.runtime.inputs import require
-from trak_dist.runtime.outcome import Outcome
 from trak_dist.runtime.session import Session
 from trak_dist.store import atomic, contents
 
 SEEDS = 0x7FFFFFFF  # a bit mask: what torch and numpy both take
 
 
-def train(session: Session, cell: TrainCell) -> Outcome:
+def train(session: Session, cell: TrainCell) -> CellResult:
     """Train from `cell.seed` on the rows of `cell.subset` and publish the state dict.
 
     Raises
@@ -46,10 +46,10 @@ def train(session: Session, cell: TrainCell) -> Outcome:
     path = run.layout.file(cell, "checkpoint")
     run.check_not_superseded(cell)
     atomic.write(path, safetensors.torch.save(state))
-    return Outcome({"checkpoint": digests.content_digest(state)})
+    return CellResult({"checkpoint": digests.content_digest(state)})
 
 
-def margins(session: Session, cell: MarginsCell) -> Outcome:
+def margins(session: Session, cell: MarginsCell) -> CellResult:
     """Write the model outputs f(z; θ) of a retrained model on one target set.
 
     Raises
@@ -67,7 +67,7 @@ def margins(session: Session, cell: MarginsCell) -> Outcome:
     state = state_dicts.fit_state_dict(state_dicts.read(path), model, where=str(path)).state
     hint = "ground_truth.seeds or .subsets of what is finished evaluates without this model"
     found = outputs_of(session, state, cell.targets, where=cell.id, hint=hint)
-    return Outcome(contents.write(run, cell, {"margins": found[None]}))
+    return CellResult(contents.write(run, cell, {"margins": found[None]}))
 
 
 def fit(

@@ -6,13 +6,13 @@ import numpy as np
 from trak_dist.cells.spectrum import SpectrumCell
 
 from trak_dist.cells.gram import GramCell
+from trak_dist.runtime.cell_result import CellResult
 from trak_dist.runtime.inputs import require
-from trak_dist.runtime.outcome import Outcome
 from trak_dist.runtime.session import Session
 from trak_dist.store import contents
 
 
-def spectrum(session: Session, cell: SpectrumCell) -> Outcome:
+def spectrum(session: Session, cell: SpectrumCell) -> CellResult:
     """Write the eigenvalues (k,) float64, ascending.
 
     Raises
@@ -24,4 +24,4 @@ def spectrum(session: Session, cell: SpectrumCell) -> Outcome:
     require(session.run, [source], needed_by=cell)
     gram = np.tril(contents.read(session.run, source, "gram"))  # the upper triangle is not summed
     values = np.linalg.eigvalsh(gram)
-    return Outcome(contents.write(session.run, cell, {"spectrum": values}))
+    return CellResult(contents.write(session.run, cell, {"spectrum": values}))

@@ -11,7 +11,7 @@ from trak_dist.plan import Plan
 
 
 @dataclass(frozen=True)
-class Outcome:
+class CellResult:
     """Digests of what was written, and facts for the receipt."""
 
     digests: Mapping[str, str]
