@@ -92,9 +92,11 @@ def test_the_readme_names_only_files_that_exist() -> None:
             assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
-def test_the_design_names_only_modules_that_exist() -> None:
-    tree = re.search(r"(?sm)^    trak_dist/\n(.*?)\n\n", (ROOT / "docs/design.md").read_text())
-    assert tree
-    for name in re.findall(r"(?m)^      (\w+(?:\.py|/))", tree[1]):
-        assert (ROOT / "trak_dist" / name).exists(), name
+def test_the_design_names_the_modules_and_packages_that_there_are() -> None:
+    layers = (ROOT / "docs/design.md").read_text().partition("## 2. Layers")[2]
+    rows = re.findall(r"(?m)^\| ((?:`[\w/.]+`(?:, )?)+) \|", layers.partition("## 3.")[0])
+    named = [name for row in rows for name in re.findall(r"`([^`]+)`", row)]
+    there = [p for p in (ROOT / "trak_dist").iterdir() if not p.name.startswith("_")]
+    packages = {f"{path.name}/" for path in there if path.is_dir()}
+    assert sorted(named) == sorted(packages | {p.name for p in there if p.suffix == ".py"})
     assert os.access(ROOT / ".ci/run", os.X_OK)
