@@ -133,7 +133,7 @@ for name in names:
     run.scores(name), run.halves(name), run.top(name, [0, 1])
     try:
         run.evaluation(name)
-    except ValueError as error:
+    except trak_dist.errors.TrakDistError as error:
         assert "is not evaluated" in str(error)
 run.self_influence()
 for stage in ("train", "featurize", "reduce", "evaluate", "report"):
