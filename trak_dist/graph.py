@@ -79,7 +79,7 @@ def task_groups(
     skip: Collection[Cell],
     rows_per_task: int,
 ) -> Iterator[TaskGroup]:
-    """The arrays that make what is neither done nor owned nor to be skipped, upstream first.
+    """The groups of tasks that are neither done nor owned nor skipped, upstream first.
 
     Parameters
     ----------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Self
 
 from trak_dist.cells.cell import Cell
 from trak_dist.cells.score import ScoreCell, scores_identity
@@ -22,12 +22,12 @@ class CounterfactualCell(Cell):
     outputs are in its receipt.
     """
 
-    kind: ClassVar[str] = "counterfactual"
-    step: ClassVar[str] = "counterfactual"
-    after: ClassVar[tuple[type[Cell], ...]] = (ScoreCell,)
-    run: ClassVar[str] = "trak_dist.stages.counterfactual:counterfactual"
-    gpu: ClassVar[bool] = True
-    if_too_large: ClassVar[str] = "a smaller model or batch in train_checkpoint"
+    kind = "counterfactual"
+    step = "counterfactual"
+    after = (ScoreCell,)
+    run = "trak_dist.stages.counterfactual:counterfactual"
+    gpu = True
+    if_too_large = "a smaller model or batch in train_checkpoint"
 
     targets: str
     selection: Selection

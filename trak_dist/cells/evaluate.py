@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import ClassVar, Self
+from typing import Self
 
 from trak_dist.cells.cell import Cell
 from trak_dist.cells.counterfactual import CounterfactualCell
@@ -25,14 +25,12 @@ PREDICTIONS = 20 * 16  # values of λ, and ensembles and dimensions, of an evalu
 class EvaluateCell(Cell):
     """Compares the scores of one target set, or self-influence, with retrained models or labels."""
 
-    kind: ClassVar[str] = "evaluate"
-    step: ClassVar[str] = "evaluate"
-    after: ClassVar[tuple[type[Cell], ...]] = (
-        *(ScoreCell, CounterfactualCell, MarginsCell, KernelCell, GramCell, FeaturizeCell),
-    )
-    run: ClassVar[str] = "trak_dist.stages.evaluate:evaluate"
-    gpu: ClassVar[bool] = False
-    if_too_large: ClassVar[str] = "fewer ground_truth.subsets or a smaller proj_dim"
+    kind = "evaluate"
+    step = "evaluate"
+    after = (*(ScoreCell, CounterfactualCell, MarginsCell, KernelCell, GramCell, FeaturizeCell),)
+    run = "trak_dist.stages.evaluate:evaluate"
+    gpu = False
+    if_too_large = "fewer ground_truth.subsets or a smaller proj_dim"
 
     targets: str
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Self
 
 from trak_dist.cells.cell import Cell
 from trak_dist.cells.ownership import ArraySpec, OwnedRows
@@ -20,12 +20,12 @@ INPUT_DIGEST_BYTES = 16  # of what a streamed row was computed from
 class FeaturizeCell(Cell):
     """Writes one chunk of grads: some rows of one split, for one checkpoint."""
 
-    kind: ClassVar[str] = "featurize"
-    step: ClassVar[str] = "featurize"
-    after: ClassVar[tuple[type[Cell], ...]] = (TrainCell,)
-    run: ClassVar[str] = "trak_dist.stages.featurize:featurize"
-    gpu: ClassVar[bool] = True
-    if_too_large: ClassVar[str] = "a smaller featurize.batch_rows or proj_dim"
+    kind = "featurize"
+    step = "featurize"
+    after = (TrainCell,)
+    run = "trak_dist.stages.featurize:featurize"
+    gpu = True
+    if_too_large = "a smaller featurize.batch_rows or proj_dim"
 
     model_id: int
     split: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Self
 
 from trak_dist.cells.cell import Cell
 from trak_dist.cells.featurize import FeaturizeCell, largest_cell, of_checkpoint
@@ -16,12 +16,12 @@ from trak_dist.plan import CHUNK_BYTES, Plan, digest, of_plan
 class GramCell(Cell):
     """Sums one checkpoint's XᵀX, which every λ and kernel scale shares."""
 
-    kind: ClassVar[str] = "gram"
-    step: ClassVar[str] = "kernel"
-    after: ClassVar[tuple[type[Cell], ...]] = (FeaturizeCell,)
-    run: ClassVar[str] = "trak_dist.stages.reduce:gram"
-    gpu: ClassVar[bool] = False
-    if_too_large: ClassVar[str] = "a smaller proj_dim or featurize.cell_rows"
+    kind = "gram"
+    step = "kernel"
+    after = (FeaturizeCell,)
+    run = "trak_dist.stages.reduce:gram"
+    gpu = False
+    if_too_large = "a smaller proj_dim or featurize.cell_rows"
 
     model_id: int
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Self
 
 from trak_dist.cells.cell import Cell
 from trak_dist.cells.featurize import FeaturizeCell, of_checkpoint
@@ -17,12 +17,12 @@ from trak_dist.plan import Plan, digest, of_plan
 class KernelCell(Cell):
     """Factorises one checkpoint's XᵀX + λI."""
 
-    kind: ClassVar[str] = "kernel"
-    step: ClassVar[str] = "kernel"
-    after: ClassVar[tuple[type[Cell], ...]] = (GramCell, FeaturizeCell)
-    run: ClassVar[str] = "trak_dist.stages.reduce:factorise"
-    gpu: ClassVar[bool] = False
-    if_too_large: ClassVar[str] = "a smaller proj_dim (memory goes with its square)"
+    kind = "kernel"
+    step = "kernel"
+    after = (GramCell, FeaturizeCell)
+    run = "trak_dist.stages.reduce:factorise"
+    gpu = False
+    if_too_large = "a smaller proj_dim (memory goes with its square)"
 
     model_id: int
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Self
 
 from trak_dist.cells.cell import Cell
 from trak_dist.cells.ownership import ArraySpec, OwnedRows
@@ -16,12 +16,12 @@ from trak_dist.plan import Plan, digest, of_plan
 class MarginsCell(Cell):
     """The model outputs on one target set of a checkpoint that was trained on a subset."""
 
-    kind: ClassVar[str] = "margins"
-    step: ClassVar[str] = "train"
-    after: ClassVar[tuple[type[Cell], ...]] = (TrainCell,)
-    run: ClassVar[str] = "trak_dist.stages.train:margins"
-    gpu: ClassVar[bool] = True
-    if_too_large: ClassVar[str] = "a smaller featurize.batch_rows"
+    kind = "margins"
+    step = "train"
+    after = (TrainCell,)
+    run = "trak_dist.stages.train:margins"
+    gpu = True
+    if_too_large = "a smaller featurize.batch_rows"
 
     subset: str
     seed: int

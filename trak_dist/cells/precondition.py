@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Self
 
 from trak_dist.cells.cell import Cell
 from trak_dist.cells.featurize import FeaturizeCell
@@ -18,12 +18,12 @@ from trak_dist.plan import CHUNK_BYTES, Plan, digest, of_plan
 class PreconditionCell(Cell):
     """Solves one checkpoint's kernel for the grads of one target set."""
 
-    kind: ClassVar[str] = "precondition"
-    step: ClassVar[str] = "kernel"
-    after: ClassVar[tuple[type[Cell], ...]] = (KernelCell, FeaturizeCell)
-    run: ClassVar[str] = "trak_dist.stages.reduce:precondition"
-    gpu: ClassVar[bool] = False
-    if_too_large: ClassVar[str] = "a smaller proj_dim, or fewer targets in a set"
+    kind = "precondition"
+    step = "kernel"
+    after = (KernelCell, FeaturizeCell)
+    run = "trak_dist.stages.reduce:precondition"
+    gpu = False
+    if_too_large = "a smaller proj_dim, or fewer targets in a set"
 
     model_id: int
     targets: str

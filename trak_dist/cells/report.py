@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Self
 
 from trak_dist.cells.cell import Cell
 from trak_dist.cells.evaluate import EvaluateCell, evaluated_on
@@ -19,12 +19,12 @@ VERSION = 2  # of what a report shows: with another one the reports of old runs 
 class ReportCell(Cell):
     """Draws the report of one target set."""
 
-    kind: ClassVar[str] = "report"
-    step: ClassVar[str] = "report"
-    after: ClassVar[tuple[type[Cell], ...]] = (EvaluateCell, ScoreCell)
-    run: ClassVar[str] = "trak_dist.stages.report:report"
-    gpu: ClassVar[bool] = False
-    if_too_large: ClassVar[str] = "fewer targets in a set"
+    kind = "report"
+    step = "report"
+    after = (EvaluateCell, ScoreCell)
+    run = "trak_dist.stages.report:report"
+    gpu = False
+    if_too_large = "fewer targets in a set"
 
     targets: str
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Self
+from typing import Self
 
 from trak_dist.cells.cell import Cell
 from trak_dist.cells.featurize import FeaturizeCell
@@ -26,12 +26,12 @@ class ScoreCell(Cell):
     Of `train` it is their self-influence, the score of each against itself.
     """
 
-    kind: ClassVar[str] = "score"
-    step: ClassVar[str] = "score"
-    after: ClassVar[tuple[type[Cell], ...]] = (PreconditionCell, KernelCell, FeaturizeCell)
-    run: ClassVar[str] = "trak_dist.stages.score:score"
-    gpu: ClassVar[bool] = False
-    if_too_large: ClassVar[str] = "a smaller proj_dim, or fewer targets in a set"
+    kind = "score"
+    step = "score"
+    after = (PreconditionCell, KernelCell, FeaturizeCell)
+    run = "trak_dist.stages.score:score"
+    gpu = False
+    if_too_large = "a smaller proj_dim, or fewer targets in a set"
 
     targets: str
     rows: Rows

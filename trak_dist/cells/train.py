@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Self
 
 from trak_dist.cells.cell import Cell
 from trak_dist.cells.ownership import OwnedFile
@@ -16,12 +16,12 @@ from trak_dist.plan import Plan, digest, of_plan
 class TrainCell(Cell):
     """Trains the checkpoint of one seed on one subset of the train set (`full`: all of it)."""
 
-    kind: ClassVar[str] = "train"
-    step: ClassVar[str] = "train"
-    after: ClassVar[tuple[type[Cell], ...]] = ()
-    run: ClassVar[str] = "trak_dist.stages.train:train"
-    gpu: ClassVar[bool] = True
-    if_too_large: ClassVar[str] = "a smaller model or batch in train_checkpoint"
+    kind = "train"
+    step = "train"
+    after = ()
+    run = "trak_dist.stages.train:train"
+    gpu = True
+    if_too_large = "a smaller model or batch in train_checkpoint"
 
     subset: str
     seed: int

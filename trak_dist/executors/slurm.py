@@ -51,17 +51,17 @@ def submit(
     SlurmError
         If Slurm is not there or refuses a job.
     """
-    order = SubmissionRequest(cluster, tuple(stages), uuid.uuid4().hex)
-    check_time_limit(order)
+    request = SubmissionRequest(cluster, tuple(stages), uuid.uuid4().hex)
+    check_time_limit(request)
     jobs = JobRecords(run)
     queue = read_queue(jobs)
     owners, unsatisfiable = _owners_and_unsatisfiable(run, queue)
     slurm.cancel(unsatisfiable)
     if force:
-        kinds = {kind for step in order.steps for kind in STEPS[step]}
+        kinds = {kind for step in request.steps for kind in STEPS[step]}
         owners = {c: task for c, task in owners.items() if type(c) not in kinds}
-    arrays = PendingGroups(jobs, order, owners, rate=rate)
-    _, blocked = arrays.forecast()
+    groups = PendingGroups(jobs, request, owners, rate=rate)
+    _, blocked = groups.forecast()
     if blocked:
         raise MissingInputs(
             f"{len(blocked)} cells depend on others that are neither done nor in the queue, "
@@ -69,10 +69,10 @@ def submit(
             where=str(run.layout.run_dir),
             next="leave out stage=…: the whole graph is submitted then",
         )
-    continuation_job = "" if force else queue.continuation_job(order.stages)
-    send = make_submit(jobs, order, arrays.rows)
+    continuation_job = "" if force else queue.continuation_job(request.stages)
+    submit_group = make_submit(jobs, request, groups.rows)
     return submit_within_limits(
-        arrays, send, read_limits(cluster), continuation_job=continuation_job
+        groups, submit_group, read_limits(cluster), continuation_job=continuation_job
     )
 
 
@@ -149,10 +149,10 @@ def dry_run(
     run: Run, cluster: SlurmConfig, stages: Sequence[str], *, rate: Rate
 ) -> tuple[SubmissionResult, list[str]]:
     """What `submit` would submit to an empty queue without limits, and the batch scripts."""
-    jobs, order = JobRecords(run), SubmissionRequest(cluster, tuple(stages), "")
+    jobs, request = JobRecords(run), SubmissionRequest(cluster, tuple(stages), "")
     scripts: list[str] = []
 
-    def send(step: str, tasks: Sequence[graph.Task], dependency: str) -> str:
+    def submit_group(step: str, tasks: Sequence[graph.Task], dependency: str) -> str:
         number = len(scripts) + 1
         scripts.append(
             batch.script(run, cluster, make_batch(jobs, number, step, tasks, dependency))
@@ -161,7 +161,7 @@ def dry_run(
 
     everything = slurm.Limits(slurm.UNLIMITED, slurm.UNLIMITED, "")
     return submit_within_limits(
-        PendingGroups(jobs, order, {}, rate=rate), send, everything
+        PendingGroups(jobs, request, {}, rate=rate), submit_group, everything
     ), scripts
 
 

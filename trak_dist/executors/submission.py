@@ -30,7 +30,7 @@ class SubmissionRequest:
 
 @dataclass(frozen=True)
 class SubmittedJob:
-    """One submitted array."""
+    """One submitted job array."""
 
     step: str
     job_id: str
@@ -59,7 +59,7 @@ Rate = Callable[[], float]
 
 
 class PendingGroups:
-    """The arrays of one command that are still to be submitted."""
+    """The task groups of one command that are still to be submitted."""
 
     def __init__(
         self,
@@ -203,13 +203,13 @@ def _with_submitted_jobs(error: SlurmError, submitted: Collection[str]) -> Slurm
 
 
 def _parts(
-    arrays: PendingGroups, most: int
+    groups: PendingGroups, most: int
 ) -> Iterator[tuple[graph.TaskGroup, tuple[graph.Task, ...]]]:
-    """The arrays that can run, cut into pieces of at most so many tasks."""
-    for array in arrays:
-        if not array.missing_inputs:
-            for start in range(0, len(array.tasks), most):
-                yield array, array.tasks[start : start + most]
+    """The groups that can run, cut into pieces of at most so many tasks."""
+    for group in groups:
+        if not group.missing_inputs:
+            for start in range(0, len(group.tasks), most):
+                yield group, group.tasks[start : start + most]
 
 
 def make_batch(
@@ -225,12 +225,12 @@ def make_batch(
     )
 
 
-def _dependency(array: graph.TaskGroup, sizes: Mapping[str, int]) -> str:
+def _dependency(group: graph.TaskGroup, sizes: Mapping[str, int]) -> str:
     """`afterok` of tasks `12_3`, an array named as a whole where all of its tasks are meant.
 
     `afterany` of those of another member: what fails there need not be needed here.
     """
-    kinds = {"afterok": array.after, "afterany": array.after_any}
+    kinds = {"afterok": group.after, "afterany": group.after_any}
     return ",".join(
         f"{kind}:{':'.join(_job_names(names, sizes))}" for kind, names in kinds.items() if names
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Self
 
 from trak_dist.cells.cell import Cell
 from trak_dist.cells.featurize import of_checkpoint
@@ -17,12 +17,12 @@ from trak_dist.plan import Plan, digest
 class SpectrumCell(Cell):
     """Writes the eigenvalues of one checkpoint's XᵀX."""
 
-    kind: ClassVar[str] = "spectrum"
-    step: ClassVar[str] = "kernel"
-    after: ClassVar[tuple[type[Cell], ...]] = (GramCell,)
-    run: ClassVar[str] = "trak_dist.stages.spectrum:spectrum"
-    gpu: ClassVar[bool] = False
-    if_too_large: ClassVar[str] = "a smaller proj_dim (memory goes with its square)"
+    kind = "spectrum"
+    step = "kernel"
+    after = (GramCell,)
+    run = "trak_dist.stages.spectrum:spectrum"
+    gpu = False
+    if_too_large = "a smaller proj_dim (memory goes with its square)"
 
     model_id: int
 
