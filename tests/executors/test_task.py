@@ -470,7 +470,7 @@ def test_the_steps_of_one_job_count_their_attempts_apart(main: Main, run: Run, m
 
 @pytest.fixture
 def waiting_run(launch, tiny_run, tmp_path: Path, fake_slurm) -> Run:
-    overrides = [o.replace("tiny.problem", "waiting.problem") for o in tiny_run]
+    overrides = [o.replace("tiny.problem", "blocking_problem.problem") for o in tiny_run]
     assert launch(*overrides, "stage=plan").code == 0
     return opened(tmp_path)
 

@@ -33,7 +33,7 @@ class Lab:
 
 def overrides(path: Path, name: str, *, seconds: float = 0.0) -> list[str]:
     return [
-        *("problem._target_=acting.problem", f"+problem.directory={path / 'checkpoints'}"),
+        *("problem._target_=acting_problem.problem", f"+problem.directory={path / 'checkpoints'}"),
         *(f"+problem.seconds={seconds}", f"run_dir={path / name}", "proj_dim=16"),
         *("featurize.batch_rows=4", "featurize.cell_rows=4"),
     ]

@@ -186,7 +186,7 @@ def test_a_cell_that_always_fails_ends_what_waits_for_it(
     assert ended.code == 1
     assert "failed featurize/0/train/8-12 and 1 more cells, with the same error on n" in ended.out
     assert "RuntimeError: row 9 can't be read" in ended.out
-    assert "acting.py" in ended.out  # the traceback
+    assert "acting_problem.py" in ended.out  # the traceback
     (path / "act").unlink()
     assert launch(*arguments).code == 0
     assert finish(run).complete
