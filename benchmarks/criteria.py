@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from trak_dist.cells import FeaturizeCell
+from trak_dist.cells import EvaluateCell, FeaturizeCell
 from trak_dist.coordinates import TRAIN
 from trak_dist.runtime.inputs import read_grads
 from trak_dist.runtime.session import Session
@@ -42,7 +42,9 @@ def main() -> None:
     run = Run.open(Path(sys.argv[1]))
     session = Session(run, torch.device("cpu"))
     plan = run.plan
-    evaluation = json.loads(run.layout.evaluation(plan.targets[0].name).read_bytes())
+    evaluation = json.loads(
+        run.layout.file(EvaluateCell(plan.targets[0].name), "figures").read_bytes()
+    )
     lambdas = evaluation["lambdas"]
     of_q, of_f = [], []
     for model_id in plan.model_ids:

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 
+from trak_dist.cells.ownership import ArraySpec
 from trak_dist.plan import CHUNK_BYTES
 from trak_dist.store import arrays
-from trak_dist.store.arrays import ArraySpec
 
 ROUNDS, CHUNKS, COLUMNS = 7, 4, 2048
 FLOOR = "tofile + fsync"
