@@ -50,7 +50,7 @@ def test_cells_that_depend_alike_depend_on_the_same_of_earlier_steps(plan: Plan)
         for kind in kinds:
             for cell in kind.of(plan):
                 earlier = {c for c in cell.dependencies(plan, set()) if c.step != step}
-                assert found.setdefault(cell.depends_as, earlier) == earlier
+                assert found.setdefault(cell.dependency_group, earlier) == earlier
 
 
 def test_each_array_has_one_cell_to_make_it_by_and_its_chunks_one_owner(plan: Plan) -> None:

@@ -91,12 +91,12 @@ def task_groups(
         waiting = tasks(plan, step, skip={*done, *owners, *skip}, rows_per_task=rows_per_task)
         groups: dict[frozenset[Hashable], list[Task]] = {}
         for task in waiting:
-            groups.setdefault(frozenset(cell.depends_as for cell in task), []).append(task)
+            groups.setdefault(frozenset(cell.dependency_group for cell in task), []).append(task)
         by_dependencies: dict[
             tuple[frozenset[str], frozenset[str], tuple[Cell, ...]], list[Task]
         ] = {}
         for group in groups.values():
-            representatives = {c.depends_as: c for c in reversed(group[0])}.values()
+            representatives = {c.dependency_group: c for c in reversed(group[0])}.values()
             needed = dict.fromkeys(
                 c for cell in representatives for c in cell.dependencies(plan, done)
             )

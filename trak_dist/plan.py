@@ -212,7 +212,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def of_plan(compute: Callable[Concatenate[Plan, P], T]) -> Callable[Concatenate[Plan, P], T]:
+def cached_on_plan(compute: Callable[Concatenate[Plan, P], T]) -> Callable[Concatenate[Plan, P], T]:
     """A function of a plan and hashable arguments, cached on the plan."""
 
     @functools.wraps(compute)

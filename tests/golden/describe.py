@@ -122,7 +122,7 @@ def alike(run: Run) -> dict[str, list[list[str]]]:
     for step in STEPS:
         groups: dict[object, list[str]] = {}
         for one in of_step(run.plan, step):
-            groups.setdefault(one.depends_as, []).append(one.id)
+            groups.setdefault(one.dependency_group, []).append(one.id)
         found[step] = sorted(map(sorted, groups.values()))
     return found
 

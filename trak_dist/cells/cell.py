@@ -30,7 +30,7 @@ class Cell(ABC):
     after : tuple of kinds
         The kinds of cells that `dependencies` names.
     run : str
-        `module:function`, called with the worker's session and the cell, returning its outcome.
+        `module:function`, called with the worker's session and the cell, returning a `CellResult`.
         Imported when a cell of the kind runs.
     gpu : bool
         Whether it computes on the device that is asked for; others get no GPU from Slurm.
@@ -70,7 +70,7 @@ class Cell(ABC):
 
     @abstractmethod
     def identity(self, plan: Plan) -> str:
-        """Digest of what determines its bytes, apart from its coordinates; see `of_plan`."""
+        """Digest of what determines its bytes, apart from its coordinates; see `cached_on_plan`."""
 
     def key(self, plan: Plan) -> str:
         """Hash of everything that determines its bytes; a receipt with this key makes it done."""
@@ -95,7 +95,7 @@ class Cell(ABC):
         """
 
     @property
-    def depends_as(self) -> Hashable:
+    def dependency_group(self) -> Hashable:
         """Cells of one step with equal values have the same dependencies in earlier steps."""
         return self
 

@@ -10,7 +10,7 @@ from trak_dist.cells.cell import Cell
 from trak_dist.cells.score import ScoreCell, scores_identity
 from trak_dist.cells.train import training, training_bytes
 from trak_dist.coordinates import AtRandom, HelpfulTo, Selection
-from trak_dist.plan import Plan, digest, of_plan
+from trak_dist.plan import Plan, cached_on_plan, digest
 from trak_dist.spacing import evenly_spaced
 
 
@@ -74,7 +74,7 @@ class CounterfactualCell(Cell):
             yield from ScoreCell.of_targets(plan, self.targets)
 
     @property
-    def depends_as(self) -> Hashable:
+    def dependency_group(self) -> Hashable:
         return self.targets if self.needs_scores else None
 
     @property
@@ -94,11 +94,11 @@ def _retraining(plan: Plan, targets: str) -> list[object]:
     return ["counterfactual", training(plan), plan.cut(targets)]
 
 
-@of_plan
+@cached_on_plan
 def _without_random(plan: Plan, targets: str) -> str:
     return digest(_retraining(plan, targets))
 
 
-@of_plan
+@cached_on_plan
 def _without_helpful(plan: Plan, targets: str) -> str:
     return digest([*_retraining(plan, targets), scores_identity(plan)])

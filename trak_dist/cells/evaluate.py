@@ -16,7 +16,7 @@ from trak_dist.cells.ownership import OwnedFile
 from trak_dist.cells.score import ScoreCell, scores_identity
 from trak_dist.cells.train import retrained, training_on_subsets
 from trak_dist.coordinates import TRAIN
-from trak_dist.plan import Plan, digest, of_plan
+from trak_dist.plan import Plan, cached_on_plan, digest
 
 PREDICTIONS = 20 * 16  # values of λ, and ensembles and dimensions, of an evaluation
 
@@ -68,7 +68,7 @@ class EvaluateCell(Cell):
                 yield from FeaturizeCell.of_split(plan, model_id, self.targets)
 
     @property
-    def depends_as(self) -> Hashable:
+    def dependency_group(self) -> Hashable:
         return self.targets
 
     def files(self) -> Mapping[str, OwnedFile]:
@@ -102,6 +102,6 @@ def evaluated_on(plan: Plan, targets: str) -> list[object]:
     return content
 
 
-@of_plan
+@cached_on_plan
 def _identity(plan: Plan, targets: str) -> str:
     return digest(evaluated_on(plan, targets))

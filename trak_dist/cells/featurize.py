@@ -11,7 +11,7 @@ from trak_dist.cells.ownership import ArraySpec, OwnedRows
 from trak_dist.cells.train import TrainCell
 from trak_dist.configuration.config import CACHE_BYTES
 from trak_dist.coordinates import FULL, Rows
-from trak_dist.plan import Plan, digest, of_plan
+from trak_dist.plan import Plan, cached_on_plan, digest
 
 INPUT_DIGEST_BYTES = 16  # of what a streamed row was computed from
 
@@ -57,7 +57,7 @@ class FeaturizeCell(Cell):
             yield TrainCell(FULL, self.model_id)
 
     @property
-    def depends_as(self) -> Hashable:
+    def dependency_group(self) -> Hashable:
         return self.model_id
 
     @property
@@ -130,6 +130,6 @@ def largest_cell(plan: Plan) -> int:
     return max(min(s.cell_rows, s.rows) for s in plan.splits) * plan.store_dim
 
 
-@of_plan
+@cached_on_plan
 def _identity(plan: Plan, split: str) -> str:
     return digest([plan.fingerprint, plan.cut(split)])

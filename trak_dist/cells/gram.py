@@ -9,7 +9,7 @@ from typing import Self
 from trak_dist.cells.cell import Cell
 from trak_dist.cells.featurize import FeaturizeCell, largest_cell, of_checkpoint
 from trak_dist.cells.ownership import ArraySpec, OwnedRows
-from trak_dist.plan import CHUNK_BYTES, Plan, digest, of_plan
+from trak_dist.plan import CHUNK_BYTES, Plan, cached_on_plan, digest
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class GramCell(Cell):
         yield from all_grads(plan, self.model_id)
 
     @property
-    def depends_as(self) -> Hashable:
+    def dependency_group(self) -> Hashable:
         return self.model_id
 
     @property
@@ -82,7 +82,7 @@ def square(plan: Plan) -> ArraySpec:
     return ArraySpec(shape=(k, k), chunks=(chunk, k), dtype="float64")
 
 
-@of_plan
+@cached_on_plan
 def gram_identity(plan: Plan) -> str:
     """Digest of what determines every XᵀX of the run."""
     return digest([plan.fingerprint, plan.proj_dim, plan.settings_of("reduce.threads")])

@@ -10,7 +10,7 @@ from trak_dist.cells.cell import Cell
 from trak_dist.cells.featurize import FeaturizeCell, of_checkpoint
 from trak_dist.cells.gram import GramCell, all_grads, gram_identity, square
 from trak_dist.cells.ownership import OwnedRows
-from trak_dist.plan import Plan, digest, of_plan
+from trak_dist.plan import Plan, cached_on_plan, digest
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class KernelCell(Cell):
         yield from all_grads(plan, self.model_id)
 
     @property
-    def depends_as(self) -> Hashable:
+    def dependency_group(self) -> Hashable:
         return self.model_id
 
     @property
@@ -76,7 +76,7 @@ def of_kernel(plan: Plan, model_id: int) -> str:
     return f"{of_checkpoint(plan, model_id)}/reduce/{plan.kernel_id}"
 
 
-@of_plan
+@cached_on_plan
 def kernel_identity(plan: Plan) -> str:
     """Digest of what determines every kernel of the run."""
     return digest([gram_identity(plan), plan.kernel_id])

@@ -9,7 +9,7 @@ from typing import Self
 from trak_dist.cells.cell import Cell
 from trak_dist.cells.ownership import ArraySpec, OwnedRows
 from trak_dist.cells.train import TrainCell, retrained, training_on_subsets
-from trak_dist.plan import Plan, digest, of_plan
+from trak_dist.plan import Plan, cached_on_plan, digest
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class MarginsCell(Cell):
         yield TrainCell(self.subset, self.seed)
 
     @property
-    def depends_as(self) -> Hashable:
+    def dependency_group(self) -> Hashable:
         return self.subset, self.seed
 
     @property
@@ -84,6 +84,6 @@ class MarginsCell(Cell):
         return plan.spec.featurize.threads
 
 
-@of_plan
+@cached_on_plan
 def _identity(plan: Plan, targets: str) -> str:
     return digest([training_on_subsets(plan), plan.split(targets).content])

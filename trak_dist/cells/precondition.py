@@ -11,7 +11,7 @@ from trak_dist.cells.featurize import FeaturizeCell
 from trak_dist.cells.gram import all_grads
 from trak_dist.cells.kernel import KernelCell, kernel_identity, of_kernel
 from trak_dist.cells.ownership import ArraySpec, OwnedRows
-from trak_dist.plan import CHUNK_BYTES, Plan, digest, of_plan
+from trak_dist.plan import CHUNK_BYTES, Plan, cached_on_plan, digest
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class PreconditionCell(Cell):
         yield from all_grads(plan, self.model_id)
 
     @property
-    def depends_as(self) -> Hashable:
+    def dependency_group(self) -> Hashable:
         return self.model_id
 
     @property
@@ -77,6 +77,6 @@ class PreconditionCell(Cell):
         return plan.spec.reduce.threads
 
 
-@of_plan
+@cached_on_plan
 def _identity(plan: Plan, targets: str) -> str:
     return digest([kernel_identity(plan), plan.cut(targets)])

@@ -10,7 +10,7 @@ from trak_dist.cells.cell import Cell
 from trak_dist.cells.evaluate import EvaluateCell, evaluated_on
 from trak_dist.cells.ownership import OwnedFile
 from trak_dist.cells.score import ScoreCell
-from trak_dist.plan import Plan, digest, of_plan
+from trak_dist.plan import Plan, cached_on_plan, digest
 
 VERSION = 2  # of what a report shows: with another one the reports of old runs are drawn again
 
@@ -50,7 +50,7 @@ class ReportCell(Cell):
             yield from ScoreCell.of_targets(plan, self.targets)
 
     @property
-    def depends_as(self) -> Hashable:
+    def dependency_group(self) -> Hashable:
         return self.targets
 
     def files(self) -> Mapping[str, OwnedFile]:
@@ -68,6 +68,6 @@ class ReportCell(Cell):
         return plan.spec.reduce.threads
 
 
-@of_plan
+@cached_on_plan
 def _identity(plan: Plan, targets: str) -> str:
     return digest(["report", VERSION, *evaluated_on(plan, targets)])

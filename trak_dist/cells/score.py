@@ -12,7 +12,7 @@ from trak_dist.cells.kernel import KernelCell, kernel_identity
 from trak_dist.cells.ownership import ArraySpec, OwnedRows
 from trak_dist.cells.precondition import PreconditionCell
 from trak_dist.coordinates import TRAIN, Rows
-from trak_dist.plan import CHUNK_BYTES, Plan, digest, of_plan
+from trak_dist.plan import CHUNK_BYTES, Plan, cached_on_plan, digest
 from trak_dist.plan_inputs import Split
 from trak_dist.spacing import evenly_spaced
 
@@ -66,7 +66,7 @@ class ScoreCell(Cell):
                 yield from FeaturizeCell.of_split(plan, model_id, split)
 
     @property
-    def depends_as(self) -> Hashable:
+    def dependency_group(self) -> Hashable:
         return self.targets
 
     def arrays(self, plan: Plan) -> Mapping[str, OwnedRows]:
@@ -128,12 +128,12 @@ def _cut(plan: Plan, targets: str) -> Split:
     return replace(plan.train, cell_rows=min(rows, plan.train.rows))
 
 
-@of_plan
+@cached_on_plan
 def scores_identity(plan: Plan) -> str:
     """Digest of what determines scores of this ensemble, whatever the targets."""
     return digest([kernel_identity(plan), plan.model_ids, HALVES_TARGETS])
 
 
-@of_plan
+@cached_on_plan
 def _identity(plan: Plan, targets: str) -> str:
     return digest([scores_identity(plan), plan.cut(targets)])

@@ -9,7 +9,7 @@ from typing import Self
 from trak_dist.cells.cell import Cell
 from trak_dist.cells.ownership import OwnedFile
 from trak_dist.coordinates import FULL
-from trak_dist.plan import Plan, digest, of_plan
+from trak_dist.plan import Plan, cached_on_plan, digest
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class TrainCell(Cell):
         yield from ()
 
     @property
-    def depends_as(self) -> Hashable:
+    def dependency_group(self) -> Hashable:
         return None
 
     @property
@@ -82,13 +82,13 @@ def retrained(plan: Plan) -> Iterator[tuple[str, int]]:
         yield from ((str(subset), seed) for seed in range(plan.ground_truth.seeds))
 
 
-@of_plan
+@cached_on_plan
 def training(plan: Plan) -> str:
     """Digest of what determines a checkpoint that is trained on all rows."""
     return digest([plan.trained_from, plan.settings_of("featurize.threads")])
 
 
-@of_plan
+@cached_on_plan
 def training_on_subsets(plan: Plan) -> str:
     """Digest of what determines the models of the ground truth."""
     return digest([training(plan), plan.ground_truth.alpha])

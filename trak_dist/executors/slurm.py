@@ -94,7 +94,7 @@ def _owners_and_unsatisfiable(run: Run, queue: Queue) -> tuple[dict[Cell, str], 
         ]
         # A task that begins with a kernel waits for the one that makes the Gram.
         for task, job, cells in sorted(candidates, key=lambda one: kinds.index(type(one[2][0]))):
-            group = type(cells[0]), cells[0].depends_as
+            group = type(cells[0]), cells[0].dependency_group
             if group not in blocked:
                 needed = cells[0].dependencies(plan, done)
                 blocked[group] = any(c not in done and c not in owners for c in needed)
