@@ -130,7 +130,7 @@ def _execute(prepared: Prepared, combination: Combination | None) -> int:
     display = console.ProgressDisplay(live=cluster.kind != "debug")
     outcome = execution.execute(prepared, on_progress=display)
     if outcome.submission:
-        console.submitted(run, outcome.submission.arrays, outcome.submission.scripts)
+        console.submitted(run, outcome.submission.result, outcome.submission.scripts)
         return DONE
     if not outcome.complete:
         console.failures(outcome)

@@ -559,7 +559,7 @@ def limited(launch, slurm_run, fake_slurm, tmp_path: Path, monkeypatch) -> FakeS
     fake_slurm.set(lambda row: row.job_id == "2_0", state="RUNNING", reason="None", node="n1")
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "2")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
-    monkeypatch.setattr(task, "TerminationNotice", lambda: SimpleNamespace(patience=30.0))
+    monkeypatch.setattr(task, "TerminationNotice", lambda: SimpleNamespace(grace_seconds=30.0))
     return fake_slurm
 
 

@@ -45,7 +45,7 @@ def test_what_is_submitted_is_returned(plan, capfd) -> None:
     assert planned.summary.stages["featurize"].tasks == 9
     outcome = planned.execute()
     assert outcome.submission.job_ids == ("1", "2", "3", "4", "5", "6", "7")
-    assert [(a.step, a.job_id, a.tasks) for a in outcome.submission.arrays.lines] == [
+    assert [(a.step, a.job_id, a.tasks) for a in outcome.submission.result.jobs] == [
         row[:3] for row in WHOLE_GRAPH
     ]
     assert outcome.pending == 43

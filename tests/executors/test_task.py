@@ -54,7 +54,7 @@ def main(run: Run, monkeypatch: pytest.MonkeyPatch) -> Main:
     """`python -m trak_dist.task RUN …` in this process, whose signals stay what they are."""
 
     class Unwarned:
-        patience = 0.0
+        grace_seconds = 0.0
 
         def __call__(self) -> bool:
             return False
@@ -522,7 +522,7 @@ def test_after_a_termination_notice_a_task_finishes_its_cell_and_requeues(
 
 
 def in_a_process(code: str) -> subprocess.CompletedProcess[str]:
-    code = f"import hashlib, os, signal, time\nfrom trak_dist.task import Warned\n{code}"
+    code = f"import hashlib, os, signal, time\nfrom trak_dist.task import TerminationNotice\n{code}"
     command = [sys.executable, "-c", code]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
 
@@ -530,8 +530,8 @@ def in_a_process(code: str) -> subprocess.CompletedProcess[str]:
 def test_a_cell_that_is_stuck_when_warned_is_abandoned() -> None:
     """Even in a call that no handler of Python's interrupts."""
     ended = in_a_process(
-        "warned = Warned()\n"
-        "warned.patience = 0.2\n"
+        "warned = TerminationNotice()\n"
+        "warned.grace_seconds = 0.2\n"
         "os.kill(os.getpid(), signal.SIGUSR2)\n"
         "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)\n"
     )
@@ -541,7 +541,7 @@ def test_a_cell_that_is_stuck_when_warned_is_abandoned() -> None:
 
 def test_a_grace_period_is_used_to_the_end() -> None:
     ended = in_a_process(
-        "warned = Warned()\n"
+        "warned = TerminationNotice()\n"
         "os.kill(os.getpid(), signal.SIGTERM)\n"
         "time.sleep(0.1)\n"
         "print(warned())\n"
@@ -567,7 +567,7 @@ def test_a_failed_cell_of_a_task_that_was_warned_does_not_keep_it_from_another_g
         return False
 
     monkeypatch.setattr(worker, "run_cells", run_cells)
-    warned = SimpleNamespace(patience=0.0, said=True)
+    warned = SimpleNamespace(grace_seconds=0.0, said=True)
     given = task.Assignment("1", 0, run.plan.fingerprint, (parse_cell(FIRST[0]),), "cpu", 1.0, 5)
     assert task._run(JobRecords(run), given, lambda: warned.said, iter(())) == 85
     warned.said = False

@@ -344,7 +344,7 @@ def main() -> int:
     campaign = Campaign(directory.absolute())
     outcomes: dict[str, Counter[str]] = {}
     begun, lost = time.monotonic(), 0
-    for number in range(given.count) if given.single_example is None else [given.single_example]:
+    for number in range(given.count) if given.only is None else [given.only]:
         case = campaign.case(given.seed, number)
         name = f"{case.kind}, {case.who}"
         try:
@@ -354,7 +354,7 @@ def main() -> int:
             outcome, why, lost = "LOST", f" ({error})", lost + 1
         print(f"case {number}: {name}, {case.prepared.story.name}: {outcome}{why}", flush=True)
         at = case.root.with_name(f"{case.root.name}.happened")
-        if why or given.single_example is not None:
+        if why or given.only is not None:
             print(at.read_text() if at.exists() else "", case.said, sep="", flush=True)
         at.unlink(missing_ok=True)
         shutil.rmtree(f"{case.root}.lost", ignore_errors=True)

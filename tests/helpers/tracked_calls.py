@@ -123,7 +123,7 @@ def varied(tensor: Tensor, draw: Draw, example: int, generator: torch.Generator)
     found = draw.found.get(id(tensor))
     if found is None or id(tensor) in draw.fixed:
         return tensor.clone()
-    theirs = found.spread(tensor.shape) == example
+    theirs = found.expand_to(tensor.shape) == example
     if tensor.is_complex():
         other = tensor * torch.rand(tensor.shape, generator=generator)
     elif tensor.dtype == torch.bool:

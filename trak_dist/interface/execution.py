@@ -30,22 +30,22 @@ QUEUE_SECONDS = 15.0  # between two looks at Slurm's queue
 
 @dataclass(frozen=True)
 class Submission:
-    """What was submitted to Slurm: `arrays`, and of a dry run their batch `scripts`."""
+    """What was submitted to Slurm: the `result`, and of a dry run their batch `scripts`."""
 
-    arrays: SubmissionResult
+    result: SubmissionResult
     scripts: tuple[str, ...] = ()
 
     @property
     def job_ids(self) -> tuple[str, ...]:
         """Of the arrays submitted, and of the job that submits what had no room."""
-        ids = [line.job_id for line in self.arrays.jobs]
-        return tuple(i for i in (*ids, self.arrays.continuation_job) if i)
+        ids = [line.job_id for line in self.result.jobs]
+        return tuple(i for i in (*ids, self.result.continuation_job) if i)
 
     @property
     def pending(self) -> int:
         """How many cells are in the queue, or are still to be submitted."""
-        submitted = sum(line.cells for line in self.arrays.jobs)
-        return submitted + self.arrays.already_queued + self.arrays.deferred_cells
+        submitted = sum(line.cells for line in self.result.jobs)
+        return submitted + self.result.already_queued + self.result.deferred_cells
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ def _submitted_assignment(run: Run, config: Config, cluster: SlurmConfig) -> Out
     return Outcome(
         run.layout.run_dir,
         config.stage,
-        not_run=tuple(submission.arrays.blocked),
+        not_run=tuple(submission.result.blocked),
         pending=submission.pending,
         submission=submission,
     )
