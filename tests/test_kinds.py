@@ -41,7 +41,7 @@ def test_cells_depend_on_cells_that_there_are_of_the_kinds_that_they_name(plan: 
         for done in (set(), set(before)):
             needed = set(cell.dependencies(plan, done))
             assert needed <= before.keys()
-            assert {type(n) for n in needed} <= set(cell.after)
+            assert {type(n) for n in needed} <= set(cell.depends_on)
 
 
 def test_cells_that_depend_alike_depend_on_the_same_of_earlier_steps(plan: Plan) -> None:
@@ -90,7 +90,11 @@ def made(**changes: Any) -> type[Cell]:
     body: dict[str, Any] = {
         "kind": "made_up",
         "step": "kernel",
-        "after": (GramCell,),
+        "depends_on": (GramCell,),
+        "runs_problem": False,
+        "memory_is_bound": True,
+        "per_member": False,
+        "receipt_group": GramCell.receipt_group,
         "run": "nowhere:at_all",
         "gpu": False,
         "if_too_large": "nothing",
@@ -107,13 +111,19 @@ def test_a_kind_as_it_should_be_comes_after_those_that_it_depends_on() -> None:
     assert in_order([kind, FeaturizeCell, GramCell]) == (FeaturizeCell, GramCell, kind)
 
 
+def test_two_kinds_of_one_name_are_refused() -> None:
+    with pytest.raises(TypeError, match="two kinds of cells are called gram"):
+        in_order([FeaturizeCell, GramCell, made(kind="gram")])
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        *(({name: None}, f"leaves out {name}") for name in ("kind", "step", "after", "run")),
-        *(({name: None}, f"leaves out {name}") for name in ("gpu", "if_too_large")),
+        *(({name: None}, f"leaves out {name}") for name in ("kind", "step", "depends_on", "run")),
+        *(({name: None}, f"leaves out {name}") for name in ("gpu", "runs_problem", "if_too_large")),
         *(({name: None}, f"leaves out {name}") for name in ("of", "count", "memory", "threads")),
         *(({name: None}, f"leaves out {name}") for name in ("identity", "dependencies")),
+        *(({name: None}, f"leaves out {name}") for name in ("receipt_group", "per_member")),
         ({"kind": None, "memory": None}, "leaves out kind, memory"),
         ({"step": "featurise"}, "belongs to step 'featurise', which no stage has"),
         ({"step": "train"}, "made_up cells depend on gram, which come later"),

@@ -123,7 +123,11 @@ class Plan:
 
     def checkpoint(self, model_id: int) -> Checkpoint:
         """The checkpoint whose key is `model_id`."""
-        return next(c for c in self.checkpoints if c.model_id == model_id)
+        return self._by_id[model_id]
+
+    @cached_property
+    def _by_id(self) -> dict[int, Checkpoint]:
+        return {checkpoint.model_id: checkpoint for checkpoint in self.checkpoints}
 
     # Identity -------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import islice
 
 from trak_dist.cells import KINDS, Cell, FeaturizeCell
 from trak_dist.errors import MemoryRefused
@@ -15,6 +16,16 @@ def disk_bytes(plan: Plan, kinds: Iterable[type[Cell]] = KINDS) -> int:
     return sum(kind.disk_bytes(plan) for kind in kinds)
 
 
+def shared_bytes(plan: Plan, base: Plan) -> int:
+    """Bytes of what a new member of a sweep finds in the run that it is made from."""
+    firsts = [cell for kind in KINDS for cell in islice(kind.of(plan), 1)]
+    return sum(
+        min(kind.disk_bytes(plan), kind.disk_bytes(base))
+        for kind, cell in ((type(cell), cell) for cell in firsts)
+        if not cell.per_member and cell.receipt_group(plan) == cell.receipt_group(base)
+    )
+
+
 def fit_workers(plan: Plan, *, requested: int, memory: int) -> int:
     """How many of `requested` workers fit into `memory` bytes, whatever cells they run.
 
@@ -23,7 +34,8 @@ def fit_workers(plan: Plan, *, requested: int, memory: int) -> int:
     MemoryRefused
         If not even one fits, saying what would.
     """
-    kind = max((k for k in KINDS if k.count(plan)), key=lambda k: k.memory(plan))
+    bounded = (kind for kind in KINDS if kind.memory_is_bound and kind.count(plan))
+    kind = max(bounded, key=lambda k: k.memory(plan))
     needed = kind.memory(plan)
     if needed <= memory:
         return min(requested, memory // max(1, needed))

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trak_dist import machine, trust
-from trak_dist.cells import STAGE_STEPS, STEPS, Cell
+from trak_dist.cells import STEPS, Cell, runs_problem
 from trak_dist.configuration.config import DEVICES, SlurmConfig
 from trak_dist.configuration.validation import cluster_from_mapping
 from trak_dist.errors import ConfigError, PlanMismatch, TrakDistError, WorkerLost
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             task = _submitted_assignment(job, options.what)
         else:
             task = _array_share(jobs.run, options)
-            if not options.trust and options.what not in STAGE_STEPS["reduce"]:
+            if not options.trust and runs_problem([options.what]):
                 trust.check_trusted(jobs.run.plan, jobs.run.layout.run_dir)
         termination_notice.grace_seconds = task.grace_seconds
         return _run(jobs, task, termination_notice, retry_delays)

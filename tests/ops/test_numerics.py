@@ -86,6 +86,7 @@ def test_float32_is_exact_in_a_cell_and_as_it_was_afterwards(
 
 
 def test_a_script_that_uses_torchs_newer_names_can_feed() -> None:
+    torch.backends.cudnn.rnn.fp32_precision = "tf32"
     of_convolutions("ieee")
     assert precisions()["allow_tf32 of cudnn"] == "refused"
     with worker.cell_numerics(CPU):

@@ -9,6 +9,7 @@ from trak_dist.cells.catalogue import (
     of_stage,
     of_step,
     parse_cell,
+    runs_problem,
 )
 from trak_dist.cells.cell import Cell
 from trak_dist.cells.counterfactual import CounterfactualCell
@@ -42,4 +43,5 @@ __all__ = [
     "of_stage",
     "of_step",
     "parse_cell",
+    "runs_problem",
 ]

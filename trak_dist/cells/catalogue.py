@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import get_type_hints
@@ -23,7 +23,10 @@ STAGE_STEPS: dict[str, tuple[str, ...]] = {
     "evaluate": ("counterfactual", "evaluate"),
     "report": ("report",),
 }
-_ATTRIBUTES = ("kind", "step", "after", "run", "gpu", "if_too_large")
+_ATTRIBUTES = (
+    *("kind", "step", "depends_on", "run", "gpu", "runs_problem", "memory_is_bound"),
+    "if_too_large",
+)
 
 
 def check_kind(kind: type[Cell]) -> None:
@@ -60,14 +63,17 @@ def in_order(kinds: list[type[Cell]]) -> tuple[type[Cell], ...]:
         If a kind leaves something out, or depends on one of a later step.
     """
     steps = [step for steps in STAGE_STEPS.values() for step in steps]
+    names = [kind.kind for kind in kinds if hasattr(kind, "kind")]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise TypeError(f"two kinds of cells are called {', '.join(twice)}")
     for kind in kinds:
         check_kind(kind)
-        late = [a.kind for a in kind.after if steps.index(a.step) > steps.index(kind.step)]
+        late = [a.kind for a in kind.depends_on if steps.index(a.step) > steps.index(kind.step)]
         if late:
             raise TypeError(f"{kind.kind} cells depend on {', '.join(late)}, which come later")
 
     def depth(kind: type[Cell]) -> int:
-        return max((1 + depth(a) for a in kind.after if a.step == kind.step), default=0)
+        return max((1 + depth(a) for a in kind.depends_on if a.step == kind.step), default=0)
 
     return tuple(sorted(kinds, key=lambda k: (steps.index(k.step), depth(k), k.kind)))
 
@@ -88,6 +94,11 @@ def of_run(plan: Plan) -> Iterator[Cell]:
     """All cells, each after those that it depends on."""
     for stage in STAGE_STEPS:
         yield from of_stage(plan, stage)
+
+
+def runs_problem(steps: Iterable[str]) -> bool:
+    """Whether a cell of some steps executes the user's code."""
+    return any(kind.runs_problem for step in steps for kind in STEPS[step])
 
 
 def count(plan: Plan) -> int:

@@ -27,22 +27,28 @@ class Cell(ABC):
         Its kind's name: the first part of its id, and a directory of receipts.
     step : str
         The step of the job graph (`catalogue.STEPS`) whose tasks run it.
-    after : tuple of kinds
+    depends_on : tuple of kinds
         The kinds of cells that `dependencies` names.
     run : str
         `module:function`, called with the worker's session and the cell, returning a `CellResult`.
         Imported when a cell of the kind runs.
     gpu : bool
         Whether it computes on the device that is asked for; others get no GPU from Slurm.
+    runs_problem : bool
+        Whether it executes the user's code, which has to be trusted then.
+    memory_is_bound : bool
+        Whether `memory` is an upper bound. An estimate is asked of Slurm, and refuses nothing.
     if_too_large : str
         What to set so that its memory is less.
     """
 
     kind: ClassVar[str]
     step: ClassVar[str]
-    after: ClassVar[tuple[type[Cell], ...]]
+    depends_on: ClassVar[tuple[type[Cell], ...]]
     run: ClassVar[str]
     gpu: ClassVar[bool]
+    runs_problem: ClassVar[bool]
+    memory_is_bound: ClassVar[bool]
     if_too_large: ClassVar[str]
 
     @property
@@ -76,14 +82,17 @@ class Cell(ABC):
         """Hash of everything that determines its bytes; a receipt with this key makes it done."""
         return digest_of(f"{self.identity(plan)}|{self.id}".encode())
 
+    @abstractmethod
     def receipt_group(self, plan: Plan) -> tuple[str, ...]:
-        """The directories of its receipt, below `receipts/<kind>`."""
-        return ()
+        """The directories of its receipt, below `receipts/<kind>`.
+
+        Runs of a sweep for which they are the same share it, unless it is `per_member`.
+        """
 
     @property
+    @abstractmethod
     def per_member(self) -> bool:
         """Whether each member of a sweep has its own, which no other can use."""
-        return False
 
     # The job graph --------------------------------------------------------------------------
 

@@ -24,9 +24,11 @@ class CounterfactualCell(Cell):
 
     kind = "counterfactual"
     step = "counterfactual"
-    after = (ScoreCell,)
+    depends_on = (ScoreCell,)
     run = "trak_dist.stages.counterfactual:counterfactual"
     gpu = True
+    runs_problem = True
+    memory_is_bound = False
     if_too_large = "a smaller model or batch in train_checkpoint"
 
     targets: str
@@ -68,6 +70,9 @@ class CounterfactualCell(Cell):
     @property
     def per_member(self) -> bool:
         return self.needs_scores
+
+    def receipt_group(self, plan: Plan) -> tuple[str, ...]:
+        return ()
 
     def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
         if self.needs_scores:

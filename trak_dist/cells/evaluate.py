@@ -27,9 +27,14 @@ class EvaluateCell(Cell):
 
     kind = "evaluate"
     step = "evaluate"
-    after = (*(ScoreCell, CounterfactualCell, MarginsCell, KernelCell, GramCell, FeaturizeCell),)
+    depends_on = (
+        *(ScoreCell, CounterfactualCell, MarginsCell, KernelCell, GramCell, FeaturizeCell),
+    )
     run = "trak_dist.stages.evaluate:evaluate"
     gpu = False
+    runs_problem = True
+    memory_is_bound = True
+    per_member = True
     if_too_large = "fewer ground_truth.subsets or a smaller proj_dim"
 
     targets: str
@@ -45,9 +50,8 @@ class EvaluateCell(Cell):
     def identity(self, plan: Plan) -> str:
         return _identity(plan, self.targets)
 
-    @property
-    def per_member(self) -> bool:
-        return True
+    def receipt_group(self, plan: Plan) -> tuple[str, ...]:
+        return ()
 
     def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
         scores = list(ScoreCell.of_targets(plan, self.targets))

@@ -22,9 +22,12 @@ class FeaturizeCell(Cell):
 
     kind = "featurize"
     step = "featurize"
-    after = (TrainCell,)
+    depends_on = (TrainCell,)
     run = "trak_dist.stages.featurize:featurize"
     gpu = True
+    runs_problem = True
+    memory_is_bound = True
+    per_member = False
     if_too_large = "a smaller featurize.batch_rows or proj_dim"
 
     model_id: int

@@ -18,9 +18,12 @@ class GramCell(Cell):
 
     kind = "gram"
     step = "kernel"
-    after = (FeaturizeCell,)
+    depends_on = (FeaturizeCell,)
     run = "trak_dist.stages.reduce:gram"
     gpu = False
+    runs_problem = False
+    memory_is_bound = True
+    per_member = False
     if_too_large = "a smaller proj_dim or featurize.cell_rows"
 
     model_id: int

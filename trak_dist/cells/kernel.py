@@ -19,9 +19,12 @@ class KernelCell(Cell):
 
     kind = "kernel"
     step = "kernel"
-    after = (GramCell, FeaturizeCell)
+    depends_on = (GramCell, FeaturizeCell)
     run = "trak_dist.stages.reduce:factorise"
     gpu = False
+    runs_problem = False
+    memory_is_bound = True
+    per_member = False
     if_too_large = "a smaller proj_dim (memory goes with its square)"
 
     model_id: int

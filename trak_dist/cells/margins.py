@@ -18,9 +18,12 @@ class MarginsCell(Cell):
 
     kind = "margins"
     step = "train"
-    after = (TrainCell,)
+    depends_on = (TrainCell,)
     run = "trak_dist.stages.train:margins"
     gpu = True
+    runs_problem = True
+    memory_is_bound = True
+    per_member = False
     if_too_large = "a smaller featurize.batch_rows"
 
     subset: str
@@ -37,6 +40,9 @@ class MarginsCell(Cell):
 
     def identity(self, plan: Plan) -> str:
         return _identity(plan, self.targets)
+
+    def receipt_group(self, plan: Plan) -> tuple[str, ...]:
+        return ()
 
     def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
         yield TrainCell(self.subset, self.seed)

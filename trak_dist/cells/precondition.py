@@ -20,9 +20,12 @@ class PreconditionCell(Cell):
 
     kind = "precondition"
     step = "kernel"
-    after = (KernelCell, FeaturizeCell)
+    depends_on = (KernelCell, FeaturizeCell)
     run = "trak_dist.stages.reduce:precondition"
     gpu = False
+    runs_problem = False
+    memory_is_bound = True
+    per_member = False
     if_too_large = "a smaller proj_dim, or fewer targets in a set"
 
     model_id: int

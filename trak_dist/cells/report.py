@@ -21,9 +21,12 @@ class ReportCell(Cell):
 
     kind = "report"
     step = "report"
-    after = (EvaluateCell, ScoreCell)
+    depends_on = (EvaluateCell, ScoreCell)
     run = "trak_dist.stages.report:report"
     gpu = False
+    runs_problem = True
+    memory_is_bound = True
+    per_member = True
     if_too_large = "fewer targets in a set"
 
     targets: str
@@ -39,9 +42,8 @@ class ReportCell(Cell):
     def identity(self, plan: Plan) -> str:
         return _identity(plan, self.targets)
 
-    @property
-    def per_member(self) -> bool:
-        return True
+    def receipt_group(self, plan: Plan) -> tuple[str, ...]:
+        return ()
 
     def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
         evaluated = [EvaluateCell(self.targets)] if plan.is_evaluated(self.targets) else []

@@ -28,9 +28,12 @@ class ScoreCell(Cell):
 
     kind = "score"
     step = "score"
-    after = (PreconditionCell, KernelCell, FeaturizeCell)
+    depends_on = (PreconditionCell, KernelCell, FeaturizeCell)
     run = "trak_dist.stages.score:score"
     gpu = False
+    runs_problem = False
+    memory_is_bound = True
+    per_member = True
     if_too_large = "a smaller proj_dim, or fewer targets in a set"
 
     targets: str
@@ -53,9 +56,8 @@ class ScoreCell(Cell):
     def identity(self, plan: Plan) -> str:
         return _identity(plan, self.targets)
 
-    @property
-    def per_member(self) -> bool:
-        return True
+    def receipt_group(self, plan: Plan) -> tuple[str, ...]:
+        return ()
 
     def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
         itself = self.targets == TRAIN

@@ -18,9 +18,12 @@ class TrainCell(Cell):
 
     kind = "train"
     step = "train"
-    after = ()
+    depends_on = ()
     run = "trak_dist.stages.train:train"
     gpu = True
+    runs_problem = True
+    memory_is_bound = False
+    per_member = False
     if_too_large = "a smaller model or batch in train_checkpoint"
 
     subset: str
@@ -39,6 +42,9 @@ class TrainCell(Cell):
 
     def identity(self, plan: Plan) -> str:
         return training(plan) if self.subset == FULL else training_on_subsets(plan)
+
+    def receipt_group(self, plan: Plan) -> tuple[str, ...]:
+        return ()
 
     def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
         yield from ()

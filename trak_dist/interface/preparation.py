@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from trak_dist import machine, resources, trust
-from trak_dist.cells import FeaturizeCell, MarginsCell, TrainCell
+from trak_dist.cells import STAGE_STEPS, runs_problem
 from trak_dist.configuration.config import (
     ClusterConfig,
     Config,
@@ -134,9 +134,7 @@ def prepare_run(resolved: Resolved, note: Note) -> Prepared:
     workers = _fit_workers(plan, config.cluster)
     existing = resources.disk_bytes(run.plan) if run else 0
     if base and not run:
-        existing = resources.disk_bytes(base.plan, (TrainCell, MarginsCell))
-        if base.plan.projection_id == plan.projection_id:
-            existing += FeaturizeCell.disk_bytes(plan)
+        existing = resources.shared_bytes(plan, base.plan)
     _check_disk(run_dir, resources.disk_bytes(plan) - existing)
     if run is None:
         run = Run.create(run_dir, plan)
@@ -209,7 +207,8 @@ def _extended(resolved: Resolved, run: Run | None, plan: Plan | None, note: Note
         plan = replace(plan, self_influence=config.self_influence)
     retrains = invocation.names_in("ground_truth") or invocation.names_in("counterfactuals")
     other_grads = plan and base and plan.spec.featurize != base.plan.spec.featurize
-    if plan and config.stage == "reduce" and not retrains and not other_grads:
+    needed = config.stage not in STAGE_STEPS or runs_problem(STAGE_STEPS[config.stage])
+    if plan and not (needed or retrains or other_grads):
         return plan
     return _with_problem(resolved, run, plan, note)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import json
 import logging
 import shlex
@@ -232,7 +231,8 @@ def _opened(path: Path) -> Any | None:
     try:
         return _array(path)
     except StoreError as error:
-        if error.errno not in (None, errno.ENOENT):
+        cause = error.__cause__
+        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
             raise
         return None
 

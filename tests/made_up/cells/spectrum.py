@@ -19,9 +19,12 @@ class SpectrumCell(Cell):
 
     kind = "spectrum"
     step = "kernel"
-    after = (GramCell,)
+    depends_on = (GramCell,)
     run = "trak_dist.stages.spectrum:spectrum"
     gpu = False
+    runs_problem = False
+    memory_is_bound = True
+    per_member = False
     if_too_large = "a smaller proj_dim (memory goes with its square)"
 
     model_id: int
