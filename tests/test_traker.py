@@ -33,6 +33,7 @@ from trak_dist import (
     open_run,
     worker,
 )
+from trak_dist.cells import KernelCell
 from trak_dist.errors import (
     CellsFailed,
     CheckpointError,
@@ -41,6 +42,7 @@ from trak_dist.errors import (
     PlanMismatch,
     ProblemError,
 )
+from trak_dist.store.run import Run
 
 TRAIN, TARGETS = streaming_process.TRAIN, 7
 
@@ -253,6 +255,22 @@ def test_scores_of_some_checkpoints_are_those_of_a_run_of_them(
     assert np.array_equal(fed.finalize_scores("val"), every)
 
 
+def test_checkpoints_outside_the_ensemble_keep_their_calls(
+    checkpoints: str, tmp_path: Path
+) -> None:
+    fed = featurized(traker(checkpoints, str(tmp_path / "run")), checkpoints)
+    every = scored(fed, checkpoints)
+    fed.finalize_scores("val", model_ids=[0])
+    other = traker(checkpoints, str(tmp_path / "run"), lambda_reg=50.0)
+    other.finalize_features()
+    run = Run.open(tmp_path / "run")
+    assert run.plan.model_ids == (0,)
+    kernels = [KernelCell(model_id) for model_id in range(3)]
+    assert list(run.receipts.done(kernels)) == kernels
+    assert np.isfinite(scored(other, checkpoints, "more")).all()
+    assert np.array_equal(fed.finalize_scores("val"), every)
+
+
 def test_missing_targets_are_named_or_their_checkpoint_skipped(
     checkpoints: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -287,6 +305,25 @@ def test_other_weights_under_a_known_id_are_refused(checkpoints: str, tmp_path: 
         traker(checkpoints, str(tmp_path / "run")).load_checkpoint(first, model_id=1)
     with pytest.raises(CheckpointError, match="model_id 0 has other weights than those"):
         traker(checkpoints, str(tmp_path / "run")).start_scoring_checkpoint("a", second, 0, 3)
+
+
+def test_other_weights_are_refused_also_where_another_process_created_the_run(
+    checkpoints: str, tmp_path: Path
+) -> None:
+    first, second, _ = states(checkpoints)
+    train = small_cnn.problem(checkpoints).train
+    one, other = (traker(checkpoints, str(tmp_path / "run")) for _ in range(2))
+    one.load_checkpoint(first, model_id=0)
+    other.load_checkpoint(second, model_id=0)  # there is no run yet to check it by
+    one.featurize(batch(train, np.arange(8)), num_samples=8)
+    parts = sorted(tmp_path.rglob("parts/**/*.safetensors"))
+    assert len(parts) == 1
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="model_id 0 has other weights than those"):
+            other.featurize(batch(train, np.arange(8, 16)), inds=np.arange(8, 16))
+    assert sorted(tmp_path.rglob("parts/**/*.safetensors")) == parts
+    other.load_checkpoint(second, model_id=1)
+    other.featurize(batch(train, np.arange(8)), num_samples=8)
 
 
 def test_after_a_refusal_nothing_is_streamed_until_a_checkpoint_is_loaded(

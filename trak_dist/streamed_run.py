@@ -107,13 +107,15 @@ class StreamedRun:
         CheckpointError
             If other weights were featurized under its `model_id`.
         """
-        run = self.extended(
-            lambda plan: streamed_plan.with_checkpoint(plan, loaded.model_id, loaded.path)
+        run = streamed_plan.extend_run(
+            self.run or self._open(),
+            lambda plan: streamed_plan.with_checkpoint(plan, loaded.model_id, loaded.path),
         )
         digests.check_weights(run, loaded.model_id, loaded.digest, publish=True)
         for other in digests.ids_with_same_weights(run, loaded.model_id, loaded.digest):
             log.warning("model_ids %d and %d have the same weights", other, loaded.model_id)
         prepare_checkpoint(run, loaded.model_id)
+        self.run = run  # only now: without a run, the next batch checks the weights again
         return run
 
     def stream(
@@ -169,7 +171,6 @@ class StreamedRun:
             if why:
                 log.warning("gradients by %s, %s", plan.gradients, why)
             streamed_plan.create_run(self.run_dir, plan)
-        self.run = self._open()
         return self.with_checkpoint(loaded)
 
     def _grads(

@@ -295,9 +295,9 @@ class TRAKer:
         loaded = self._checkpoint
         if loaded is None:
             raise ModelIDException("no checkpoint is loaded", next="load_checkpoint first")
-        first = self._next_row.get(split, 0)
+        size, first = examples_in(batch), self._next_row.get(split, 0)
         rows = arguments.rows_of_call(inds, num_samples, first=first)
-        if not examples_in(batch) and not len(rows):
+        if not size and not len(rows):
             return
         self._streamed.stream(loaded, split, batch, rows)
         if num_samples is not None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from dataclasses import replace
+from inspect import get_annotations
 from pathlib import Path
 
 from trak_dist.cells import KINDS, Cell, ScoreCell
@@ -11,16 +13,11 @@ from trak_dist.store.contents import array_regions
 from trak_dist.store.run import Run
 
 
-def prepare(run: Run, requested: Callable[[Cell], bool] | None = None) -> None:
+def prepare(run: Run) -> None:
     """Create the missing arrays of `run`; existing ones are verified.
 
     Scores of another ensemble, or damaged, are replaced. Where cells of this plan were done before,
     they are revoked: the next command runs them again.
-
-    Parameters
-    ----------
-    requested : callable
-        Asked of a cell for each array; others are left as they are.
 
     Raises
     ------
@@ -28,19 +25,25 @@ def prepare(run: Run, requested: Callable[[Cell], bool] | None = None) -> None:
         If a different array exists, or the file system refuses.
     """
     for kind in KINDS:
-        for cell in filter(requested, kind.one_per_array(run.plan)):  # of None: all
+        for cell in kind.one_per_array(run.plan):
             _prepare(run, cell)
 
 
 def prepare_checkpoint(run: Run, model_id: int) -> None:
-    """The same for the arrays of one checkpoint."""
-    prepare(run, lambda cell: getattr(cell, "model_id", None) == model_id)
+    """The same for the arrays of one checkpoint, also of one outside the ensemble."""
+    alone = replace(run.plan, use=(model_id,))
+    for kind in KINDS:
+        if "model_id" in get_annotations(kind):  # its arrays are of one checkpoint each
+            for cell in kind.one_per_array(alone):
+                _prepare(run, cell)
 
 
 def prepare_scores(run: Run, names: Iterable[str]) -> None:
     """The same for the scores of some target sets."""
     names = set(names)
-    prepare(run, lambda cell: isinstance(cell, ScoreCell) and cell.targets in names)
+    for cell in ScoreCell.one_per_array(run.plan):
+        if cell.targets in names:
+            _prepare(run, cell)
 
 
 def _prepare(run: Run, cell: Cell) -> None:
