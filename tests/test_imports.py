@@ -104,3 +104,9 @@ def test_status_loads_neither_torch_nor_zarr(run_dir: Path) -> None:
     new = launched("stage=status", f"run_dir={run_dir}")
     assert "hydra" in new
     assert not new & {"torch", "zarr", "numcodecs", "submitit", "matplotlib"}
+
+
+def test_files_of_the_package_stay_small() -> None:
+    files = (TESTS.parent / "trak_dist").rglob("*.py")
+    lengths = {path.name: len(path.read_text().splitlines()) for path in files}
+    assert {name: lines for name, lines in lengths.items() if lines > 350} == {}
