@@ -101,11 +101,19 @@ def test_an_invocation_stays_as_it_is() -> None:
 
 
 def test_what_has_to_be_named_is() -> None:
-    with pytest.raises(ConfigError, match=r"not given: problem\._target_\n"):
+    with pytest.raises(ConfigError, match=r"not given: problem\._target_\n  where: the settings\n"):
         called(run_dir="/x").merged(None)
 
 
 UNFIT = {
+    "cluster: None is not a section": {"cluster": None},
+    "cluster: 5 is not a section": {"cluster": 5},
+    "cluster: '' is not the name of an option": {"cluster": ""},
+    "cluster.kind: None is not the name of an option": {"cluster": {"kind": None}},
+    "cluster.kind: 5 is not the name of an option": {"cluster": {"kind": 5}},
+    "run_dir None is not usable: it must be a path\n": {"run_dir": None},
+    "run_dir 3 is not usable: it must be a path\n": {"run_dir": 3},
+    "run_dir 'a%b' is not usable: a path without '%'": {"run_dir": "a%b"},
     "reduce: 3 is not a section": {"reduce": 3},
     "cluster: 'slrum' is not the name of an option; did you mean 'slurm'": {"cluster": "slrum"},
     "projection: 'sjtl' is not the name": {"projection": "sjtl"},

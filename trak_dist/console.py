@@ -22,6 +22,7 @@ from trak_dist.evaluation import quality
 from trak_dist.interface.execution import Outcome
 from trak_dist.interface.progress import Progress
 from trak_dist.interface.summary import description
+from trak_dist.listing import first_few
 from trak_dist.status.state import Status, read_status
 from trak_dist.status.text import by_error, lines
 from trak_dist.status.verification import Verification
@@ -117,8 +118,7 @@ def failures(outcome: Outcome) -> None:
         more = f", and {others} more with the same error" if others else ""
         print(plain(f"\n{first.cell}{more}{log}:\n{text.rstrip()}"), file=sys.stderr)
     if outcome.not_run:
-        names = [cell.id for cell in outcome.not_run]
-        shown = ", ".join(names[:10]) + (", …" if len(names) > 10 else "")
+        shown = first_few([cell.id for cell in outcome.not_run])
         print(f"\nnot run, or ended silently (killed?): {shown}", file=sys.stderr)
     print(
         "\nnext: fix the cause, then run the same command again; finished cells are kept",
@@ -187,8 +187,9 @@ def status(run: Run) -> Status:
 
 def watch(run: Run) -> Status:
     """Show the status again and again, until there is nothing to wait for."""
+    found: Status | None = None
     with Live(console=out, auto_refresh=False, transient=True) as live:
-        while not (found := read_status(run)).idle:
+        while not (found := read_status(run, previous=found)).idle:
             live.update(Text(plain("\n".join(lines(found))), no_wrap=True), refresh=True)
             time.sleep(WATCH_SECONDS)
     return status(run)
@@ -213,7 +214,7 @@ def verification(run: Run, found: Verification) -> None:
 
 def combination(number: int, of: int, what: str) -> None:
     """Announce one combination of a sweep."""
-    out.print(f"\ntask {number} of {of}: {what}")
+    out.print(f"\ncombination {number} of {of}: {what}")
 
 
 def swept(report: Iterable[str]) -> None:

@@ -124,7 +124,7 @@ class ModelIDException(TrakDistError, LookupError):
 
 
 class CellsFailed(TrakDistError, RuntimeError):
-    """Cells that `TRAKer` had run did not get done."""
+    """Cells that `TRAKer` or an execution ran are not done."""
 
 
 class MemoryRefused(TrakDistError, MemoryError):

@@ -7,24 +7,27 @@ import copy
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from trak_dist import commands
 from trak_dist.errors import ProblemError
+from trak_dist.plan import Plan
 
 TARGET = "trak_dist.Problem"  # what the plan names in place of an import path
 
 
-_saved_names: ContextVar[Any] = ContextVar("in_process", default=None)
+_held_problem: ContextVar[Any] = ContextVar("in_process", default=None)
 
 
 @contextlib.contextmanager
 def holding(problem: Any) -> Iterator[None]:
     """While this lasts, `problem`, a `trak_dist.Problem` or None, is what cells are made of."""
-    before = _saved_names.set(problem)
+    before = _held_problem.set(problem)
     try:
         yield
     finally:
-        _saved_names.reset(before)
+        _held_problem.reset(before)
 
 
 def build() -> Any:
@@ -35,7 +38,7 @@ def build() -> Any:
     ProblemError
         If none is, or its model can't be copied.
     """
-    problem = _saved_names.get()
+    problem = _held_problem.get()
     if problem is None:
         raise ProblemError(
             "the problem of this run is an object of the Python process that planned it",
@@ -51,3 +54,21 @@ def build() -> Any:
             next="problem='module:function', which builds it again",
         ) from error
     return replace(problem, model=model)
+
+
+def command(run_dir: Path, plan: Plan, *settings: str) -> str:
+    """What to type next, to compute something of a run: the launcher, if it can build the problem.
+
+    Of a problem that is an object, the call that has it; `settings` are overrides, `key=value`.
+    """
+    if plan.spec.problem.get("_target_") != TARGET:
+        return commands.launch(run_dir, *settings)
+    arguments = ["problem=…", f"run_dir={str(run_dir)!r}", *map(_argument, settings)]
+    return f"trak_dist.plan_run({', '.join(arguments)}).execute()"
+
+
+def _argument(setting: str) -> str:
+    key, _, value = setting.partition("=")
+    literals = {"true": "True", "false": "False"}
+    value = value if value.isdecimal() else literals.get(value, repr(value))
+    return f"**{{{key!r}: {value}}}" if "." in key else f"{key}={value}"

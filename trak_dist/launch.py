@@ -23,7 +23,7 @@ from trak_dist.cells import of_stage
 from trak_dist.configuration.config import Config
 from trak_dist.errors import ConfigError, ProblemError, TrakDistError
 from trak_dist.interface import execution, options, preparation
-from trak_dist.interface.planned_run import LOOKS
+from trak_dist.interface.planned_run import STAGES_WITHOUT_PLANNING
 from trak_dist.interface.preparation import Prepared
 from trak_dist.store.jobs import JobRecords
 from trak_dist.store.run import Run
@@ -104,7 +104,7 @@ def _launch(composed: DictConfig, overrides: Sequence[str], combination: Combina
     invocation = settings.invoked(composed, overrides)
     dims = combination.sweep.dims if combination else None
     resolved = preparation.resolve(invocation, console.note, sweep_dims=dims)
-    if resolved.config.stage in LOOKS:
+    if resolved.config.stage in STAGES_WITHOUT_PLANNING:
         run = preparation.open_existing(resolved, console.note)
         if combination:
             combination.run_dir = run.layout.run_dir

@@ -87,7 +87,7 @@ class Sweep:
         overrides = HydraConfig.get().overrides.task
         what = " ".join(o for o in overrides if o.partition("=")[0] in self.swept)
         logging.getLogger("hydra").setLevel(logging.WARNING)  # it would announce each again
-        combination = Combination(self, what or "the only task")
+        combination = Combination(self, what or "the only combination")
         self.combinations.append(combination)
         console.combination(len(self.combinations), self.size, combination.what)
         try:
@@ -105,7 +105,7 @@ class Sweep:
     def lines(self) -> Iterator[str]:
         """How each combination ended, and where its run is."""
         width = max((len(one.what) for one in self.combinations), default=0)
-        yield f"sweep: {len(self.combinations)} of {self.size} tasks"
+        yield f"sweep: {len(self.combinations)} of {self.size} combinations"
         for one in self.combinations:
             yield f"{one.what:<{width}}  {one.state:<9}  {one.run_dir or 'no run'}"
             yield from (f"{'':<{width}}  {line}" for line in one.lds)

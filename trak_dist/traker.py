@@ -188,8 +188,8 @@ class TRAKer:
         ------
         ModelIDException
             If a checkpoint is unknown, or rows of it are missing.
-        SingularGram
-            Told by `CellsFailed`, if λ is too small.
+        CellsFailed
+            If a kernel can't be made, with the error: a `SingularGram` where λ is too small.
         """
         run = self._streamed.refreshed()
         ids = self._streamed.known(run, model_ids)

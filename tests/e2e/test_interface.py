@@ -140,6 +140,21 @@ def test_a_run_of_an_object_needs_it_and_no_other(plan, launch, made, problem, t
     assert launch(run_dir, "stage=status").code == 0
 
 
+def test_the_next_call_for_a_run_of_an_object_has_it(plan, made, tmp_path: Path) -> None:
+    planned = plan(made, stage="reduce", **SMALL)
+    call = f"trak_dist.plan_run(problem=…, run_dir='{tmp_path / 'run'}'"
+    with pytest.raises(MissingInputs) as error:
+        planned.execute()
+    assert error.value.next == f"{call}, stage='featurize').execute()"
+    with pytest.raises(MissingInputs) as error:
+        planned.results().scores("val")
+    assert error.value.next == f"{call}).execute()"
+    with pytest.raises(MissingInputs) as error:
+        planned.results().evaluation("val")
+    settings = "**{'ground_truth.subsets': 100}, **{'ground_truth.seeds': 3}"
+    assert error.value.next == f"{call}, {settings}).execute()"
+
+
 def test_an_object_is_for_this_process_only(plan, made) -> None:
     for cluster in ("local", "slurm"):
         with pytest.raises(ConfigError, match="can't import the problem: it is an object"):
@@ -189,6 +204,15 @@ def test_a_failed_cell_is_in_the_outcome(plan, problem, monkeypatch, capfd) -> N
 def test_a_stage_whose_inputs_are_missing(plan, problem) -> None:
     with pytest.raises(MissingInputs, match="stage=reduce needs featurize"):
         plan(problem, stage="reduce", **SMALL).execute()
+
+
+@pytest.mark.parametrize("cluster", ["debug", "slurm"])
+def test_nothing_is_executed_of_a_plan(plan, problem, cluster: str) -> None:
+    planned = plan(problem, stage="plan", cluster=cluster, **SMALL)
+    outcome = planned.execute(wait=True)
+    assert (outcome.stage, outcome.cells, outcome.submission) == ("plan", 0, None)
+    assert outcome.complete
+    assert not planned.status().complete
 
 
 def test_settings_that_are_not_those_of_the_run(plan, problem) -> None:

@@ -61,7 +61,7 @@ def featurized(computed: list[tuple[str, str]]) -> dict[str, int]:
 
 
 def summary(ended: Ended) -> list[list[str]]:
-    """What was swept, how it ended, and the run, of each task."""
+    """What was swept, how it ended, and the run, of each combination."""
     lines = ended.out.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("sweep: "))
     return [line.rsplit(maxsplit=2) for line in lines[start + 1 :]]
@@ -284,7 +284,7 @@ def test_a_sweep_that_was_ended_is_completed_by_the_same_command(
     ended = run(*command)
     assert ended.code == 130
     assert [row[1] for row in summary(ended)] == ["done", "failed"]
-    assert "sweep: 2 of 3 tasks\n" in ended.out
+    assert "sweep: 2 of 3 combinations\n" in ended.out
     monkeypatch.setattr(reduce, "gram", works)
     ended = run(*command)
     assert ended.code == 0, ended.err

@@ -928,6 +928,22 @@ def test_a_status_is_shown_without_a_look_at_disk_or_queue(
     assert fake_slurm.calls("sacct") == asked
 
 
+def test_watching_describes_a_vanished_task_once(lost, fake_slurm) -> None:
+    logs = lost.run.layout.job_logs(1)
+    log = logs / "1_0_0_log.out"
+    log.write_text("the end\n")
+    begin(lost, log)
+    fake_slurm.answer(ended="1_0|OUT_OF_MEMORY\n")
+    first = read_status(lost.run)
+    log.write_text("not read again\n")
+    assert read_status(lost.run, previous=first).vanished == first.vanished
+    (logs / "1_4_0_log.out").write_text("another\n")
+    second = read_status(lost.run, previous=first)
+    assert {task.end for task in second.vanished} == {("the end",), ("another",)}
+    assert [call[2] for call in fake_slurm.calls("sacct")] == ["1_0", "1_4"]
+    assert read_status(lost.run).vanished[0].end == ("not read again",)
+
+
 def test_status_shows_a_task_that_ended_in_its_batch_script(lost, status, fake_slurm) -> None:
     log = lost.run.layout.job_logs(1) / "1_4_0_log.out"
     log.write_text("module: command not found\n")

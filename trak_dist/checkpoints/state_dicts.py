@@ -54,7 +54,7 @@ def read(path: Path) -> State:
     try:
         directory = path.is_dir()
     except OSError as error:
-        raise _write_error(path, error) from error
+        raise _read_error(path, error) from error
     if directory:
         return _read_directory(path)
     if path.suffix == ".safetensors":
@@ -119,7 +119,7 @@ def _load_or_explain(path: Path, action: Callable[[], Any]) -> Any:
             next="fix the problem's path, or run the stage train if the run is to train it",
         ) from None
     except OSError as error:
-        raise _write_error(path, error) from error
+        raise _read_error(path, error) from error
     except pickle.UnpicklingError as error:
         callable_name = re.search(r"GLOBAL ([\w.]+)", str(error))
         what = f"asks for {callable_name[1]}" if callable_name else "holds more than tensors"
@@ -136,7 +136,7 @@ def _load_or_explain(path: Path, action: Callable[[], Any]) -> Any:
         ) from error
 
 
-def _write_error(path: Path, error: OSError) -> UnreadableCheckpoint:
+def _read_error(path: Path, error: OSError) -> UnreadableCheckpoint:
     return UnreadableCheckpoint(
         f"not readable: {error.strerror or error}",
         where=str(path),

@@ -25,8 +25,7 @@ def derived_from(run: Run, sources: Collection[Cell]) -> dict[Cell, str]:
 
 def runs_sharing_grads(run: Run) -> Iterator[Run]:
     """The run and its members under every plan they ever had, if it has the same grads."""
-    base = Layout(run.layout.base)
-    for layout in (base, *(Layout(base.sweeps / name) for name in base.members())):
+    for layout in map(Layout, run.layout.run_dirs()):
         for generation in range((layout.generation() or 0) + 1):
             path = layout.plan(generation)
             plan = plan_file.load(path.read_bytes(), where=str(path))

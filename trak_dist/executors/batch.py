@@ -95,7 +95,7 @@ def submit(run: Run, cluster: SlurmConfig, batch: BatchRequest) -> str:
             raise SlurmRefused(
                 f"sbatch refused the {batch.step} array: {answer}",
                 where="cluster",
-                next=_correction(run.plan, cluster, batch, answer),
+                next=_hint(run.plan, cluster, batch, answer),
             )
         time.sleep(PAUSE_SECONDS)
         # the job may be submitted although the answer was lost
@@ -107,8 +107,8 @@ def submit(run: Run, cluster: SlurmConfig, batch: BatchRequest) -> str:
     )
 
 
-def _correction(plan: Plan, cluster: SlurmConfig, batch: BatchRequest, recorded: str) -> str:
-    if "Memory" in recorded:
+def _hint(plan: Plan, cluster: SlurmConfig, batch: BatchRequest, answer: str) -> str:
+    if "Memory" in answer:
         requested = math.ceil(memory_gb(plan, cluster, batch.step))
         return f"cluster.memory_gb=… with less than the {requested} GiB that a task asks for"
     return "correct the setting it names; cluster.dry_run=true shows the script"

@@ -82,27 +82,27 @@ class PendingGroups:
             self.rows = int(60 * order.cluster.minutes_per_task * measured)
 
     def __iter__(self) -> Iterator[graph.TaskGroup]:
-        return self._arrays(self.owners)
+        return self._groups(self.owners)
 
     def forecast(self) -> tuple[list[graph.Task], list[Cell]]:
         """The tasks to come, and the cells whose dependencies no task makes."""
         owners = dict(self.owners)
         tasks: list[graph.Task] = []
         blocked: list[Cell] = []
-        for array in self._arrays(owners):
-            cells = [cell for task in array.tasks for cell in task]
-            if array.missing_inputs:
+        for group in self._groups(owners):
+            cells = [cell for task in group.tasks for cell in task]
+            if group.missing_inputs:
                 blocked += cells
             else:
-                tasks += array.tasks
-                owners.update(dict.fromkeys(cells, "foreseen"))
+                tasks += group.tasks
+                owners.update(dict.fromkeys(cells, "planned"))
         return tasks, blocked
 
     def queued(self) -> int:
         """How many cells of these steps are in the queue."""
         return sum(1 for s in self._steps for c in of_step(self._plan, s) if c in self.owners)
 
-    def _arrays(self, owners: dict[Cell, str]) -> Iterator[graph.TaskGroup]:
+    def _groups(self, owners: dict[Cell, str]) -> Iterator[graph.TaskGroup]:
         return graph.task_groups(
             self._plan,
             self._steps,
@@ -146,7 +146,7 @@ def make_submit(jobs: JobRecords, order: SubmissionRequest, rows: int) -> Submit
 
 
 def submit_within_limits(
-    arrays: PendingGroups, send: SubmitFunction, limits: slurm.Limits, *, continuation_job: str = ""
+    groups: PendingGroups, send: SubmitFunction, limits: slurm.Limits, *, continuation_job: str = ""
 ) -> SubmissionResult:
     """Submit the groups as far as `limits` allow, and a continuation job if there is none.
 
@@ -157,9 +157,9 @@ def submit_within_limits(
     SlurmError
         If Slurm does not answer or rejects an array, with what was submitted before.
     """
-    tasks, blocked = arrays.forecast()
+    tasks, blocked = groups.forecast()
     result = SubmissionResult(
-        already_queued=arrays.queued(), blocked=blocked, continuation_job=continuation_job
+        already_queued=groups.queued(), blocked=blocked, continuation_job=continuation_job
     )
     room = limits.room if continuation_job or len(tasks) <= limits.room else limits.room - 1
     if tasks and room < 1 and not continuation_job:
@@ -168,11 +168,11 @@ def submit_within_limits(
             next="run the same command again when some of your jobs have ended",
         )
     sizes: dict[str, int] = {}
-    for array, group_tasks in _parts(arrays, limits.array):
+    for group, group_tasks in _parts(groups, limits.array):
         part = group_tasks[: max(0, room)]
-        after = _dependency(array, sizes)
+        after = _dependency(group, sizes)
         try:
-            job_id = send(array.step, part, after) if part else ""
+            job_id = send(group.step, part, after) if part else ""
         except QueueFull:  # by a limit that accounting does not report
             if not result.jobs:
                 raise
@@ -183,9 +183,9 @@ def submit_within_limits(
             room -= len(part)
             sizes[job_id] = len(part)
             for index, task in enumerate(part):
-                arrays.owners.update(dict.fromkeys(task, f"{job_id}_{index}"))
+                groups.owners.update(dict.fromkeys(task, f"{job_id}_{index}"))
             cells = sum(map(len, part))
-            result.jobs.append(SubmittedJob(array.step, job_id, len(part), cells, after))
+            result.jobs.append(SubmittedJob(group.step, job_id, len(part), cells, after))
     result.deferred_cells = sum(map(len, tasks)) - sum(line.cells for line in result.jobs)
     if result.deferred_cells and not continuation_job:
         try:

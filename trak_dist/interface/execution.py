@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trak_dist import commands, graph, machine
+from trak_dist import graph, in_process, machine
 from trak_dist.cells import STAGE_STEPS, Cell, of_run, of_stage
 from trak_dist.configuration.config import ClusterConfig, Config, SlurmConfig
 from trak_dist.errors import CellsFailed, MissingInputs
@@ -104,7 +104,7 @@ def stages_of(config: Config) -> list[str]:
 def execute(
     prepared: Prepared, *, on_progress: OnProgress | None = None, wait: bool = False
 ) -> Outcome:
-    """Run the stages that were asked for; finished cells are not run again.
+    """Run the stages that were asked for, of `plan` none; finished cells are not run again.
 
     Parameters
     ----------
@@ -119,14 +119,17 @@ def execute(
         If Slurm is not there or refuses a job.
     """
     run, config = prepared.run, prepared.config
+    stages = stages_of(config)
+    outcome = Outcome(run.layout.run_dir, config.stage)
+    if not stages:
+        return outcome
     if isinstance(config.cluster, SlurmConfig):
-        outcome = _submitted_assignment(run, config, config.cluster)
+        outcome = _submit(run, config, config.cluster)
         return _waited(prepared, outcome, on_progress) if wait else outcome
     _check_upstream(run, config.stage)
-    outcome = Outcome(run.layout.run_dir, config.stage)
     execution = _Execution(run, config.cluster, prepared.workers, on_progress)
     with execution.numerics():
-        for stage in stages_of(config):
+        for stage in stages:
             outcome = execution.run_stage(stage)
             if not outcome.complete:
                 break
@@ -225,25 +228,25 @@ def _check_upstream(run: Run, stage: str) -> None:
                 f"stage={stage} needs {upstream}, of which {missing} of {len(requested)} cells are "
                 "missing",
                 where=str(run.layout.run_dir),
-                next=commands.launch(run.layout.run_dir, f"stage={upstream}"),
+                next=in_process.command(run.layout.run_dir, run.plan, f"stage={upstream}"),
             )
 
 
 # Slurm --------------------------------------------------------------------------------------
 
 
-def _submitted_assignment(run: Run, config: Config, cluster: SlurmConfig) -> Outcome:
+def _submit(run: Run, config: Config, cluster: SlurmConfig) -> Outcome:
     from trak_dist import planning
     from trak_dist.executors import slurm
 
     stages = stages_of(config)
     rate = functools.partial(planning.trial_rate, run.plan)
     if cluster.dry_run:
-        foreseen, scripts = slurm.dry_run(run, cluster, stages, rate=rate)
-        submission = Submission(foreseen, tuple(scripts))
+        result, scripts = slurm.dry_run(run, cluster, stages, rate=rate)
+        submission = Submission(result, tuple(scripts))
     else:
-        arrays = slurm.submit(run, cluster, stages, rate=rate, force=config.force)
-        submission = Submission(arrays)
+        result = slurm.submit(run, cluster, stages, rate=rate, force=config.force)
+        submission = Submission(result)
     return Outcome(
         run.layout.run_dir,
         config.stage,
@@ -257,7 +260,8 @@ def _waited(prepared: Prepared, outcome: Outcome, on_progress: OnProgress | None
     """`outcome`, once the queue has no task of the run."""
     run, started = prepared.run, time.monotonic()
     report = on_progress or (lambda _: None)
-    while not (status := read_status(run)).idle:
+    status: Status | None = None
+    while not (status := read_status(run, previous=status)).idle:
         for progress in _progress(status, time.monotonic() - started):
             report(progress)
         time.sleep(QUEUE_SECONDS)

@@ -110,7 +110,7 @@ class Invocation:
         if missing:
             raise ConfigError(
                 f"not given: {', '.join(missing)}",
-                where="the command line",
+                where="the settings",
                 next=" ".join(f"{key}=…" for key in missing),
             )
         return config_from_mapping(nested)
@@ -126,7 +126,9 @@ def run_dir(value: object) -> Path:
     """
     requirement = ""
     text = str(value) if isinstance(value, str | Path) else ""
-    if not text or "%" in text:
+    if not text:
+        requirement = "it must be a path"
+    elif "%" in text:
         requirement = "a path without '%', which submitit and Slurm replace by a job's number"
     elif control := control_character(text):
         requirement = (

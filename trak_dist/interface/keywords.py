@@ -37,8 +37,7 @@ def invocation(settings: Mapping[str, Any]) -> Invocation:
     chosen = {group: settings[group] for group in options.IDENTITY if _is_name(settings, group)}
     named = _nested({key: value for key, value in settings.items() if key not in chosen})
     mapping = _defaults()
-    cluster = chosen.get("cluster") or named.get("cluster", {}).get("kind", "local")
-    for group, name in {**chosen, "cluster": cluster}.items():
+    for group, name in {"cluster": _cluster_kind(named), **chosen}.items():
         mapping[group] = _option(group, name)
     for name, value in named.items():
         section = mapping.get(name)
@@ -92,6 +91,19 @@ def _import_path(function: object) -> str:
 
 def _is_name(settings: Mapping[str, Any], group: str) -> bool:
     return isinstance(settings.get(group), str)
+
+
+def _cluster_kind(named: Mapping[str, Any]) -> str:
+    """The option whose settings are the defaults of the section `cluster`."""
+    section = named.get("cluster")
+    kind = section.get("kind", "local") if isinstance(section, dict) else "local"
+    if not isinstance(kind, str):
+        raise ConfigError(
+            f"cluster.kind: {kind!r} is not the name of an option",
+            where="cluster",
+            next=f"one of {', '.join(options.names('cluster'))}",
+        )
+    return kind
 
 
 def _option(group: str, name: str) -> dict[str, Any]:

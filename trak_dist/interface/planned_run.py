@@ -27,7 +27,7 @@ from trak_dist.status.state import Status, read_status
 if TYPE_CHECKING:
     from trak_dist.store.results import Results
 
-LOOKS = ("status", "verify", "cancel")  # stages that plan nothing
+STAGES_WITHOUT_PLANNING = ("status", "verify", "cancel")
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,8 @@ def plan_run(
         `_target_` and its arguments, a function, or a `Problem`; a `Problem`, or a function that no
         other process can import, for `cluster="debug"`. Of a run that is there it may be left out.
     sweep : bool
-        Settings in which the tasks of a sweep may differ make a member of the run, as `-m` does.
+        Settings in which the combinations of a sweep may differ make a member of the run, as `-m`
+        does.
     on_note : callable, optional
         Gets each note when it is found, too.
     **settings
@@ -133,12 +134,12 @@ def plan_run(
     invocation = keywords.invocation({**settings, "run_dir": run_dir})
     resolved = preparation.resolve(invocation, note, sweep_dims=() if sweep else None)
     config = resolved.config
-    if config.stage in LOOKS:
+    if config.stage in STAGES_WITHOUT_PLANNING:
+        others = ", ".join(stage for stage in STAGES if stage not in STAGES_WITHOUT_PLANNING)
         raise ConfigError(
             f"stage={config.stage!r} plans nothing",
             where="stage",
-            next=f"one of {', '.join(s for s in STAGES if s not in LOOKS)}; PlannedRun.status() "
-            "shows what is done",
+            next=f"one of {others}; PlannedRun.status() shows what is done",
         )
     if held and config.cluster.kind != "debug":
         raise ConfigError(

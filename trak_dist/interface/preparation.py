@@ -161,10 +161,10 @@ def _with_chosen_lambda(
     plan = base.plan if base else None
     if invocation.values(plan).get(LAMBDA_KEY) != "auto":
         return invocation, None
-    from trak_dist.planning import lambda_selection as choice
+    from trak_dist.planning import lambda_selection
 
     other = invocation.with_explicit(LAMBDA_KEY, 1.0).merged(plan)  # all else has to be valid
-    found = choice.select_lambda(base, other.spec, other.checkpoints.ensemble)
+    found = lambda_selection.select_lambda(base, other.spec, other.checkpoints.ensemble)
     note(f"auto: {found.why}")
     return invocation.with_explicit(LAMBDA_KEY, found.lambda_reg), found.why
 
@@ -261,9 +261,7 @@ def _ground_truths(run: Run | None) -> list[GroundTruth]:
     """Those of a run and the members of its sweep, which share the models."""
     if run is None:
         return []
-    layout = run.layout
-    run_dirs = [layout.base, *(layout.sweeps / name for name in layout.members())]
-    return [Run.open(run_dir).plan.ground_truth for run_dir in run_dirs]
+    return [Run.open(run_dir).plan.ground_truth for run_dir in run.layout.run_dirs()]
 
 
 def _check_needs_no_problem(invocation: Invocation, config: Config) -> None:

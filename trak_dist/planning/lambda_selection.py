@@ -48,9 +48,7 @@ def select_lambda(base: Run | None, spec: Spec, use: Sequence[int]) -> LambdaSel
             where="reduce.lambda_reg",
             next="reduce.lambda_unit=mean_diagonal",
         )
-    layout = base.layout if base else None
-    run_dirs = [layout.base, *(layout.sweeps / name for name in layout.members())] if layout else []
-    for run_dir in run_dirs:
+    for run_dir in base.layout.run_dirs() if base else ():
         if found := _best(Run.open(run_dir), spec, use):
             return found
     raise EvaluationError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -112,8 +112,14 @@ class Status:
         return json.dumps({"stage": counts, "complete": self.complete})
 
 
-def read_status(run: Run) -> Status:
-    """Read receipts, records and logs of `run`; ask Slurm where jobs were ever submitted."""
+def read_status(run: Run, *, previous: Status | None = None) -> Status:
+    """Read receipts, records and logs of `run`; ask Slurm where jobs were ever submitted.
+
+    Parameters
+    ----------
+    previous : Status, optional
+        Of the look before this one, while watching: tasks that had vanished are not read again.
+    """
     jobs, note, queue = JobRecords(run), "", Queue()
     if jobs.numbers():
         try:
@@ -137,7 +143,10 @@ def read_status(run: Run) -> Status:
         stages=stages,
         queue=queue,
         note=note,
-        vanished=(*_described(vanished[:SHOWN]), *vanished[SHOWN:]),
+        vanished=(
+            *_described(vanished[:SHOWN], previous.vanished[:SHOWN] if previous else ()),
+            *vanished[SHOWN:],
+        ),
         audit_failures=audit_failures,
         members=tuple(run.layout.members()),
     )
@@ -164,9 +173,16 @@ def _lost(jobs: JobRecords, stages: Mapping[str, StageStatus]) -> list[VanishedT
     return found
 
 
-def _described(vanished: list[VanishedTask]) -> list[VanishedTask]:
-    states = slurm.states([task.job_id for task in vanished if task.job_id])
-    return [replace(t, state=states.get(t.job_id, ""), end=_end(t.log)) for t in vanished]
+def _described(
+    vanished: Sequence[VanishedTask], described: Sequence[VanishedTask]
+) -> list[VanishedTask]:
+    """With what Slurm and the logs say, asked of those only that are not yet `described`."""
+    known = {replace(task, state="", end=()): task for task in described}
+    states = slurm.states([t.job_id for t in vanished if t.job_id and t not in known])
+    return [
+        known.get(t) or replace(t, state=states.get(t.job_id, ""), end=_end(t.log))
+        for t in vanished
+    ]
 
 
 def _end(log: Path | None) -> tuple[str, ...]:

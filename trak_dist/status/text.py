@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from trak_dist.cells import Cell, FeaturizeCell
+from trak_dist.listing import first_few
 from trak_dist.plan_inputs import Split
 from trak_dist.status.state import MARKS, SHOWN, StageStatus, Status
 from trak_dist.store.receipts import Failure, audit_summary, rows_per_second
@@ -24,8 +25,7 @@ def lines(status: Status) -> list[str]:
     if layout.member:
         found_lines += [f"sweep  a member of the run {layout.base}"]
     elif members:
-        more = ", …" if len(members) > SHOWN else ""
-        named = ", ".join(members[:SHOWN]) + more
+        named = first_few(members, SHOWN)
         found_lines += [f"sweep  {len(members)} members in {layout.sweeps}: {named}"]
     found_lines += [f"note   {status.note}"] if status.note else []
     heads = ("done", "total", "running", "queued", "failed", "missing", "rows/s", "left")

@@ -47,6 +47,10 @@ class Layout:
         names = sorted(atomic.names(self.sweeps))
         return [name for name in names if atomic.exists(self.sweeps / name / "plan.json")]
 
+    def run_dirs(self) -> list[Path]:
+        """The base run's directory, then those of the members of its sweeps."""
+        return [self.base, *(self.sweeps / name for name in self.members())]
+
     def plan(self, generation: int) -> Path:
         """The plan as first made, or as extended so many times."""
         return self.run_dir / (f"plan.{generation}.json" if generation else "plan.json")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trak_dist import commands
+from trak_dist import commands, in_process
 from trak_dist.cells import STAGE_STEPS, EvaluateCell, ScoreCell, of_stage
 from trak_dist.cells.score import halves_targets
 from trak_dist.coordinates import TRAIN
@@ -149,10 +149,11 @@ class Results:
             )
         text = atomic.read(path) if atomic.exists(path) else b""
         if digest_of(text) != receipt.digests.get("figures"):
+            verify = commands.launch(self._run.layout.run_dir, "stage=verify", "repair=true")
             raise CorruptChunk(
                 "the figures are gone, or not those that were written",
                 where=str(path),
-                next=f"{self._command('stage=verify', 'repair=true')}, then the same command again",
+                next=f"{verify}, then the same command again",
             )
         found: dict[str, Any] = json.loads(text)
         return found
@@ -162,7 +163,7 @@ class Results:
             raise ConfigError("train is no target set", next="self_influence() is what there is")
 
     def _command(self, *arguments: str) -> str:
-        return commands.launch(self._run.layout.run_dir, *arguments)
+        return in_process.command(self._run.layout.run_dir, self.plan, *arguments)
 
     def _names(self) -> list[str]:
         return [s.name for s in self.plan.targets]
