@@ -161,8 +161,10 @@ def test_mixed_cells_that_nobody_noticed_are_revoked_with_what_was_made_of_them(
         assert (
             f"damaged featurize/{model_id}/train/16-24: computed from other rows than" in ended.out
         )
-        assert f"damaged gram/{model_id}: made of featurize/{model_id}/train/16-24" in ended.out
-        assert f"damaged kernel/{model_id}: made of " in ended.out
+        assert (
+            f"damaged gram/{model_id}: derived from featurize/{model_id}/train/16-24" in ended.out
+        )
+        assert f"damaged kernel/{model_id}: derived from " in ended.out
     attempts.clear()
     assert run_problem().code == 0
     assert len([a for a in attempts if a.startswith("featurize")]) == 3

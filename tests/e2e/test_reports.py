@@ -20,7 +20,7 @@ from trak_dist.store.run import Run
 pytestmark = pytest.mark.slow
 
 NAMES = {"val.html": "page", "val.png": "examples"}
-TEMPLATES = {2: "2d4408e50ecb99ca1b11bcd50b448ee9"}
+TEMPLATES = {2: "1386839533de1a19f105131cdbc01911"}
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from trak_dist import open_run
 PROCESSES, ROUNDS, KILLED, TARGETS = 8, 20, 3, 7
 FINALIZE = """
 import sys
-from feeding import traker
+from streaming_process import traker
 fed = traker(sys.argv[1], sys.argv[2])
 print("ready", flush=True)
 sys.stdin.readline()
