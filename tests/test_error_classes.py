@@ -22,7 +22,6 @@ BUILTINS: dict[str, set[type[Exception]]] = {
     "UnreadableProblem": {ValueError, OSError},
     "UntrustedProblem": {ValueError},
     "DatasetError": {ValueError},
-    "DatasetNotFound": {ValueError, FileNotFoundError},
     "UnreadableRow": {RuntimeError},
     "CheckpointError": {ValueError},
     "UnreadableCheckpoint": {ValueError, OSError},

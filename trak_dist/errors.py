@@ -79,10 +79,6 @@ class DatasetError(TrakDistError, ValueError):
     """A dataset is empty, or is not the one that was planned."""
 
 
-class DatasetNotFound(DatasetError, FileNotFoundError):
-    """A dataset's files are not there."""
-
-
 class UnreadableRow(TrakDistError, RuntimeError):
     """A row of a dataset can't be read, put into a batch, or shown: the user's code failed."""
 

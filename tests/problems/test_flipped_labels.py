@@ -64,5 +64,5 @@ def test_a_share_that_is_none_is_refused(flip: float) -> None:
     with pytest.raises(ConfigError) as raised:
         mnist.problem(flip=flip)
     assert str(raised.value) == (
-        f"{flip} is not a share of labels\n  where: problem.flip\n  next:  problem.flip=0.1"
+        f"{flip} is no share of labels\n  where: problem.flip\n  next:  problem.flip=0.1"
     )

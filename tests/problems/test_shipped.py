@@ -11,7 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+import trak_dist
 from trak_dist.errors import ConfigError, DatasetError
+from trak_dist.hashing import digest_of
 from trak_dist.problems import cifar2, fashion_mnist, mnist
 from trak_dist.problems.networks import resnet9
 
@@ -163,3 +165,17 @@ def test_cifar2_runs_from_files_to_report(launch, cifar_files: Path, tmp_path: P
     )
     assert ended.code == 0, ended.err
     assert (tmp_path / "run/report/val.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "digest"),
+    [
+        ("cifar2", "c86d47226e4ce069ea0b69100204c4b7"),
+        ("fashion_mnist", "d358c991363c44e9b4f94dd28bb67977"),
+        ("mnist", "24f68f03f0c7a8ff7b3634437e067502"),
+    ],
+)
+def test_a_shipped_problem_changes_only_where_what_it_computes_does(name: str, digest: str) -> None:
+    """Plans hold the digest of its file: after any edit runs of before ask for accept_source."""
+    file = Path(trak_dist.__file__).parent / f"problems/{name}.py"
+    assert digest_of(file.read_bytes()) == digest

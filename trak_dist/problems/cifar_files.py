@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from trak_dist.errors import DatasetError, DatasetNotFound
+from trak_dist.errors import DatasetError
 
 _RECONSTRUCT = np.empty(0).__reduce__()[0]
 _ALLOWED = {
@@ -48,7 +48,7 @@ def read_batch(path: Path) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         images = np.asarray(content[b"data"], dtype=np.uint8).reshape(-1, 3, 32, 32)
         return images, np.asarray(content[b"labels"], dtype=np.int64)
     except FileNotFoundError:
-        raise DatasetNotFound(
+        raise DatasetError(
             "the python batches of CIFAR-10 are not there",
             where=str(path),
             next="problem.root=… the directory cifar-10-batches-py of CIFAR-10's python version",

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from trak_dist.errors import DatasetError, DatasetNotFound
+from trak_dist.errors import DatasetError
 from trak_dist.ops.model_outputs import ImageClassification
 from trak_dist.problem import Problem
 from trak_dist.problems.images import LabelledImages, image_renderer
@@ -67,7 +67,7 @@ def _read_idx(path: Path, *, dimensions: int) -> NDArray[np.uint8]:
         else:
             content = path.read_bytes()
     except FileNotFoundError:
-        raise DatasetNotFound(
+        raise DatasetError(
             "the files of Fashion-MNIST are not there",
             where=str(path),
             next="apt install dataset-fashion-mnist, or problem.root=… of the four IDX files",

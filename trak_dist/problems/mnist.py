@@ -33,7 +33,7 @@ def problem(model: str = "mlp", flip: float = 0.0) -> Problem:
     """
     if not 0 <= flip < 1:
         raise ConfigError(
-            f"{flip} is not a share of labels", where="problem.flip", next="problem.flip=0.1"
+            f"{flip} is no share of labels", where="problem.flip", next="problem.flip=0.1"
         )
     if model not in MODELS:
         raise ConfigError(
