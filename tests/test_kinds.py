@@ -93,6 +93,7 @@ def made(**changes: Any) -> type[Cell]:
         "depends_on": (GramCell,),
         "runs_problem": False,
         "memory_is_bound": True,
+        "threads_from": "reduce",
         "per_member": False,
         "receipt_group": GramCell.receipt_group,
         "run": "nowhere:at_all",
@@ -100,7 +101,7 @@ def made(**changes: Any) -> type[Cell]:
         "if_too_large": "nothing",
         "__annotations__": {"model_id": int},
         **{name: getattr(GramCell, name) for name in ("identity", "dependencies")},
-        **{n: classmethod(lambda cls, plan: 0) for n in ("of", "count", "memory", "threads")},
+        **{n: classmethod(lambda cls, plan: 0) for n in ("of", "count", "memory")},
     }
     body = {name: value for name, value in {**body, **changes}.items() if value is not None}
     return dataclass(frozen=True)(type("MadeUp", (Cell,), body))
@@ -121,7 +122,8 @@ def test_two_kinds_of_one_name_are_refused() -> None:
     [
         *(({name: None}, f"leaves out {name}") for name in ("kind", "step", "depends_on", "run")),
         *(({name: None}, f"leaves out {name}") for name in ("gpu", "runs_problem", "if_too_large")),
-        *(({name: None}, f"leaves out {name}") for name in ("of", "count", "memory", "threads")),
+        *(({name: None}, f"leaves out {name}") for name in ("memory_is_bound", "threads_from")),
+        *(({name: None}, f"leaves out {name}") for name in ("of", "count", "memory")),
         *(({name: None}, f"leaves out {name}") for name in ("identity", "dependencies")),
         *(({name: None}, f"leaves out {name}") for name in ("receipt_group", "per_member")),
         ({"kind": None, "memory": None}, "leaves out kind, memory"),

@@ -25,11 +25,11 @@ from trak_dist.interface.summary import description
 from trak_dist.listing import first_few
 from trak_dist.status.state import Status, read_status
 from trak_dist.status.text import by_error, lines
-from trak_dist.status.verification import Verification
 from trak_dist.store.run import Run
 
 if TYPE_CHECKING:
     from trak_dist.executors.submission import SubmissionResult
+    from trak_dist.status.verify import Verification
 
 WATCH_SECONDS = 5.0
 LINE_SECONDS = 10.0  # between two lines of progress, where there is no terminal

@@ -146,7 +146,7 @@ def _inspect(run: Run, config: Config) -> int:
         console.cancelled(cancel(JobRecords(run)))
         return DONE
     if config.stage == "verify":
-        from trak_dist.status.verification import verify_run
+        from trak_dist.status.verify import verify_run
 
         found = verify_run(run, repair=config.repair)
         console.verification(run, found)

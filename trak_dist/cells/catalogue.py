@@ -7,6 +7,7 @@ import inspect
 import pkgutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
+from inspect import get_annotations
 from pathlib import Path
 from typing import get_type_hints
 
@@ -23,16 +24,12 @@ STAGE_STEPS: dict[str, tuple[str, ...]] = {
     "evaluate": ("counterfactual", "evaluate"),
     "report": ("report",),
 }
-_ATTRIBUTES = (
-    *("kind", "step", "depends_on", "run", "gpu", "runs_problem", "memory_is_bound"),
-    "if_too_large",
-)
 
 
 def check_kind(kind: type[Cell]) -> None:
     """Raise `TypeError` if a kind of cell leaves something out, naming it."""
     name = f"{kind.__module__}.{kind.__name__}"
-    missing = [a for a in _ATTRIBUTES if not hasattr(kind, a)]
+    missing = [a for a in get_annotations(Cell) if not hasattr(kind, a)]
     missing += sorted(kind.__abstractmethods__)
     if missing:
         raise TypeError(f"{name} leaves out {', '.join(missing)}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import fields
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 from trak_dist.cells.ownership import OwnedFile, OwnedRows
 from trak_dist.coordinates import Rows
@@ -38,6 +38,8 @@ class Cell(ABC):
         Whether it executes the user's code, which has to be trusted then.
     memory_is_bound : bool
         Whether `memory` is an upper bound. An estimate is asked of Slurm, and refuses nothing.
+    threads_from : str
+        The section of settings that says how many threads torch may use: they set how sums round.
     if_too_large : str
         What to set so that its memory is less.
     """
@@ -49,6 +51,7 @@ class Cell(ABC):
     gpu: ClassVar[bool]
     runs_problem: ClassVar[bool]
     memory_is_bound: ClassVar[bool]
+    threads_from: ClassVar[Literal["featurize", "reduce"]]
     if_too_large: ClassVar[str]
 
     @property
@@ -106,7 +109,7 @@ class Cell(ABC):
     @property
     def dependency_group(self) -> Hashable:
         """Cells of one step with equal values have the same dependencies in earlier steps."""
-        return self
+        return self.chain
 
     @property
     def chain(self) -> Hashable:
@@ -152,6 +155,7 @@ class Cell(ABC):
         """Bytes that the largest cell of this kind holds at once, apart from the interpreter."""
 
     @classmethod
-    @abstractmethod
     def threads(cls, plan: Plan) -> int:
-        """Threads that torch may use: they set how its sums round."""
+        """Threads that torch may use."""
+        section = plan.spec.featurize if cls.threads_from == "featurize" else plan.spec.reduce
+        return section.threads

@@ -29,6 +29,7 @@ class CounterfactualCell(Cell):
     gpu = True
     runs_problem = True
     memory_is_bound = False
+    threads_from = "featurize"
     if_too_large = "a smaller model or batch in train_checkpoint"
 
     targets: str
@@ -89,10 +90,6 @@ class CounterfactualCell(Cell):
     @classmethod
     def memory(cls, plan: Plan) -> int:
         return training_bytes(plan)
-
-    @classmethod
-    def threads(cls, plan: Plan) -> int:
-        return plan.spec.featurize.threads
 
 
 def _retraining(plan: Plan, targets: str) -> list[object]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Self
 
@@ -34,6 +34,7 @@ class EvaluateCell(Cell):
     gpu = False
     runs_problem = True
     memory_is_bound = True
+    threads_from = "reduce"
     per_member = True
     if_too_large = "fewer ground_truth.subsets or a smaller proj_dim"
 
@@ -71,10 +72,6 @@ class EvaluateCell(Cell):
                 yield from FeaturizeCell.of_split(plan, model_id, TRAIN)
                 yield from FeaturizeCell.of_split(plan, model_id, self.targets)
 
-    @property
-    def dependency_group(self) -> Hashable:
-        return self.targets
-
     def files(self) -> Mapping[str, OwnedFile]:
         return {"figures": OwnedFile(f"report/{self.targets}.json")}
 
@@ -85,10 +82,6 @@ class EvaluateCell(Cell):
         t = max((split.rows for split in plan.targets), default=0)
         per_subset = plan.train.rows + PREDICTIONS * 8 * t
         return 6 * 8 * k * k + subsets * per_subset if subsets else 0
-
-    @classmethod
-    def threads(cls, plan: Plan) -> int:
-        return plan.spec.reduce.threads
 
 
 def evaluated_on(plan: Plan, targets: str) -> list[object]:

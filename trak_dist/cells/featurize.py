@@ -27,6 +27,7 @@ class FeaturizeCell(Cell):
     gpu = True
     runs_problem = True
     memory_is_bound = True
+    threads_from = "featurize"
     per_member = False
     if_too_large = "a smaller featurize.batch_rows or proj_dim"
 
@@ -117,10 +118,6 @@ class FeaturizeCell(Cell):
         activations = plan.activations * spec.featurize.batch_rows * 3 // 2
         rows = 8 * largest_cell(plan)
         return 4 * p + activations + 8 * examples * p + rows + min(drawn, CACHE_BYTES)
-
-    @classmethod
-    def threads(cls, plan: Plan) -> int:
-        return plan.spec.featurize.threads
 
 
 def of_checkpoint(plan: Plan, model_id: int) -> str:

@@ -23,6 +23,7 @@ class GramCell(Cell):
     gpu = False
     runs_problem = False
     memory_is_bound = True
+    threads_from = "reduce"
     per_member = False
     if_too_large = "a smaller proj_dim or featurize.cell_rows"
 
@@ -46,10 +47,6 @@ class GramCell(Cell):
         yield from all_grads(plan, self.model_id)
 
     @property
-    def dependency_group(self) -> Hashable:
-        return self.model_id
-
-    @property
     def chain(self) -> Hashable:
         return self.model_id
 
@@ -66,10 +63,6 @@ class GramCell(Cell):
     def memory(cls, plan: Plan) -> int:
         """XᵀX; a cell's rows as stored, in float32 and in float64."""
         return 8 * plan.proj_dim**2 + 16 * largest_cell(plan)
-
-    @classmethod
-    def threads(cls, plan: Plan) -> int:
-        return plan.spec.reduce.threads
 
 
 def all_grads(plan: Plan, model_id: int) -> Iterator[FeaturizeCell]:

@@ -24,6 +24,7 @@ class KernelCell(Cell):
     gpu = False
     runs_problem = False
     memory_is_bound = True
+    threads_from = "reduce"
     per_member = False
     if_too_large = "a smaller proj_dim (memory goes with its square)"
 
@@ -48,10 +49,6 @@ class KernelCell(Cell):
         yield from all_grads(plan, self.model_id)
 
     @property
-    def dependency_group(self) -> Hashable:
-        return self.model_id
-
-    @property
     def chain(self) -> Hashable:
         return self.model_id
 
@@ -68,10 +65,6 @@ class KernelCell(Cell):
     def memory(cls, plan: Plan) -> int:
         """XᵀX, its factor, its inverse and a temporary."""
         return 4 * 8 * plan.proj_dim**2
-
-    @classmethod
-    def threads(cls, plan: Plan) -> int:
-        return plan.spec.reduce.threads
 
 
 def of_kernel(plan: Plan, model_id: int) -> str:

@@ -23,6 +23,7 @@ class MarginsCell(Cell):
     gpu = True
     runs_problem = True
     memory_is_bound = True
+    threads_from = "featurize"
     per_member = False
     if_too_large = "a smaller featurize.batch_rows"
 
@@ -84,10 +85,6 @@ class MarginsCell(Cell):
     def memory(cls, plan: Plan) -> int:
         """Weights; activations of a batch, of which a forward pass without gradients keeps few."""
         return 4 * plan.parameters + plan.activations * plan.spec.featurize.batch_rows
-
-    @classmethod
-    def threads(cls, plan: Plan) -> int:
-        return plan.spec.featurize.threads
 
 
 @cached_on_plan

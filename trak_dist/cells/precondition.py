@@ -25,6 +25,7 @@ class PreconditionCell(Cell):
     gpu = False
     runs_problem = False
     memory_is_bound = True
+    threads_from = "reduce"
     per_member = False
     if_too_large = "a smaller proj_dim, or fewer targets in a set"
 
@@ -50,10 +51,6 @@ class PreconditionCell(Cell):
         yield from all_grads(plan, self.model_id)
 
     @property
-    def dependency_group(self) -> Hashable:
-        return self.model_id
-
-    @property
     def chain(self) -> Hashable:
         return self.model_id
 
@@ -74,10 +71,6 @@ class PreconditionCell(Cell):
         """The factor; the targets' grads and their solutions."""
         k, t = plan.proj_dim, max((split.rows for split in plan.targets), default=0)
         return 8 * k * k + 24 * k * t
-
-    @classmethod
-    def threads(cls, plan: Plan) -> int:
-        return plan.spec.reduce.threads
 
 
 @cached_on_plan

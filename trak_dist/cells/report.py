@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -26,6 +26,7 @@ class ReportCell(Cell):
     gpu = False
     runs_problem = True
     memory_is_bound = True
+    threads_from = "reduce"
     per_member = True
     if_too_large = "fewer targets in a set"
 
@@ -51,10 +52,6 @@ class ReportCell(Cell):
         if all(cell in done for cell in evaluated):
             yield from ScoreCell.of_targets(plan, self.targets)
 
-    @property
-    def dependency_group(self) -> Hashable:
-        return self.targets
-
     def files(self) -> Mapping[str, OwnedFile]:
         page = f"report/{self.targets}"
         endings = {"examples": ".png", "lds": ".lds.png", "counterfactuals": ".counterfactuals.png"}
@@ -64,10 +61,6 @@ class ReportCell(Cell):
     @classmethod
     def memory(cls, plan: Plan) -> int:
         return 0
-
-    @classmethod
-    def threads(cls, plan: Plan) -> int:
-        return plan.spec.reduce.threads
 
 
 @cached_on_plan

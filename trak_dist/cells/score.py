@@ -33,6 +33,7 @@ class ScoreCell(Cell):
     gpu = False
     runs_problem = False
     memory_is_bound = True
+    threads_from = "reduce"
     per_member = True
     if_too_large = "a smaller proj_dim, or fewer targets in a set"
 
@@ -107,10 +108,6 @@ class ScoreCell(Cell):
         """B, or the factor, and a chunk's rows solved."""
         k, t = plan.proj_dim, max((split.rows for split in plan.targets), default=0)
         return max(8 * k * t, 8 * k * k * plan.self_influence) + 6 * CHUNK_BYTES
-
-    @classmethod
-    def threads(cls, plan: Plan) -> int:
-        return plan.spec.reduce.threads
 
 
 def columns(plan: Plan, targets: str) -> int:

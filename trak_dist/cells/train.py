@@ -23,6 +23,7 @@ class TrainCell(Cell):
     gpu = True
     runs_problem = True
     memory_is_bound = False
+    threads_from = "featurize"
     per_member = False
     if_too_large = "a smaller model or batch in train_checkpoint"
 
@@ -71,10 +72,6 @@ class TrainCell(Cell):
     @classmethod
     def memory(cls, plan: Plan) -> int:
         return training_bytes(plan)
-
-    @classmethod
-    def threads(cls, plan: Plan) -> int:
-        return plan.spec.featurize.threads
 
 
 def checkpoint_path(subset: str, seed: int) -> str:

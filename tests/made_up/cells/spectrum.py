@@ -24,6 +24,7 @@ class SpectrumCell(Cell):
     gpu = False
     runs_problem = False
     memory_is_bound = True
+    threads_from = "reduce"
     per_member = False
     if_too_large = "a smaller proj_dim (memory goes with its square)"
 
@@ -66,7 +67,3 @@ class SpectrumCell(Cell):
     def memory(cls, plan: Plan) -> int:
         """XᵀX and a temporary."""
         return 2 * 8 * plan.proj_dim**2
-
-    @classmethod
-    def threads(cls, plan: Plan) -> int:
-        return plan.spec.reduce.threads
