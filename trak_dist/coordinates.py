@@ -42,6 +42,11 @@ class Rows:
     def __len__(self) -> int:
         return self.stop - self.start
 
+    @property
+    def numbers(self) -> range:
+        """The rows one by one."""
+        return range(self.start, self.stop)
+
 
 @dataclass(frozen=True)
 class HelpfulTo:

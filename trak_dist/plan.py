@@ -30,9 +30,15 @@ CHUNK_BYTES = 64 * 2**20
 MIN_CELLS = 8  # a small split is still cut into about so many cells, to lose little at a kill
 REDUCE_KEYS = ("proj_dim", "reduce.", "checkpoints.use")
 GRADIENTS_KEY = "featurize.gradients"
+# What is asked for; what became of it enters digests by itself.
+REQUESTS = (
+    *(GRADIENTS_KEY, "reduce.curvature", "reduce.kernel_form"),
+    *("reduce.fisher_draws", "reduce.fisher_rows"),
+)
 SWEEP_KEYS = (
     *("proj_dim", "store_dim", "projection.", "checkpoints.use"),
-    *("reduce.lambda_", "reduce.kernel_"),  # not its threads: they set the bits of the shared Gram
+    # not reduce.threads: they set the bits of the shared Gram
+    *("reduce.curvature", "reduce.fisher_", "reduce.lambda_", "reduce.kernel_"),
 )
 
 
@@ -45,7 +51,8 @@ class Plan:
     scored against themselves; `lambda_from` is how λ was selected, if not by the user;
     `mislabelled` digests which train labels are known to be wrong, if any are; `gradients` is the
     gradient method, resolved from that of the spec; `activations` are the bytes that the forward
-    pass of an example keeps for the backward pass.
+    pass of an example keeps for the backward pass; `curvatures` are those that the model output
+    offers, the best first; empty in plans of earlier versions.
     """
 
     spec: Spec
@@ -63,6 +70,7 @@ class Plan:
     use: tuple[int, ...] = ()
     gradients: str = field(default="vmap", metadata={"choices": GRADIENTS[1:]})
     activations: int = field(default=0, metadata={"min": 0})
+    curvatures: tuple[str, ...] = ()
 
     @property
     def splits(self) -> tuple[Split, ...]:
@@ -93,6 +101,29 @@ class Plan:
         One step above that of the stored grads: products with large entries of B cancel.
         """
         return "float32" if self.spec.featurize.dtype == "float16" else "float64"
+
+    @property
+    def curvature(self) -> str:
+        """What the kernel inverts: `none` (XᵀX), `output` or `fisher`."""
+        requested = self.spec.reduce.curvature
+        return requested if requested != "auto" else (*self.curvatures, "none")[0]
+
+    @property
+    def fisher_rows(self) -> int:
+        """Train rows for which labels are drawn."""
+        return self.spec.reduce.fisher_rows or self.train.rows
+
+    @property
+    def curvature_rows(self) -> int:
+        """Rows of U, of which the kernel's UᵀU is the sum."""
+        fisher = self.curvature == "fisher"
+        return self.fisher_rows * self.spec.reduce.fisher_draws if fisher else self.train.rows
+
+    @property
+    def dual(self) -> bool:
+        """Whether UUᵀ is factorised in place of UᵀU."""
+        form = self.spec.reduce.kernel_form
+        return form == "dual" or (form == "auto" and self.curvature_rows < self.proj_dim)
 
     @property
     def model_ids(self) -> tuple[int, ...]:
@@ -158,9 +189,27 @@ class Plan:
         return f"{self.spec.projection.kind}-{self.store_dim}-{digest([self.store_dim, what])[:8]}"
 
     @cached_property
+    def gram_id(self) -> str:
+        """Names one matrix that kernels are made of: `2048`, `2048-output`, `8192-fisher4-dual`."""
+        own = [] if self.curvature == "none" else [self.curvature_id]
+        return "-".join([str(self.proj_dim), *own, *(["dual"] if self.dual else [])])
+
+    @property
+    def curvature_id(self) -> str:
+        """Names what kernels invert: `none`, `output`, `fisher4`, `fisher4x1000`."""
+        reduce = self.spec.reduce
+        if self.curvature != "fisher":
+            return self.curvature
+        sample = f"x{reduce.fisher_rows}" if reduce.fisher_rows else ""
+        return f"fisher{reduce.fisher_draws}{sample}"
+
+    @cached_property
     def kernel_id(self) -> str:
         """Names one choice of `proj_dim` and `reduce`; checkpoints may join without changing it."""
-        return f"{self.proj_dim}-{digest([self.proj_dim, self.settings_of('reduce')])[:8]}"
+        what: list[object] = [self.proj_dim, self.settings_of("reduce")]
+        if self.gram_id != str(self.proj_dim):  # plans of earlier versions had no other
+            what.append(self.gram_id)
+        return f"{self.proj_dim}-{digest(what)[:8]}"
 
     @cached_property
     def reduce_id(self) -> str:
@@ -173,8 +222,7 @@ class Plan:
         return {
             k: v
             for k, v in non_default_settings(self.spec).items()
-            if any(k == s or k.startswith(f"{s}.") for s in sections)
-            and k != "featurize.gradients"  # the request; the plan's own field is the method
+            if any(k == s or k.startswith(f"{s}.") for s in sections) and k not in REQUESTS
         }
 
     def cut(self, split: str) -> list[object]:

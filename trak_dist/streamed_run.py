@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,14 @@ from trak_dist.errors import CellsFailed, ModelIDException, SingularGram
 from trak_dist.ingest import arguments, streamed_plan, streamed_rows
 from trak_dist.ingest.streamed_checkpoint import StreamedCheckpoint
 from trak_dist.interface.execution import outcome_of
+from trak_dist.ops import curvature
 from trak_dist.ops.batches import examples_in, rows_of
 from trak_dist.ops.gradients import select_params
 from trak_dist.ops.model_outputs import ModelOutput
 from trak_dist.plan import Plan
 from trak_dist.planning import gradient_method
+from trak_dist.runtime.computed_rows import check_finite, check_not_all_zero
 from trak_dist.runtime.session import Sessions
-from trak_dist.stages.featurize import check_finite, check_not_all_zero
 from trak_dist.store import contents
 from trak_dist.store.prepare import prepare_checkpoint, prepare_scores
 from trak_dist.store.run import Run
@@ -57,6 +59,8 @@ class StreamedRun:
 
     Raises
     ------
+    ConfigError
+        If the model output does not offer the curvature that is asked for.
     PlanMismatch
         If the run that is there belongs to other arguments.
     """
@@ -75,6 +79,8 @@ class StreamedRun:
         self.run_dir, self._device = run_dir, device
         self._model, self._output, self._model_digest = model, output, model_digest
         self._arguments, self._rows, self._sessions = requested, rows, Sessions()
+        self._curvatures = tuple(c for c in curvature.offered(output) if c != "fisher")
+        requested.check_curvature(self._curvatures)
         self.run = self._open() if Run.exists(run_dir) else None  # as last seen
 
     def refreshed(self) -> Run:
@@ -91,8 +97,12 @@ class StreamedRun:
                 where=str(self.run_dir),
                 next="load_checkpoint and featurize first",
             )
-        self.run = streamed_plan.extend_run(self._open(), self._arguments.with_lambda)
+        self.run = streamed_plan.extend_run(self._open(), self._with_reduce)
         return self.run
+
+    def _with_reduce(self, plan: Plan) -> Plan:
+        plan = self._arguments.with_reduce(plan)
+        return plan if plan.curvature == "none" else replace(plan, curvatures=self._curvatures)
 
     def extended(self, change: Callable[[Plan], Plan]) -> Run:
         """The run with its plan changed, also if other processes change it at the same time."""
@@ -254,6 +264,7 @@ class StreamedRun:
             parameters=self._parameters(spec),
             model=self._model_digest,
             gradients=method,
+            curvatures=self._curvatures,
         )
         return plan, why
 

@@ -68,13 +68,16 @@ class TRAKer:
         The parameters whose gradients are used; all that require gradients for a new run.
     lambda_reg : float, optional
         λ of (XᵀX + λI)⁻¹, in TRAK's units: its dense projections are larger by √k. 0 for a new run.
+    curvature : str, optional
+        `none` for TRAK's kernel (XᵀX + λI)⁻¹, as a new run has it; `output` for
+        (XᵀWX + λI)⁻¹ with each row weighted by Q(1 − Q), for classification.
     load_from_save_dir, proj_max_batch_size
         Taken, and without effect: nothing here depends on them.
     saver, score_computer
         Must be left out.
 
     Arguments that are left out come from the run, if there is one; the others must agree with it,
-    except `lambda_reg`.
+    except `lambda_reg` and `curvature`.
 
     Raises
     ------
@@ -101,6 +104,7 @@ class TRAKer:
         projector_seed: int | None = None,
         grad_wrt: Iterable[str] | None = None,
         lambda_reg: float | None = None,
+        curvature: str | None = None,
     ) -> None:
         log.setLevel(logging_level)
         self.device = open_device("auto" if device is None else str(device))
@@ -119,6 +123,7 @@ class TRAKer:
             projector_seed=projector_seed,
             grad_wrt=None if grad_wrt is None else sorted(set(grad_wrt)),
             lambda_reg=None if lambda_reg is None else float(lambda_reg),
+            curvature=curvature,
         )
         self._streamed = StreamedRun(
             self.save_dir,

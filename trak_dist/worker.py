@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from trak_dist import graph, machine
-from trak_dist.cells import Cell, FeaturizeCell, of_run, parse_cell
+from trak_dist.cells import Cell, FeaturizeCell, FisherCell, of_run, parse_cell
 from trak_dist.errors import (
     DatasetError,
     DeviceError,
@@ -145,7 +145,8 @@ def _has_failed_dependency(run: Run, cell: Cell) -> bool:
 def _run_cell(session: Session, cell: Cell) -> None:
     run = session.run
     _fix_numerics(session, cell)
-    if isinstance(cell, FeaturizeCell) and not run.plan.split(cell.split).streamed:
+    streamed = isinstance(cell, FeaturizeCell) and run.plan.split(cell.split).streamed
+    if isinstance(cell, FeaturizeCell | FisherCell) and not streamed:
         require(run, list(cell.dependencies(run.plan, ())), needed_by=cell)
         # not timed: data shards are sized by rows per second
         session.featurizer(cell.model_id)

@@ -40,7 +40,7 @@ class Setting:
     def overrides(self) -> list[str]:
         return [
             *(f"projection={self.projection}", f"projection.seed={SEED}"),
-            *(f"proj_dim={DIM}", f"featurize.dtype={self.dtype}"),
+            *(f"proj_dim={DIM}", f"featurize.dtype={self.dtype}", "reduce.curvature=none"),
             *(f"reduce.{name}={value}" for name, value in self.reduce.items()),
         ]
 

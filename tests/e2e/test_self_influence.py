@@ -93,11 +93,11 @@ def figures(run_dir: Path, name: str = "train") -> dict[str, Any]:
 def test_it_is_the_diagonal_of_the_rows_against_themselves(scale: float) -> None:
     x = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))
     regular = (x.double().T @ x.double()).add(torch.eye(6), alpha=0.2)
-    found = kernel.self_influence(torch.linalg.cholesky(regular), scale, x)
+    found = kernel.Primal(torch.linalg.cholesky(regular), scale).self_influence(x)
     expected = scale * np.diag(x.double().numpy() @ np.linalg.inv(regular.numpy()) @ x.numpy().T)
     assert (found.shape, found.dtype) == ((20, 1), torch.float64)
     np.testing.assert_allclose(found[:, 0], expected, rtol=1e-12)
-    assert bool((kernel.self_influence(torch.linalg.cholesky(regular), 1.0, x) < 1).all())
+    assert bool((kernel.Primal(torch.linalg.cholesky(regular), 1.0).self_influence(x) < 1).all())
 
 
 def test_switched_on_in_a_finished_run_it_costs_scores_alone_and_is_the_oracles(

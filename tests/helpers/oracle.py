@@ -22,11 +22,19 @@ Matrix = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Member:
-    """One checkpoint: train grads (n, k), target grads (t, k) and out-to-loss (n,)."""
+    """One checkpoint: train grads (n, k), target grads (t, k) and out-to-loss (n,).
+
+    The kernel is made of the rows U (r, k), UᵀU; without curvature they are the train grads.
+    """
 
     train: Matrix
     targets: Matrix
     out_to_loss: Matrix
+    curvature: Matrix | None = None
+
+    @property
+    def rows(self) -> Matrix:
+        return self.train if self.curvature is None else self.curvature
 
 
 @dataclass(frozen=True)
@@ -50,8 +58,14 @@ def member(
     *,
     globs: Sequence[str] = ("*",),
     projection: Matrix | None = None,
+    weighted: bool = False,
+    uniform: Sequence[Mapping[int, float]] = (),
 ) -> Member:
-    """X/√p, G/√p and Q of one checkpoint; a `projection` (p, k) multiplies the grads first."""
+    """X/√p, G/√p and Q of one checkpoint; a `projection` (p, k) multiplies the grads first.
+
+    `weighted` rows are √(Q(1 − Q)) x; `uniform` are numbers in [0, 1) by row, for each draw of
+    labels, whose log-likelihoods' gradients are the curvature's rows.
+    """
     exact = copy.deepcopy(model).double().eval()
     exact.load_state_dict({k: v.double() if v.is_floating_point() else v for k, v in state.items()})
     names = parameter_names(exact, globs)
@@ -59,7 +73,14 @@ def member(
     g, _ = _grads(exact, names, targets)
     p = x.shape[1]
     matrix = np.eye(p) if projection is None else projection
-    return Member(x @ matrix / np.sqrt(p), g @ matrix / np.sqrt(p), q)
+    rows = None
+    if weighted:
+        rows = np.sqrt(q * (1 - q))[:, None] * x
+    if uniform:
+        rows = np.concatenate([_fisher_rows(exact, names, train, u) for u in uniform])
+        rows *= np.sqrt(len(x) / len(rows))
+    u = None if rows is None else rows @ matrix / np.sqrt(p)
+    return Member(x @ matrix / np.sqrt(p), g @ matrix / np.sqrt(p), q, u)
 
 
 def margin_and_out_to_loss(logits: Tensor, label: int) -> tuple[Tensor, Tensor]:
@@ -83,7 +104,7 @@ def scores(members: Sequence[Member], **reduce: Any) -> tuple[Matrix, float]:
 
     mean over m of [X_m K_m G_mᵀ], times the mean over m of Q_m.
     """
-    kernels = [kernel(m.train, **reduce) for m in members]
+    kernels = [kernel(m.rows, **reduce) for m in members]
     products = [m.train @ k.inverse @ m.targets.T for m, k in zip(members, kernels, strict=True)]
     out_to_loss = np.mean([m.out_to_loss for m in members], axis=0)
     return np.mean(products, axis=0) * out_to_loss[:, None], max(k.condition for k in kernels)
@@ -106,3 +127,16 @@ def _grads(model: nn.Module, names: Sequence[str], examples: Any) -> tuple[Matri
         rows.append(np.concatenate([g.numpy().ravel() for g in grads]))
         out_to_loss.append(float(q.detach()))
     return np.array(rows), np.array(out_to_loss)
+
+
+def _fisher_rows(
+    model: nn.Module, names: Sequence[str], examples: Any, uniform: Mapping[int, float]
+) -> Matrix:
+    """The gradients of log p(y), y the first class whose cumulative probability is above u."""
+    parameters, rows = dict(model.named_parameters()), []
+    for i, u in uniform.items():
+        log_p = torch.log_softmax(model(examples[i][0].double()[None])[0], dim=0)
+        label = int(np.searchsorted(np.cumsum(log_p.detach().exp().numpy()), u, side="right"))
+        grads = torch.autograd.grad(log_p[label], [parameters[n] for n in names])
+        rows.append(np.concatenate([g.numpy().ravel() for g in grads]))
+    return np.array(rows)

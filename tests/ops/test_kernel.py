@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from trak_dist.ops.kernel import Kernel, factorise, precondition, sum_gram
+from trak_dist.ops.kernel import Kernel, Primal, factorise, sum_gram
 
 K, ROWS = 12, 40
 
@@ -78,7 +78,7 @@ def test_preconditioned_targets_are_the_scaled_kernel_times_the_targets() -> Non
     kernel = factorised(rows(), kernel_scale="mean_abs")
     targets = torch.randn(5, K, generator=torch.Generator().manual_seed(0))
     before = targets.clone()
-    found = precondition(kernel.factor, kernel.scale, targets)
+    found = Primal(kernel.factor, kernel.scale).precondition(targets)
     assert found.shape == (K, 5)
     assert found.dtype == torch.float64
     wanted = inverse(kernel) @ targets.double().numpy().T

@@ -22,6 +22,7 @@ from trak_dist.ops.gradients import GradientComputer, LoopGradients, VmapGradien
 from trak_dist.ops.hooks import HookGradients
 from trak_dist.ops.projection import make_projector
 from trak_dist.ops.scores import Ensemble
+from trak_dist.ops.spectrum import Spectrum
 
 CLOSE = 1e-4
 CPU = torch.device("cpu")
@@ -131,11 +132,11 @@ def reduced(x: Tensor, g: Tensor) -> dict[str, Tensor]:
     gram = kernel.sum_gram(x.split(70), x.shape[1], x.device)
     settings = {"lambda_reg": 0.1, "lambda_unit": "mean_diagonal", "kernel_scale": "mean_abs"}
     found = kernel.factorise(gram, rows=len(x), **settings)
-    solved = kernel.precondition(found.factor, found.scale, g)
+    solved = kernel.Primal(found.factor, found.scale).precondition(g)
     ensemble = Ensemble()
     for _ in range(2):
         ensemble.add(x.double() @ solved, x[:, 0].abs())
-    spectrum = kernel.Spectrum.of(gram)
+    spectrum = Spectrum.of(gram)
     lambdas = [spectrum.mean_diagonal * by for by in (0.1, 1.0)]
     numbers = [found.scale, found.condition, found.effective_rank, found.effective_dimension]
     stored, scale = row_format.encode(x, "float16")
@@ -145,7 +146,7 @@ def reduced(x: Tensor, g: Tensor) -> dict[str, Tensor]:
         "numbers": torch.tensor(numbers, dtype=torch.float64, device=x.device),
         "solved": solved,
         "scores": ensemble.scores(),
-        "self-influence": kernel.self_influence(found.factor, found.scale, x),
+        "self-influence": kernel.Primal(found.factor, found.scale).self_influence(x),
         "predictions": spectrum.predictions(x[:9].double(), g.double(), lambdas, "mean_abs"),
         "stored": row_format.decode(stored, scale),
     }

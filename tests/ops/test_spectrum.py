@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from trak_dist.ops.kernel import SCALE_ROWS, Spectrum, factorise
+from trak_dist.configuration.config import SCALE_ROWS
+from trak_dist.ops.kernel import factorise
+from trak_dist.ops.spectrum import Spectrum
 
 LAMBDAS = (0.01, 0.3, 20.0)
 

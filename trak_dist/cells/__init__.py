@@ -15,6 +15,7 @@ from trak_dist.cells.cell import Cell
 from trak_dist.cells.counterfactual import CounterfactualCell
 from trak_dist.cells.evaluate import EvaluateCell
 from trak_dist.cells.featurize import FeaturizeCell
+from trak_dist.cells.fisher import FisherCell
 from trak_dist.cells.gram import GramCell
 from trak_dist.cells.kernel import KernelCell
 from trak_dist.cells.margins import MarginsCell
@@ -31,6 +32,7 @@ __all__ = [
     "CounterfactualCell",
     "EvaluateCell",
     "FeaturizeCell",
+    "FisherCell",
     "GramCell",
     "KernelCell",
     "MarginsCell",

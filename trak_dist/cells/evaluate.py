@@ -8,13 +8,15 @@ from typing import Self
 
 from trak_dist.cells.cell import Cell
 from trak_dist.cells.counterfactual import CounterfactualCell
-from trak_dist.cells.featurize import FeaturizeCell
-from trak_dist.cells.gram import GramCell
+from trak_dist.cells.featurize import FeaturizeCell, largest_cell
+from trak_dist.cells.fisher import FisherCell
+from trak_dist.cells.gram import GramCell, kernel_dim
 from trak_dist.cells.kernel import KernelCell
 from trak_dist.cells.margins import MarginsCell
 from trak_dist.cells.ownership import OwnedFile
 from trak_dist.cells.score import ScoreCell, scores_identity
 from trak_dist.cells.train import retrained, training_on_subsets
+from trak_dist.configuration.config import SCALE_ROWS
 from trak_dist.coordinates import TRAIN
 from trak_dist.plan import Plan, cached_on_plan, digest
 
@@ -28,7 +30,8 @@ class EvaluateCell(Cell):
     kind = "evaluate"
     step = "evaluate"
     depends_on = (
-        *(ScoreCell, CounterfactualCell, MarginsCell, KernelCell, GramCell, FeaturizeCell),
+        *(ScoreCell, CounterfactualCell, MarginsCell, KernelCell, GramCell),
+        *(FeaturizeCell, FisherCell),
     )
     run = "trak_dist.stages.evaluate:evaluate"
     gpu = False
@@ -69,6 +72,7 @@ class EvaluateCell(Cell):
             yield kernel
             if kernel in done:
                 yield GramCell(model_id)
+                yield from FisherCell.of_checkpoint(plan, model_id)
                 yield from FeaturizeCell.of_split(plan, model_id, TRAIN)
                 yield from FeaturizeCell.of_split(plan, model_id, self.targets)
 
@@ -77,11 +81,12 @@ class EvaluateCell(Cell):
 
     @classmethod
     def memory(cls, plan: Plan) -> int:
-        """XᵀX, its vectors, temporaries; masks; predictions by λ and ensemble."""
-        subsets, k = plan.ground_truth.subsets, plan.proj_dim
+        """The Gram, its vectors, temporaries; masks; predictions by λ and ensemble."""
+        subsets, d = plan.ground_truth.subsets, kernel_dim(plan)
         t = max((split.rows for split in plan.targets), default=0)
         per_subset = plan.train.rows + PREDICTIONS * 8 * t
-        return 6 * 8 * k * k + subsets * per_subset if subsets else 0
+        rows = 16 * largest_cell(plan) + 8 * SCALE_ROWS * plan.proj_dim if plan.dual else 0
+        return 6 * 8 * d * d + rows + subsets * per_subset if subsets else 0
 
 
 def evaluated_on(plan: Plan, targets: str) -> list[object]:

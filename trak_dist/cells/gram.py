@@ -1,4 +1,4 @@
-"""Gram cells: XᵀX."""
+"""Gram cells: XᵀX, or the XᵀWX, Fisher matrix or dual that a kernel is made of."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ from typing import Self
 
 from trak_dist.cells.cell import Cell
 from trak_dist.cells.featurize import FeaturizeCell, largest_cell, of_checkpoint
+from trak_dist.cells.fisher import FisherCell
 from trak_dist.cells.ownership import ArraySpec, OwnedRows
 from trak_dist.plan import CHUNK_BYTES, Plan, cached_on_plan, digest
 
 
 @dataclass(frozen=True)
 class GramCell(Cell):
-    """Sums one checkpoint's XᵀX, which every λ and kernel scale shares."""
+    """Sums one checkpoint's UᵀU, or UUᵀ, which every λ and kernel scale shares.
+
+    U are the curvature rows: X, √W X, or the grads of drawn labels.
+    """
 
     kind = "gram"
     step = "kernel"
-    depends_on = (FeaturizeCell,)
+    depends_on = (FeaturizeCell, FisherCell)
     run = "trak_dist.stages.reduce:gram"
     gpu = False
     runs_problem = False
@@ -41,7 +45,7 @@ class GramCell(Cell):
         return gram_identity(plan)
 
     def receipt_group(self, plan: Plan) -> tuple[str, ...]:
-        return plan.projection_id, str(plan.proj_dim)
+        return plan.projection_id, plan.gram_id
 
     def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
         yield from all_grads(plan, self.model_id)
@@ -51,9 +55,9 @@ class GramCell(Cell):
         return self.model_id
 
     def arrays(self, plan: Plan) -> Mapping[str, OwnedRows]:
-        """`gram` (k, k) float64."""
-        path = f"{of_checkpoint(plan, self.model_id)}/gram/{plan.proj_dim}"
-        return {"gram": OwnedRows(path, square(plan), 0, plan.proj_dim)}
+        """`gram` (d, d) float64, of `kernel_dim`."""
+        path = f"{of_checkpoint(plan, self.model_id)}/gram/{plan.gram_id}"
+        return {"gram": OwnedRows(path, square(plan), 0, kernel_dim(plan))}
 
     @classmethod
     def one_per_array(cls, plan: Plan) -> Iterator[Self]:
@@ -61,24 +65,31 @@ class GramCell(Cell):
 
     @classmethod
     def memory(cls, plan: Plan) -> int:
-        """XᵀX; a cell's rows as stored, in float32 and in float64."""
-        return 8 * plan.proj_dim**2 + 16 * largest_cell(plan)
+        """The sum; a cell's rows as stored, in float32 and in float64, of the dual two cells'."""
+        return 8 * kernel_dim(plan) ** 2 + (24 if plan.dual else 16) * largest_cell(plan)
 
 
-def all_grads(plan: Plan, model_id: int) -> Iterator[FeaturizeCell]:
+def all_grads(plan: Plan, model_id: int) -> Iterator[FeaturizeCell | FisherCell]:
     """The grads of all splits, for which the tasks that reduce a checkpoint wait."""
     for split in plan.splits:
         yield from FeaturizeCell.of_split(plan, model_id, split.name)
+    yield from FisherCell.of_checkpoint(plan, model_id)
+
+
+def kernel_dim(plan: Plan) -> int:
+    """Rows of what is factorised: k of UᵀU, or in the dual those of U."""
+    return plan.curvature_rows if plan.dual else plan.proj_dim
 
 
 def square(plan: Plan) -> ArraySpec:
-    """An array (k, k) float64."""
-    k = plan.proj_dim
-    chunk = max(1, min(k, CHUNK_BYTES // (8 * k)))
-    return ArraySpec(shape=(k, k), chunks=(chunk, k), dtype="float64")
+    """An array (d, d) float64, of `kernel_dim`."""
+    d = kernel_dim(plan)
+    chunk = max(1, min(d, CHUNK_BYTES // (8 * d)))
+    return ArraySpec(shape=(d, d), chunks=(chunk, d), dtype="float64")
 
 
 @cached_on_plan
 def gram_identity(plan: Plan) -> str:
-    """Digest of what determines every XᵀX of the run."""
-    return digest([plan.fingerprint, plan.proj_dim, plan.settings_of("reduce.threads")])
+    """Digest of what determines every UᵀU of the run."""
+    own = [] if plan.gram_id == str(plan.proj_dim) else [plan.gram_id]
+    return digest([plan.fingerprint, plan.proj_dim, plan.settings_of("reduce.threads"), *own])

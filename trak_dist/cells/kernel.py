@@ -1,4 +1,4 @@
-"""Kernel cells: the Cholesky factor of XᵀX + λI."""
+"""Kernel cells: the Cholesky factor of UᵀU + λI, or of its dual UUᵀ + λI."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from dataclasses import dataclass
 from typing import Self
 
 from trak_dist.cells.cell import Cell
-from trak_dist.cells.featurize import FeaturizeCell, of_checkpoint
-from trak_dist.cells.gram import GramCell, all_grads, gram_identity, square
+from trak_dist.cells.featurize import FeaturizeCell, largest_cell, of_checkpoint
+from trak_dist.cells.fisher import FisherCell
+from trak_dist.cells.gram import GramCell, all_grads, gram_identity, kernel_dim, square
 from trak_dist.cells.ownership import OwnedRows
+from trak_dist.configuration.config import EXACT_SCALE_DIM, SCALE_ROWS
 from trak_dist.plan import Plan, cached_on_plan, digest
 
 
 @dataclass(frozen=True)
 class KernelCell(Cell):
-    """Factorises one checkpoint's XᵀX + λI."""
+    """Factorises one checkpoint's UᵀU + λI, or UUᵀ + λI."""
 
     kind = "kernel"
     step = "kernel"
-    depends_on = (GramCell, FeaturizeCell)
+    depends_on = (GramCell, FeaturizeCell, FisherCell)
     run = "trak_dist.stages.reduce:factorise"
     gpu = False
     runs_problem = False
@@ -53,9 +55,9 @@ class KernelCell(Cell):
         return self.model_id
 
     def arrays(self, plan: Plan) -> Mapping[str, OwnedRows]:
-        """`kernel` (k, k) float64, a lower triangle."""
+        """`kernel` (d, d) float64, a lower triangle, of `kernel_dim`."""
         path = f"{of_kernel(plan, self.model_id)}/kernel"
-        return {"kernel": OwnedRows(path, square(plan), 0, plan.proj_dim)}
+        return {"kernel": OwnedRows(path, square(plan), 0, kernel_dim(plan))}
 
     @classmethod
     def one_per_array(cls, plan: Plan) -> Iterator[Self]:
@@ -63,8 +65,11 @@ class KernelCell(Cell):
 
     @classmethod
     def memory(cls, plan: Plan) -> int:
-        """XᵀX, its factor, its inverse and a temporary."""
-        return 4 * 8 * plan.proj_dim**2
+        """The Gram, its factor, its inverse, a temporary; of the dual some rows of the kernel."""
+        k, d = plan.proj_dim, kernel_dim(plan)
+        some = k if k <= EXACT_SCALE_DIM else SCALE_ROWS
+        rows = 8 * some * (k + 2 * d) + 16 * largest_cell(plan) if plan.dual else 0
+        return 4 * 8 * d**2 + rows
 
 
 def of_kernel(plan: Plan, model_id: int) -> str:

@@ -1,4 +1,4 @@
-"""Precondition cells: B = (XᵀX + λI)⁻¹Gᵀ."""
+"""Precondition cells: B = (UᵀU + λI)⁻¹Gᵀ."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Self
 
 from trak_dist.cells.cell import Cell
-from trak_dist.cells.featurize import FeaturizeCell
-from trak_dist.cells.gram import all_grads
+from trak_dist.cells.featurize import FeaturizeCell, largest_cell
+from trak_dist.cells.fisher import FisherCell
+from trak_dist.cells.gram import all_grads, kernel_dim
 from trak_dist.cells.kernel import KernelCell, kernel_identity, of_kernel
 from trak_dist.cells.ownership import ArraySpec, OwnedRows
 from trak_dist.plan import CHUNK_BYTES, Plan, cached_on_plan, digest
@@ -20,7 +21,7 @@ class PreconditionCell(Cell):
 
     kind = "precondition"
     step = "kernel"
-    depends_on = (KernelCell, FeaturizeCell)
+    depends_on = (KernelCell, FeaturizeCell, FisherCell)
     run = "trak_dist.stages.reduce:precondition"
     gpu = False
     runs_problem = False
@@ -68,9 +69,11 @@ class PreconditionCell(Cell):
 
     @classmethod
     def memory(cls, plan: Plan) -> int:
-        """The factor; the targets' grads and their solutions."""
+        """The factor; the targets' grads and their solutions; of the dual a cell's rows of U."""
         k, t = plan.proj_dim, max((split.rows for split in plan.targets), default=0)
-        return 8 * k * k + 24 * k * t
+        d = kernel_dim(plan)
+        rows = 16 * largest_cell(plan) + 16 * d * t if plan.dual else 0
+        return 8 * d * d + 24 * k * t + rows
 
 
 @cached_on_plan

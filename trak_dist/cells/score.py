@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from trak_dist.cells.cell import Cell
-from trak_dist.cells.featurize import FeaturizeCell
+from trak_dist.cells.featurize import FeaturizeCell, largest_cell
+from trak_dist.cells.fisher import FisherCell
+from trak_dist.cells.gram import kernel_dim
 from trak_dist.cells.kernel import KernelCell, kernel_identity
 from trak_dist.cells.ownership import ArraySpec, OwnedRows
 from trak_dist.cells.precondition import PreconditionCell
@@ -28,7 +30,7 @@ class ScoreCell(Cell):
 
     kind = "score"
     step = "score"
-    depends_on = (PreconditionCell, KernelCell, FeaturizeCell)
+    depends_on = (PreconditionCell, KernelCell, FeaturizeCell, FisherCell)
     run = "trak_dist.stages.score:score"
     gpu = False
     runs_problem = False
@@ -67,6 +69,8 @@ class ScoreCell(Cell):
             yield solved
             for split in dict.fromkeys((TRAIN, self.targets)) if solved in done else ():
                 yield from FeaturizeCell.of_split(plan, model_id, split)
+            if itself and plan.dual and solved in done:
+                yield from FisherCell.of_checkpoint(plan, model_id)
 
     @property
     def dependency_group(self) -> Hashable:
@@ -94,6 +98,7 @@ class ScoreCell(Cell):
                 "lambda_reg": plan.spec.reduce.lambda_reg,
                 "lambda_unit": plan.spec.reduce.lambda_unit,
                 "kernel_scale": plan.spec.reduce.kernel_scale,
+                **({} if plan.curvature == "none" else {"curvature": plan.curvature}),
             },
             if_changed="replace",
         )
@@ -107,7 +112,9 @@ class ScoreCell(Cell):
     def memory(cls, plan: Plan) -> int:
         """B, or the factor, and a chunk's rows solved."""
         k, t = plan.proj_dim, max((split.rows for split in plan.targets), default=0)
-        return max(8 * k * t, 8 * k * k * plan.self_influence) + 6 * CHUNK_BYTES
+        d, rows = kernel_dim(plan), _cut(plan, TRAIN).cell_rows
+        alone = 8 * d * d + (16 * largest_cell(plan) + 16 * d * rows if plan.dual else 0)
+        return max(8 * k * t, alone * plan.self_influence) + 6 * CHUNK_BYTES
 
 
 def columns(plan: Plan, targets: str) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from functools import cached_property
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -12,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from trak_dist.errors import NotCovered
-from trak_dist.ops.batches import Batch
+from trak_dist.ops.batches import Batch, clone_batch
+from trak_dist.ops.curvature import FisherModelOutput, LogLikelihood, Uniform
 from trak_dist.ops.gradients import (
     GradientComputer,
     GradientSink,
@@ -65,6 +68,25 @@ class CheckpointFeaturizer:
         return make_gradient_computer(
             self.plan, "loop", self.model, self.model_output, self.projector
         )
+
+    @cached_property
+    def likelihood(self) -> CheckpointFeaturizer:
+        """The same of the log-likelihood of labels, which the model output has to offer."""
+        other = copy.copy(self)
+        vars(other).pop("loop", None)
+        other.model_output = LogLikelihood(cast(FisherModelOutput, self.model_output))
+        other.gradient_computer = make_gradient_computer(
+            self.plan, self.method, self.model, other.model_output, self.projector
+        )
+        return other
+
+    def draw_labels(self, batch: Batch, uniform: Uniform) -> Batch:
+        """A batch on the device with its labels drawn from the model's own prediction."""
+        batch = batch_in(self.plan.spec.featurize.compute, batch)
+        state = dict(self.model.named_parameters()), dict(self.model.named_buffers())
+        with torch.no_grad(), self._state_guard.preserve():
+            output = cast(FisherModelOutput, self.model_output)
+            return tuple(output.draw_labels(self.model, *state, clone_batch(batch), uniform))
 
     @property
     def shapes(self) -> dict[str, torch.Size]:

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from trak_dist.cells import FeaturizeCell
+from trak_dist.cells import Cell, FeaturizeCell, FisherCell
 from trak_dist.checkpoints.featurizer import CheckpointFeaturizer, batch_in, projecting_sink
 from trak_dist.checks.dependents import derived_from, runs_sharing_grads
 from trak_dist.errors import WrongGradient
@@ -211,7 +211,7 @@ def gradient_method(run: Run, model_id: int) -> str:
     return "loop" if run.receipts.audit_failure(model_id) else run.plan.gradients
 
 
-def fall_back_to_loop(run: Run, cell: FeaturizeCell, error: WrongGradient) -> None:
+def fall_back_to_loop(run: Run, cell: FeaturizeCell | FisherCell, error: WrongGradient) -> None:
     """Compute all gradients of a checkpoint one by one from now on.
 
     What was computed in another way is revoked, with everything derived from it.
@@ -226,14 +226,23 @@ def revoke_stale_cells(run: Run, model_id: int) -> None:
 
     What was derived from a cell is revoked before it: the next call after a kill finds the rest.
     """
-    plan, why = run.plan, run.receipts.audit_failure(model_id)
-    splits = (plan.train, *plan.targets)
-    done = run.receipts.done(
-        c for s in splits for c in FeaturizeCell.of_split(plan, model_id, s.name)
-    )
-    stale = [c for c, receipt in done.items() if receipt.fact("gradients", str) != "loop"]
-    for other in runs_sharing_grads(run) if stale else ():
-        for cell in reversed(derived_from(other, stale)):
+    why = run.receipts.audit_failure(model_id)
+    stale = [(other, _not_by_loop(other, model_id)) for other in runs_sharing_grads(run)]
+    for other, cells in stale:
+        for cell in reversed(derived_from(other, cells)):
             other.receipts.revoke(cell, why=why)
-    for one in stale:
-        run.receipts.revoke(one, why=why)
+    for other, cells in stale:
+        for cell in cells:
+            other.receipts.revoke(cell, why=why)
+
+
+def _not_by_loop(run: Run, model_id: int) -> list[Cell]:
+    """The done cells with gradients of a checkpoint that the loop did not compute."""
+    plan = run.plan
+    done = run.receipts.done(
+        [
+            *(c for s in plan.splits for c in FeaturizeCell.of_split(plan, model_id, s.name)),
+            *FisherCell.of_checkpoint(plan, model_id),
+        ]
+    )
+    return [c for c, receipt in done.items() if receipt.fact("gradients", str) != "loop"]

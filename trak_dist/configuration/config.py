@@ -16,6 +16,8 @@ STAGES = (
 )
 DRAW_VERSION = 1  # of random streams; another one draws other numbers
 PROJECTION_VERSION = 2  # of what projections make of them
+SCALE_ROWS = 64  # of a kernel that is not formed, from which its mean absolute entry is taken
+EXACT_SCALE_DIM = 4096  # up to which all its rows are
 CACHE_BYTES = 2**30  # what a projector may keep of its draws in memory
 DEVICES = ("auto", "cpu", "cuda")
 # Options of sbatch that have a setting here, or that the job graph relies on.
@@ -29,6 +31,7 @@ GRADIENTS = ("auto", "hooks", "vmap", "loop")
 COMPUTE = ("model", "bfloat16")
 ONE_LINE = {"one_line": True}  # of a batch script, where another line would be a command
 PROJECTIONS = ("sjlt", "rademacher", "gaussian", "identity")
+CURVATURES = ("auto", "none", "output", "fisher")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,13 +63,22 @@ class FeaturizeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ReduceConfig:
-    """Regularisation and scale of the kernel, and the threads that set its bits."""
+    """The kernel: the curvature that it inverts, its regularisation, scale and form.
 
+    `fisher_draws` labels are drawn for each of `fisher_rows` train rows (0: all). Plans of earlier
+    versions, which say nothing of curvature and form, have these defaults; those of a new run are
+    `auto`, in `conf/config.yaml`.
+    """
+
+    curvature: str = field(default="none", metadata={"choices": CURVATURES})
+    fisher_draws: int = field(default=1, metadata={"min": 1})
+    fisher_rows: int = field(default=0, metadata={"min": 0})
     lambda_reg: float = field(default=1.0, metadata={"min": 0})
     lambda_unit: str = field(
         default="mean_diagonal", metadata={"choices": ("mean_diagonal", "absolute")}
     )
     kernel_scale: str = field(default="mean_abs", metadata={"choices": ("mean_abs", "none")})
+    kernel_form: str = field(default="primal", metadata={"choices": ("auto", "primal", "dual")})
     threads: int = field(default=1, metadata={"min": 1})
 
 

@@ -1,7 +1,7 @@
 """The scores of one target set against models retrained on subsets: the LDS, and what bounds it.
 
 The masks are multiplied into the grads first, Z = (masks ⊙ Q) X, so that a λ costs no scores:
-predictions are Z (XᵀX + λI)⁻¹ Gᵀ, from one decomposition of XᵀX per checkpoint and dimension. The
+predictions are Z (UᵀU + λI)⁻¹ Gᵀ, from one decomposition per checkpoint and dimension. The
 run's own LDS is taken from its scores as stored.
 """
 
@@ -29,9 +29,11 @@ from trak_dist.cells.train import retrained
 from trak_dist.coordinates import TRAIN
 from trak_dist.errors import EvaluationError
 from trak_dist.evaluation.ground_truth import GroundTruthData, read_ground_truth
-from trak_dist.ops import lds, projection
-from trak_dist.ops.kernel import Spectrum
+from trak_dist.ops import dual, kernel, lds, projection
+from trak_dist.ops.dual import DualSpectrum
 from trak_dist.ops.lds import Interval
+from trak_dist.ops.spectrum import Spectrum
+from trak_dist.runtime.curvature import CurvatureRows
 from trak_dist.runtime.inputs import read_grads, require
 from trak_dist.runtime.session import Session
 from trak_dist.spacing import evenly_spaced
@@ -125,13 +127,13 @@ def _predictions(
 
 
 def _own_lambda(session: Session) -> list[float]:
-    """The run's λ of each checkpoint, as a multiple of its Gram's mean diagonal."""
+    """The run's λ of each checkpoint, as a multiple of the mean diagonal of UᵀU."""
     run = session.run
     cells = [KernelCell(m) for m in run.plan.model_ids]
     receipts = run.receipts.done(cells)
     grams = (contents.read(run, GramCell(m), "gram") for m in run.plan.model_ids)
     return [
-        receipts[c].fact("lambda_absolute", (int, float)) / float(np.diagonal(g).mean())
+        receipts[c].fact("lambda_absolute", (int, float)) / (float(np.trace(g)) / run.plan.proj_dim)
         for c, g in zip(cells, grams, strict=True)
     ]
 
@@ -154,9 +156,9 @@ def _curves(
         targets = torch.cat(
             [read_grads(session, c) for c in FeaturizeCell.of_split(plan, model_id, cell.targets)]
         ).double()[informative]
-        gram = torch.from_numpy(contents.read(session.run, GramCell(model_id), "gram"))
-        for dim in sorted({dim for size, dim in cases if size > position}):
-            spectrum = Spectrum.of(_folded(gram, dim).to(session.device))
+        gram: Tensor | None = None
+        for dim in sorted({dim for size, dim in cases if size > position}, reverse=True):
+            spectrum, gram = _spectrum(session, model_id, dim, gram)
             lambdas = [x * spectrum.mean_diagonal for x in LAMBDAS]
             for size in [size for size, d in cases if d == dim and size > position]:
                 totals[size, dim] += spectrum.predictions(
@@ -187,6 +189,32 @@ def _smaller_dims(kind: str, dim: int) -> Iterator[int]:
     while kind == "sjlt" and dim % 2 == 0 and dim // 2 >= MIN_DIM:
         dim //= 2
         yield dim
+
+
+def _spectrum(
+    session: Session, model_id: int, dim: int, larger: Tensor | None
+) -> tuple[Spectrum | DualSpectrum, Tensor | None]:
+    """The spectrum at one dimension, and its UᵀU, of which those of smaller ones are folded."""
+    plan = session.run.plan
+    if larger is not None:
+        gram = _folded(larger, dim)
+        return Spectrum.of(gram), gram
+    whole = dim == plan.proj_dim
+    stored = contents.read(session.run, GramCell(model_id), "gram") if whole else None
+    if plan.dual and (whole or plan.curvature_rows < dim):
+        rows = CurvatureRows(session, model_id, dim)
+        gram = (
+            torch.from_numpy(stored).to(session.device)
+            if stored is not None
+            else dual.sum_gram(rows, plan.curvature_rows, session.device)
+        )
+        return DualSpectrum.of(gram, rows, dim), None
+    gram = (
+        torch.from_numpy(stored).to(session.device)
+        if stored is not None
+        else kernel.sum_gram(CurvatureRows(session, model_id, dim), dim, session.device)
+    )
+    return Spectrum.of(gram), gram
 
 
 def _folded(gram: Float64[Tensor, "k k"], dim: int) -> Float64[Tensor, "dim dim"]:

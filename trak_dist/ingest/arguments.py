@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -93,6 +93,7 @@ class TRAKerArguments:
     projector_seed: int | None = None
     grad_wrt: Iterable[str] | None = None
     lambda_reg: float | None = None
+    curvature: str | None = None
 
     def __post_init__(self) -> None:
         unsupported = [name for name, value in self.unsupported.items() if value is not None]
@@ -148,21 +149,35 @@ class TRAKerArguments:
         if not planned or self.gradient_computer is IterativeGradientComputer:
             featurize = replace(featurize, gradients=self.gradient_computer.gradients)
         stored = spec.store_dim if planned and dim == spec.proj_dim else dim
-        return self._with_lambda(
+        return self._with_reduce(
             replace(
                 spec, projection=projection, featurize=featurize, proj_dim=dim, store_dim=stored
             )
         )
 
-    def with_lambda(self, plan: Plan) -> Plan:
-        """`plan` with our λ; its checkpoints stay."""
-        return replace(plan, spec=self._with_lambda(plan.spec))
+    def with_reduce(self, plan: Plan) -> Plan:
+        """`plan` with our λ and curvature; its checkpoints stay."""
+        return replace(plan, spec=self._with_reduce(plan.spec))
+
+    def check_curvature(self, offered: Collection[str]) -> None:
+        """Raise `ConfigError` if the curvature asked for is not one that streamed rows offer."""
+        if self.curvature in (None, *offered):
+            return
+        raise ConfigError(
+            f"curvature {self.curvature!r} is not one of {', '.join(offered)}, which the task "
+            "offers here",
+            where="curvature",
+            next="fisher, for which labels are drawn, needs a problem and the launcher"
+            if self.curvature == "fisher"
+            else "a task that declares loss = 'logistic', where it is log(1 + exp(−f))",
+        )
 
     def check_matches(self, run: Run, rows: int, parameters: int, model: str) -> None:
         """Raise `PlanMismatch` if the run is not one that these arguments belong to."""
         plan = run.plan
         found = differences(asdict(plan.spec), asdict(self.spec(plan.spec)))
-        changed = {k: v for k, v in found.items() if not k.startswith("reduce.lambda_")}
+        free = ("reduce.lambda_", "reduce.curvature")
+        changed = {k: v for k, v in found.items() if not k.startswith(free)}
         if rows != plan.train.rows:
             changed["train_set_size"] = (plan.train.rows, rows)
         if parameters != plan.parameters:
@@ -179,7 +194,9 @@ class TRAKerArguments:
                 next="the same arguments as before, or another save_dir",
             )
 
-    def _with_lambda(self, spec: Spec) -> Spec:
+    def _with_reduce(self, spec: Spec) -> Spec:
+        if self.curvature is not None:
+            spec = replace(spec, reduce=replace(spec.reduce, curvature=self.curvature))
         if self.lambda_reg is None:
             return spec
         lambda_absolute = self.lambda_reg / lambda_unit_factor(spec)

@@ -15,7 +15,15 @@ from trak_dist.plan_inputs import Checkpoint, Source, Split, Streamed
 from trak_dist.store.run import Run
 
 
-def new_plan(spec: Spec, *, rows: int, parameters: int, model: str, gradients: str) -> Plan:
+def new_plan(
+    spec: Spec,
+    *,
+    rows: int,
+    parameters: int,
+    model: str,
+    gradients: str,
+    curvatures: tuple[str, ...],
+) -> Plan:
     """A plan without checkpoints and target sets, for a train split whose rows are streamed."""
     dim = parameters if spec.projection.kind == "identity" else spec.store_dim
     return Plan(
@@ -26,6 +34,7 @@ def new_plan(spec: Spec, *, rows: int, parameters: int, model: str, gradients: s
         checkpoints=(),
         targets=(),
         gradients=gradients,
+        curvatures=curvatures,
     )
 
 

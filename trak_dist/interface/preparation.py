@@ -127,6 +127,7 @@ def prepare_run(resolved: Resolved, note: Note) -> Prepared:
         else:
             planning.check_no_scores(base, plan)
     plan = _extended(resolved, run or base, plan, note)
+    planning.check_curvature(plan)
     planning.check_ensemble(plan)
     planning.check_full_rank(plan)
     if config.stage == "evaluate":
@@ -208,7 +209,8 @@ def _extended(resolved: Resolved, run: Run | None, plan: Plan | None, note: Note
     retrains = invocation.names_in("ground_truth") or invocation.names_in("counterfactuals")
     other_grads = plan and base and plan.spec.featurize != base.plan.spec.featurize
     needed = config.stage not in STAGE_STEPS or runs_problem(STAGE_STEPS[config.stage])
-    if plan and not (needed or retrains or other_grads):
+    unknown = plan and not plan.curvatures and plan.spec.reduce.curvature != "none"
+    if plan and not (needed or retrains or other_grads or unknown):
         return plan
     return _with_problem(resolved, run, plan, note)
 

@@ -10,6 +10,7 @@ from statistics import median
 from trak_dist import graph, resources
 from trak_dist.cells import KINDS, STAGE_STEPS, Cell, FeaturizeCell, count, of_stage
 from trak_dist.configuration.config import ClusterConfig, SlurmConfig
+from trak_dist.plan import Plan
 from trak_dist.store.receipts import Receipt, rows_per_second
 from trak_dist.store.run import Run
 
@@ -111,8 +112,15 @@ def description(run: Run) -> str:
         f"{plan.train.rows} train rows, {len(plan.model_ids)} checkpoints, "
         f"{', '.join(f'{s.name} {s.rows}' for s in plan.targets)} targets, p {plan.parameters:,}, "
         f"gradients by {plan.gradients}, {plan.spec.projection.kind} to {plan.proj_dim}, "
+        f"{_kernel(plan)}"
         f"{count(plan)} cells, {mebibytes(resources.disk_bytes(plan))}"
     )
+
+
+def _kernel(plan: Plan) -> str:
+    """What the kernel inverts, where that is not XᵀX."""
+    curvature = "" if plan.curvature == "none" else f"curvature {plan.curvature_id}, "
+    return curvature + (f"dual of {plan.curvature_rows} rows, " if plan.dual else "")
 
 
 def mebibytes(size: int) -> str:

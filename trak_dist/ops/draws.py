@@ -12,7 +12,7 @@ import hashlib
 import statistics
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Float64, Int64
 from torch import Tensor
 
 from trak_dist.configuration.config import DRAW_VERSION
@@ -27,7 +27,7 @@ def stream_key(*parts: object) -> int:
     return int.from_bytes(raw, "little", signed=True)
 
 
-def draw(key: int, counters: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
+def draw(key: int | Int64[Tensor, "..."], counters: Int64[Tensor, "..."]) -> Int64[Tensor, "..."]:
     """64 random bits for each counter."""
     z = (counters + 1) * _signed(0x9E3779B97F4A7C15) + key
     z = (z ^ _shift(z, 30)) * _signed(0xBF58476D1CE4E5B9)
@@ -56,6 +56,25 @@ def bucket_and_sign(
     """A bucket in [0, `buckets`) and a sign for each counter, from different bits of one draw."""
     bits = draw(key, counters)
     return _shift(bits, 1) % buckets, (bits & 1).to(torch.float32).mul_(2).sub_(1)
+
+
+def categorical(
+    logits: Float[Tensor, "... classes"], uniform: Float[Tensor, "..."]
+) -> Int64[Tensor, "..."]:
+    """A class for each number in [0, 1), by the inverse of the softmax's distribution function.
+
+    It is the first class whose cumulative probability, in float64, is above the number.
+    """
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    found = torch.searchsorted(cumulative, uniform.double()[..., None], right=True)
+    return found.squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+
+def uniform(
+    keys: Int64[Tensor, "*#shape"], counters: Int64[Tensor, "*#shape"]
+) -> Float64[Tensor, "..."]:
+    """Numbers in [0, 1) with 53 random bits, for each key and counter, broadcast."""
+    return _shift(draw(keys, counters), 11).to(torch.float64) * 2.0**-53
 
 
 def subset(index: int, rows: int, share: float) -> Int64[Tensor, " chosen"]:

@@ -1,13 +1,14 @@
-"""The kernel (XᵀX + λI)⁻¹ of one checkpoint, in float64, held as a Cholesky factor.
+"""The kernel (UᵀU + λI)⁻¹ of one checkpoint, in float64, held as a Cholesky factor.
 
-Everything here is O(k²) in memory, whatever the number of rows.
+U (r, k) are the curvature rows; without curvature they are X. Everything here is O(k²) in memory,
+whatever the number of rows; `ops.dual` is for fewer rows than columns.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Float64
@@ -15,14 +16,13 @@ from torch import Tensor
 
 from trak_dist.errors import NonFiniteGram, SingularGram
 
-SCALE_ROWS = 64
 SMALL_TRIANGLE = 128  # below, the half that symmetry saves costs more than it saves
 
 
 def sum_gram(
     blocks: Iterable[Float[Tensor, "rows k"]], dim: int, device: torch.device
 ) -> Float64[Tensor, "k k"]:
-    """XᵀX from blocks of rows of X.
+    """UᵀU from blocks of rows of U.
 
     Products are formed in float64: scores divide by the small eigenvalues of the sum, where a
     float32 product's rounding would show from a condition number of about 10⁴ on. What lies above
@@ -48,13 +48,14 @@ def _add_lower(gram: Float64[Tensor, "k k"], columns: Float64[Tensor, "k rows"])
 
 @dataclass(frozen=True)
 class Kernel:
-    """The factor L of XᵀX + λI = LLᵀ, and what is worth knowing about it.
+    """The factor L of M = LLᵀ, and what is worth knowing about it; M = S + λI, S = UᵀU.
 
-    `scale` multiplies the kernel; `condition` is ‖M‖₁‖M⁻¹‖₁ of M = XᵀX + λI; `effective_rank` is
-    tr(XᵀX)² / tr((XᵀX)²); `effective_dimension` is tr(XᵀX M⁻¹).
+    In the dual S = UUᵀ. `scale` multiplies the kernel; `condition` is ‖M‖₁‖M⁻¹‖₁;
+    `effective_rank` is tr(S)² / tr(S²); `effective_dimension` is tr(S M⁻¹). The last two are the
+    same in both.
     """
 
-    factor: Float64[Tensor, "k k"]
+    factor: Float64[Tensor, "d d"]
     lambda_absolute: float
     scale: float
     condition: float
@@ -70,16 +71,16 @@ def factorise(
     lambda_unit: str,
     kernel_scale: str,
 ) -> Kernel:
-    """Factorise XᵀX + λI.
+    """Factorise UᵀU + λI.
 
     Parameters
     ----------
     gram : (k, k) float64
-        XᵀX.
+        UᵀU.
     rows : int
-        n, the rows of X.
+        r, the rows of U.
     lambda_reg, lambda_unit
-        λ, `absolute` or as a multiple of the `mean_diagonal` of XᵀX.
+        λ, `absolute` or as a multiple of the `mean_diagonal` of UᵀU.
     kernel_scale : str
         `none` for the kernel as in the paper, `mean_abs` to divide it by the mean of its entries'
         absolute values, as the reference implementation does.
@@ -87,40 +88,65 @@ def factorise(
     Raises
     ------
     NonFiniteGram
-        If XᵀX has entries that are not finite.
+        If UᵀU has entries that are not finite.
     SingularGram
-        If XᵀX + λI is singular to working precision: within `rounding` of a singular matrix,
+        If UᵀU + λI is singular to working precision: within `rounding` of a singular matrix,
         however well a processor happened to round. Units do not matter: columns of very different
         size are no reason, an all-zero one is at λ = 0.
     """
     k = len(gram)
-    if not gram.isfinite().all():
-        raise NonFiniteGram("XᵀX has entries that are not finite")
-    mean_diagonal = float(gram.diagonal().mean())
-    lambda_absolute = lambda_reg * (mean_diagonal if lambda_unit == "mean_diagonal" else 1.0)
+    lambda_absolute = absolute(lambda_reg, lambda_unit, gram, k)
     if lambda_absolute == 0 and k > rows:
         raise rank_deficient(k, rows)
+    found, inverse = factorised(gram, lambda_absolute, rounding(k, rows))
+    scale = 1 / float(inverse.mean()) if kernel_scale == "mean_abs" else 1.0
+    return replace(found, scale=scale)
+
+
+def absolute(lambda_reg: float, unit: str, gram: Float64[Tensor, "d d"], dim: int) -> float:
+    """Λ in absolute terms; the mean diagonal of UᵀU is the trace of either Gram over k."""
+    if not gram.isfinite().all():
+        raise NonFiniteGram("XᵀX has entries that are not finite")
+    if unit == "absolute":
+        return lambda_reg
+    mean_diagonal = float(gram.diagonal().mean())
+    return lambda_reg * (mean_diagonal if len(gram) == dim else mean_diagonal * len(gram) / dim)
+
+
+def factorised(
+    gram: Float64[Tensor, "d d"], lambda_absolute: float, error: float
+) -> tuple[Kernel, Float64[Tensor, "d d"]]:
+    """The factor of S + λI, and the absolute values of its inverse; `error` is `rounding`.
+
+    Raises
+    ------
+    SingularGram
+        If it is singular to working precision.
+    """
     regular = gram.clone()
     regular.diagonal().add_(lambda_absolute)
     factor, failed_at = torch.linalg.cholesky_ex(regular)
     if failed_at:
-        raise _singular(lambda_absolute, 0.0, k, rows)
+        raise _singular(lambda_absolute, 0.0, error)
     inverse = torch.cholesky_inverse(factor)
     trace_of_inverse = float(inverse.diagonal().sum())
     inverse.abs_()
     distance = _distance(inverse, regular.diagonal())
-    if not distance >= 2 * rounding(k, rows):
-        raise _singular(lambda_absolute, distance, k, rows)
+    if not distance >= 2 * error:
+        raise _singular(lambda_absolute, distance, error)
     norm, norm_of_inverse = (float(m.sum(0).max()) for m in (regular.abs_(), inverse))
     squares = float(gram.square().sum())
-    return Kernel(
+    found = Kernel(
         factor=factor,
         lambda_absolute=lambda_absolute,
-        scale=1 / float(inverse.mean()) if kernel_scale == "mean_abs" else 1.0,
+        scale=1.0,
         condition=norm * norm_of_inverse,
-        effective_rank=(mean_diagonal * k) ** 2 / squares if squares else 0.0,
-        effective_dimension=k - lambda_absolute * trace_of_inverse,
+        effective_rank=(float(gram.diagonal().mean()) * len(gram)) ** 2 / squares
+        if squares
+        else 0.0,
+        effective_dimension=len(gram) - lambda_absolute * trace_of_inverse,
     )
+    return found, inverse
 
 
 def rounding(k: int, rows: int) -> float:
@@ -144,56 +170,14 @@ def _distance(inverse: Float64[Tensor, "k k"], diagonal: Float64[Tensor, " k"]) 
     return 1 / float((inverse @ root).mul_(root).max())
 
 
-@dataclass(frozen=True)
-class Spectrum:
-    """XᵀX = V diag(w) Vᵀ, from which the kernel of any λ follows in O(k²)."""
-
-    values: Float64[Tensor, " k"]
-    vectors: Float64[Tensor, "k k"]
-
-    @classmethod
-    def of(cls, gram: Float64[Tensor, "k k"]) -> Spectrum:
-        """Decompose XᵀX."""
-        values, vectors = torch.linalg.eigh(gram)
-        return cls(values.clamp_min_(0), vectors)
-
-    @property
-    def mean_diagonal(self) -> float:
-        """The mean of the diagonal of XᵀX, the unit of a relative λ."""
-        return float(self.values.mean())
-
-    def predictions(
-        self,
-        sums: Float64[Tensor, "subsets k"],
-        target_grads: Float64[Tensor, "targets k"],
-        lambdas: Sequence[float],
-        kernel_scale: str,
-    ) -> Float64[Tensor, "lambdas subsets targets"]:
-        """Z (XᵀX + λI)⁻¹ Gᵀ, scaled, for each absolute λ.
-
-        With `mean_abs` the mean of the kernel's absolute entries is taken over `SCALE_ROWS` of its
-        rows: it weighs checkpoints against each other, and nothing else.
-        """
-        z, g = sums @ self.vectors, target_grads @ self.vectors
-        some = self.vectors[:: max(1, len(self.vectors) // SCALE_ROWS)]
-        found = []
-        for lambda_absolute in lambdas:
-            inverse = 1 / (self.values + lambda_absolute)
-            scale = 1.0
-            if kernel_scale == "mean_abs":
-                scale = 1 / float(((some * inverse) @ self.vectors.T).abs().mean())
-            found.append((z * inverse) @ g.T * scale)
-        return torch.stack(found)
-
-
 _PROPOSAL = "reduce.lambda_reg=1.0 reduce.lambda_unit=mean_diagonal, or another λ > 0"
 
 
-def _singular(lambda_absolute: float, distance: float, k: int, rows: int) -> SingularGram:
+def _singular(lambda_absolute: float, distance: float, error: float) -> SingularGram:
     return SingularGram(
         f"XᵀX + λI is singular to working precision at λ = {lambda_absolute:.3g}: scaled to a "
         f"diagonal of ones it is {distance:.1e} from a singular matrix, "
-        f"less than {2 * rounding(k, rows):.1e}",
+        f"less than {2 * error:.1e}",
         next=_PROPOSAL,
     )
 
@@ -206,16 +190,18 @@ def rank_deficient(k: int, rows: int) -> SingularGram:
     )
 
 
-def precondition(
-    factor: Float64[Tensor, "k k"], scale: float, target_grads: Float[Tensor, "targets k"]
-) -> Float64[Tensor, "k targets"]:
-    """B = scale · (XᵀX + λI)⁻¹ Gᵀ: t·k² work, so that new targets cost only themselves."""
-    return torch.cholesky_solve(target_grads.double().T, factor).mul_(scale)
+@dataclass(frozen=True)
+class Primal:
+    """The kernel scale · (UᵀU + λI)⁻¹ by the factor of UᵀU + λI."""
 
+    factor: Float64[Tensor, "k k"]
+    scale: float
 
-def self_influence(
-    factor: Float64[Tensor, "k k"], scale: float, grads: Float[Tensor, "rows k"]
-) -> Float64[Tensor, "rows 1"]:
-    """Each row x against itself: scale · xᵀ(XᵀX + λI)⁻¹x."""
-    solved: Tensor = torch.linalg.solve_triangular(factor, grads.double().T, upper=False)
-    return solved.square_().sum(0)[:, None].mul_(scale)
+    def precondition(self, grads: Float[Tensor, "targets k"]) -> Float64[Tensor, "k targets"]:
+        """B = K Gᵀ: t·k² work, so that new targets cost only themselves."""
+        return torch.cholesky_solve(grads.double().T, self.factor).mul_(self.scale)
+
+    def self_influence(self, grads: Float[Tensor, "rows k"]) -> Float64[Tensor, "rows 1"]:
+        """Each row x against itself: xᵀ K x."""
+        solved: Tensor = torch.linalg.solve_triangular(self.factor, grads.double().T, upper=False)
+        return solved.square_().sum(0)[:, None].mul_(self.scale)

@@ -21,7 +21,8 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from trak_dist.errors import ProblemError
-from trak_dist.ops.batches import clone_batch, examples_in, rows_of
+from trak_dist.ops import draws
+from trak_dist.ops.batches import batch_of_one, clone_batch, examples_in, rows_of
 
 Weights = Mapping[str, Tensor]
 State = tuple[dict[str, Tensor], dict[str, Tensor]]
@@ -63,6 +64,8 @@ class _Classification(ABC):
     ℓ = log(1 + exp(−f)), −∂ℓ/∂f = 1 − p.
     """
 
+    loss = "logistic"  # as a function of f: what its curvature is
+
     @abstractmethod
     def _logits(
         self, model: nn.Module, state: State, batch: Sequence[Any]
@@ -73,7 +76,7 @@ class _Classification(ABC):
         self, model: nn.Module, weights: Weights, buffers: Weights, *example: Any
     ) -> Float[Tensor, ""]:
         """F of one example: its class's logit minus the log-sum-exp of the others."""
-        return self.get_batch_output(model, weights, buffers, _alone(example)).squeeze(0)
+        return self.get_batch_output(model, weights, buffers, batch_of_one(example)).squeeze(0)
 
     def get_batch_output(
         self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
@@ -95,6 +98,29 @@ class _Classification(ABC):
         """1 − p = sigmoid(−f), which keeps small values that 1 − p would cancel."""
         return torch.sigmoid(-self.get_batch_output(model, weights, buffers, batch))
 
+    def draw_labels(
+        self,
+        model: nn.Module,
+        weights: Weights,
+        buffers: Weights,
+        batch: Sequence[Any],
+        uniform: Callable[[int], Tensor],
+    ) -> Sequence[Any]:
+        """The batch with labels drawn from the model's own prediction (`ops.curvature`)."""
+        logits, _ = self._logits(model, (dict(weights), dict(buffers)), batch)
+        return self._with_labels(batch, draws.categorical(logits, uniform(1)[:, 0]))
+
+    def get_batch_log_likelihood(
+        self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
+    ) -> Float[Tensor, " batch"]:
+        """Log p of each example's label."""
+        logits, labels = self._logits(model, (dict(weights), dict(buffers)), batch)
+        return -nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+
+    @abstractmethod
+    def _with_labels(self, batch: Sequence[Any], labels: Int64[Tensor, " batch"]) -> Sequence[Any]:
+        """The batch with other labels."""
+
 
 class ImageClassification(_Classification):
     """The margin log(p / (1 − p)) of the true class; batches of (images, labels)."""
@@ -104,6 +130,9 @@ class ImageClassification(_Classification):
     ) -> tuple[Float[Tensor, "batch classes"], Int64[Tensor, " batch"]]:
         images, labels = batch
         return functional_call(model, state, (images,)), labels
+
+    def _with_labels(self, batch: Sequence[Any], labels: Int64[Tensor, " batch"]) -> Sequence[Any]:
+        return batch[0], labels
 
 
 class TextClassification(_Classification):
@@ -121,6 +150,11 @@ class TextClassification(_Classification):
         labels = inputs.pop("labels")
         found = functional_call(model, state, (), inputs)
         return getattr(found, "logits", found), labels
+
+    def _with_labels(self, batch: Sequence[Any], labels: Int64[Tensor, " batch"]) -> Sequence[Any]:
+        if len(batch) == 1:
+            return ({**batch[0], "labels": labels},)
+        return *batch[:-1], labels
 
 
 def attention_mask(batch: Sequence[Any]) -> Tensor | None:
@@ -147,7 +181,7 @@ class SingleExampleBatches:
         self, model: nn.Module, weights: Weights, buffers: Weights, *example: Any
     ) -> Float[Tensor, ""]:
         """F of one example, from a batch of one."""
-        return self._output.get_output(model, weights, buffers, *_alone(example)).reshape(())
+        return self._output.get_output(model, weights, buffers, *batch_of_one(example)).reshape(())
 
     def get_out_to_loss_grad(
         self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
@@ -195,11 +229,6 @@ def _seed(example: Sequence[Any]) -> None:
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     torch.manual_seed(seed)
-
-
-def _alone(example: tuple[Any, ...]) -> tuple[Any, ...]:
-    batch: tuple[Any, ...] = pytree.tree_map_only(Tensor, lambda t: t.unsqueeze(0), example)
-    return batch
 
 
 def own_method(model_output: ModelOutput, name: str) -> Callable[..., Any] | None:

@@ -66,6 +66,7 @@ def _best(run: Run, spec: Spec, use: Sequence[int]) -> LambdaSelection | None:
     same_settings = (
         plan.spec.projection == spec.projection
         and plan.spec.reduce.kernel_scale == spec.reduce.kernel_scale
+        and plan.curvature_id == plan.with_settings(spec, use).curvature_id
         and plan.model_ids == whole
     )
     names = [s.name for s in plan.targets if plan.has_ground_truth(s.name)]

@@ -21,6 +21,7 @@ from trak_dist.plan import Plan
 from trak_dist.plan_inputs import Source, Split
 from trak_dist.planning import gradient_method
 from trak_dist.planning.checkpoints import held_names, planned_checkpoints
+from trak_dist.planning.curvature import with_curvatures
 from trak_dist.planning.dry_run import first_batch
 from trak_dist.planning.splits import planned_split, target_names
 from trak_dist.problem import Problem
@@ -56,7 +57,7 @@ def make_plan(
     chosen = _select_gradients(problem, spec, (train, *targets), spec.featurize.gradients)
     if chosen[1]:
         notify(f"gradients by {chosen[0]}, {chosen[1]}")
-    return Plan(
+    plan = Plan(
         spec=spec,
         source=replace(source, unsaved=unsaved, built=_built_signature(problem, spec, unsaved)),
         parameters=parameters,
@@ -74,6 +75,7 @@ def make_plan(
             ),
         ),
     )
+    return _with_curvatures(plan, problem)
 
 
 def extend_plan(
@@ -125,7 +127,8 @@ def extend_plan(
     splits = tuple(planned_split(n, problem, plan.spec, plan.store_dim) for n in added)
     _select_gradients(problem, plan.spec, splits, plan.gradients)
     joined = (*plan.checkpoints, *checkpoints[len(plan.checkpoints) :])
-    return replace(plan, checkpoints=joined, targets=(*plan.targets, *splits))
+    plan = replace(plan, checkpoints=joined, targets=(*plan.targets, *splits))
+    return plan if plan.spec.reduce.curvature == "none" else _with_curvatures(plan, problem)
 
 
 def with_gradients(plan: Plan, problem: Problem) -> Plan:
@@ -149,6 +152,10 @@ def _select_gradients(
     return gradient_method.select_gradient_method(
         problem.model, problem.model_output, batches, params=params, requested=requested
     )
+
+
+def _with_curvatures(plan: Plan, problem: Problem) -> Plan:
+    return with_curvatures(plan, problem, _whole_batches(problem, plan.train, plan.spec))
 
 
 def _whole_batches(problem: Problem, split: Split, spec: Spec) -> dict[str, Batch]:

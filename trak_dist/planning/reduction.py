@@ -12,8 +12,8 @@ from trak_dist.store.run import Run
 
 def check_full_rank(plan: Plan) -> None:
     """Raise `SingularGram` where λ = 0 can't work, before any gradient is computed."""
-    if plan.spec.reduce.lambda_reg == 0 and plan.proj_dim > plan.train.rows:
-        raise kernel.rank_deficient(plan.proj_dim, plan.train.rows)
+    if plan.spec.reduce.lambda_reg == 0 and (plan.dual or plan.proj_dim > plan.curvature_rows):
+        raise kernel.rank_deficient(plan.proj_dim, plan.curvature_rows)
 
 
 def check_no_scores(run: Run, plan: Plan) -> None:

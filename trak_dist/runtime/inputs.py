@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trak_dist import commands
-from trak_dist.cells import Cell, FeaturizeCell
+from trak_dist.cells import Cell, FeaturizeCell, FisherCell
 from trak_dist.coordinates import Rows
 from trak_dist.errors import MissingInputs, MixedRun
 from trak_dist.listing import first_few
@@ -31,8 +31,8 @@ SHARED_FACTS = (
 )
 
 
-def read_grads(session: Session, cell: FeaturizeCell) -> Float[Tensor, "rows k"]:
-    """The grads of a featurize cell, decoded and folded to `proj_dim`, on the device."""
+def read_grads(session: Session, cell: FeaturizeCell | FisherCell) -> Float[Tensor, "rows k"]:
+    """The grads of a cell, decoded and folded to `proj_dim`, on the device."""
     stored, scale = (
         torch.from_numpy(contents.read(session.run, cell, name)).to(session.device)
         for name in ("grads", "row_scale")

@@ -100,7 +100,7 @@ def _check_against_dataset(session: Session, split: str, done: Done) -> None:
 
 def _read_digests(session: Session, split: str, rows: Rows) -> dict[str, str]:
     shown = InputDigests()
-    for batch in session.batches(split, rows):
+    for batch in session.batches(split, rows.numbers):
         shown.add(batch)
     return shown.facts()
 

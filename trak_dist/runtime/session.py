@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -110,8 +110,8 @@ class Session:
         assert self._featurizer
         return self._featurizer
 
-    def batches(self, split: str, rows: Rows) -> Iterator[tuple[Any, ...]]:
-        """Batches of `batch_rows` examples, on the CPU, none reaching beyond `rows`.
+    def batches(self, split: str, rows: Sequence[int]) -> Iterator[tuple[Any, ...]]:
+        """Batches of `batch_rows` of these rows, on the CPU.
 
         They are read in this thread, which made the dataset: see `datasets`. A GPU computes one
         batch while the next is read.
@@ -122,9 +122,8 @@ class Session:
             If an example can't be read, naming it, or collate fails.
         """
         size, dataset = self.run.plan.spec.featurize.batch_rows, self.problem.dataset(split)
-        for start in range(rows.start, rows.stop, size):
-            within = range(start, min(start + size, rows.stop))
-            batch = datasets.batch(self.problem, dataset, within, name=split)
+        for start in range(0, len(rows), size):
+            batch = datasets.batch(self.problem, dataset, rows[start : start + size], name=split)
             cuda = self.device.type == "cuda"
             yield _converted(batch, lambda t: t.pin_memory()) if cuda else batch
 

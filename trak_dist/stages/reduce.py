@@ -5,6 +5,8 @@ Everything is read from the store in a cell's rows at a time, so memory does not
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from trak_dist import commands
@@ -12,7 +14,8 @@ from trak_dist.cells import FeaturizeCell, GramCell, KernelCell, PreconditionCel
 from trak_dist.checks import gradient_audit
 from trak_dist.coordinates import TRAIN
 from trak_dist.errors import NonFiniteGram, SingularGram
-from trak_dist.ops import kernel
+from trak_dist.ops import dual, kernel
+from trak_dist.runtime import curvature
 from trak_dist.runtime.cell_result import CellResult
 from trak_dist.runtime.inputs import check_same_origin, read_grads, require
 from trak_dist.runtime.session import Session
@@ -20,21 +23,34 @@ from trak_dist.store import contents, parts
 
 
 def gram(session: Session, cell: GramCell) -> CellResult:
-    """Sum XᵀX over a checkpoint's train rows, then consolidate its receipts.
+    """Sum a checkpoint's UᵀU, or UUᵀ, then consolidate its receipts.
 
     Raises
     ------
     MissingInputs, MixedRun
-        If its featurize cells are not all done, or were not made from the same things.
+        If its featurize and fisher cells are not all done, or were not made from the same things.
+    SingularGram
+        If each row's weight is zero.
     """
     plan = session.run.plan
     cells = list(FeaturizeCell.of_split(plan, cell.model_id, TRAIN))
     if session.run.receipts.audit_failure(cell.model_id):  # also what was published since
         gradient_audit.revoke_stale_cells(session.run, cell.model_id)
-    receipts = require(session.run, cells, needed_by=cell)
+    summed = curvature.sources(plan, cell.model_id)
+    receipts = require(session.run, list(dict.fromkeys([*cells, *summed])), needed_by=cell)
     check_same_origin(receipts)
-    blocks = (read_grads(session, source) for source in cells)
-    total = kernel.sum_gram(blocks, plan.proj_dim, session.device)
+    blocks = curvature.CurvatureRows(session, cell.model_id, plan.proj_dim)
+    total = (
+        dual.sum_gram(blocks, plan.curvature_rows, session.device)
+        if plan.dual
+        else kernel.sum_gram(blocks, plan.proj_dim, session.device)
+    )
+    if plan.curvature == "output" and not total.diagonal().any():
+        raise SingularGram(
+            "the weight Q(1 − Q) of every train row is zero: the model is certain of all labels",
+            where=cell.id,
+            next="reduce.curvature=none",
+        )
     digests = contents.write(session.run, cell, {"gram": total.cpu().numpy()})
     if plan.train.streamed:  # several processes may be here at once, and the parts are gone then
         parts.discard(session.run.layout.parts(plan, cell.model_id, TRAIN))
@@ -45,27 +61,20 @@ def gram(session: Session, cell: GramCell) -> CellResult:
 
 
 def factorise(session: Session, cell: KernelCell) -> CellResult:
-    """Factorise XᵀX + λI of one checkpoint.
+    """Factorise UᵀU + λI of one checkpoint, or UUᵀ + λI.
 
     Raises
     ------
     NonFiniteGram
-        If XᵀX has entries that are not finite.
+        If the Gram has entries that are not finite.
     SingularGram
-        If XᵀX + λI is singular to working precision.
+        If it is singular to working precision.
     """
     plan = session.run.plan
     source = GramCell(cell.model_id)
     require(session.run, [source], needed_by=cell)
-    reduce = plan.spec.reduce
     try:
-        result = kernel.factorise(
-            torch.from_numpy(contents.read(session.run, source, "gram")).to(session.device),
-            rows=plan.train.rows,
-            lambda_reg=reduce.lambda_reg,
-            lambda_unit=reduce.lambda_unit,
-            kernel_scale=reduce.kernel_scale,
-        )
+        result = _factorised(session, cell.model_id)
     except NonFiniteGram as error:
         command = commands.launch(session.run.layout.run_dir, "stage=verify")
         notes = f"{command} tells whether what is stored is what was written"
@@ -86,23 +95,35 @@ def factorise(session: Session, cell: KernelCell) -> CellResult:
     )
 
 
+def _factorised(session: Session, model_id: int) -> kernel.Kernel:
+    plan, reduce = session.run.plan, session.run.plan.spec.reduce
+    stored = contents.read(session.run, GramCell(model_id), "gram")
+    gram = torch.from_numpy(stored).to(session.device)
+    factorise = functools.partial(
+        dual.factorise if plan.dual else kernel.factorise,
+        lambda_reg=reduce.lambda_reg,
+        lambda_unit=reduce.lambda_unit,
+        kernel_scale=reduce.kernel_scale,
+    )
+    if plan.dual:
+        rows = curvature.CurvatureRows(session, model_id, plan.proj_dim)
+        return factorise(gram, rows, dim=plan.proj_dim)
+    return factorise(gram, rows=plan.curvature_rows)
+
+
 def precondition(session: Session, cell: PreconditionCell) -> CellResult:
     """Solve the kernel for the grads of one target set, a target cell's rows at a time."""
     run, plan = session.run, session.run.plan
-    source = KernelCell(cell.model_id)
-    (receipt,) = require(run, [source], needed_by=cell).values()
+    opened = curvature.open_kernel(session, KernelCell(cell.model_id), needed_by=cell)
     targets = list(FeaturizeCell.of_split(plan, cell.model_id, cell.targets))
     # One train cell represents all: the gram cell checked that they agree.
     train = next(FeaturizeCell.of_split(plan, cell.model_id, TRAIN))
     check_same_origin(require(run, [train, *targets], needed_by=cell))
-    factor = torch.from_numpy(contents.read(run, source, "kernel")).to(session.device)
     if plan.split(cell.targets).streamed:
         parts.discard(run.layout.parts(plan, cell.model_id, cell.targets))
     dtype = getattr(torch, plan.precondition_dtype)
     result = torch.empty(plan.proj_dim, plan.split(cell.targets).rows, dtype=dtype)
     for target in targets:
-        solved = kernel.precondition(
-            factor, receipt.fact("scale", (int, float)), read_grads(session, target)
-        )
+        solved = opened.precondition(read_grads(session, target))
         result[:, target.rows.start : target.rows.stop] = solved.cpu()
     return CellResult(contents.write(run, cell, {"precond": result.numpy()}))

@@ -8,9 +8,9 @@ from torch import Tensor
 from trak_dist.cells import FeaturizeCell, KernelCell, PreconditionCell, ScoreCell
 from trak_dist.cells.score import halves_targets
 from trak_dist.coordinates import TRAIN, Rows
-from trak_dist.ops import kernel
 from trak_dist.ops.scores import Ensemble
 from trak_dist.runtime.cell_result import CellResult
+from trak_dist.runtime.curvature import open_kernel
 from trak_dist.runtime.inputs import check_same_rows, read_grads, require
 from trak_dist.runtime.session import Session
 from trak_dist.store import contents
@@ -29,7 +29,7 @@ def score(session: Session, cell: ScoreCell) -> CellResult:
     solved = [
         KernelCell(m) if itself else PreconditionCell(m, cell.targets) for m in plan.model_ids
     ]
-    receipts = require(run, solved, needed_by=cell)
+    require(run, solved, needed_by=cell)
     session.run_once(f"rows of {cell.targets}", lambda: _check_rows(session, cell))
     whole, halves, half_targets = (
         Ensemble(),
@@ -39,10 +39,8 @@ def score(session: Session, cell: ScoreCell) -> CellResult:
     for position, (model_id, source) in enumerate(zip(plan.model_ids, solved, strict=True)):
         grads, out_to_loss = _read(session, model_id, cell.rows)
         if itself:
-            factor = torch.from_numpy(contents.read(run, source, "kernel")).to(session.device)
-            products = kernel.self_influence(
-                factor, receipts[source].fact("scale", (int, float)), grads
-            )
+            opened = open_kernel(session, KernelCell(model_id), needed_by=cell)
+            products = opened.self_influence(grads)
         else:
             b = torch.from_numpy(contents.read(run, source, "precond")).to(session.device)
             products = grads.to(b.dtype) @ b

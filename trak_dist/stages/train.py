@@ -15,7 +15,7 @@ from torch.utils.data import Subset
 
 from trak_dist.cells import MarginsCell, TrainCell
 from trak_dist.checkpoints import digests, state_dicts
-from trak_dist.coordinates import FULL, TRAIN, Rows
+from trak_dist.coordinates import FULL, TRAIN
 from trak_dist.errors import NonFiniteGradient, ProblemError
 from trak_dist.ops import draws
 from trak_dist.ops.gradients import outputs
@@ -108,7 +108,7 @@ def outputs_of(
     model = copy.deepcopy(problem.model)  # the session's own holds a checkpoint of the ensemble
     model.load_state_dict(state, strict=False)  # it fits: what it lacks is frozen, or tied
     model.to(session.device).eval()
-    batches = session.batches(targets, Rows(0, session.run.plan.split(targets).rows))
+    batches = session.batches(targets, range(session.run.plan.split(targets).rows))
     with torch.no_grad():
         values = [outputs(model, problem.model_output, session.to_device(b)).cpu() for b in batches]
     found: NDArray[np.float32] = torch.cat(values).float().numpy()
