@@ -44,3 +44,9 @@ def rows_of(batch: Sequence[Any], rows: slice | Sequence[int] | int) -> Batch:
     """Some examples of a batch; of one number that example, without a batch dimension."""
     chosen: Batch = pytree.tree_map_only(Tensor, lambda t: t[rows], tuple(batch))
     return chosen
+
+
+def batch_of_one(example: Sequence[Any]) -> Batch:
+    """An example without a batch dimension as a batch of one."""
+    batch: Batch = pytree.tree_map_only(Tensor, lambda t: t.unsqueeze(0), tuple(example))
+    return batch

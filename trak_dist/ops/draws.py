@@ -58,6 +58,18 @@ def bucket_and_sign(
     return _shift(bits, 1) % buckets, (bits & 1).to(torch.float32).mul_(2).sub_(1)
 
 
+def categorical(
+    logits: Float[Tensor, "... classes"], uniform: Float[Tensor, "..."]
+) -> Int64[Tensor, "..."]:
+    """A class for each number in [0, 1), by the inverse of the softmax's distribution function.
+
+    It is the first class whose cumulative probability, in float64, is above the number.
+    """
+    cumulative = logits.double().softmax(-1).cumsum(-1)
+    found = torch.searchsorted(cumulative, uniform.double()[..., None], right=True)
+    return found.squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+
 def subset(index: int, rows: int, share: float) -> Int64[Tensor, " chosen"]:
     """Subset number `index`: a share of `rows` rows, without replacement, in ascending order."""
     return _first_shuffled(stream_key("subset", index), rows, round(share * rows))

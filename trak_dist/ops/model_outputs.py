@@ -21,7 +21,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from trak_dist.errors import ProblemError
-from trak_dist.ops.batches import clone_batch, examples_in, rows_of
+from trak_dist.ops.batches import batch_of_one, clone_batch, examples_in, rows_of
 
 Weights = Mapping[str, Tensor]
 State = tuple[dict[str, Tensor], dict[str, Tensor]]
@@ -73,7 +73,7 @@ class _Classification(ABC):
         self, model: nn.Module, weights: Weights, buffers: Weights, *example: Any
     ) -> Float[Tensor, ""]:
         """F of one example: its class's logit minus the log-sum-exp of the others."""
-        return self.get_batch_output(model, weights, buffers, _alone(example)).squeeze(0)
+        return self.get_batch_output(model, weights, buffers, batch_of_one(example)).squeeze(0)
 
     def get_batch_output(
         self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
@@ -147,7 +147,7 @@ class SingleExampleBatches:
         self, model: nn.Module, weights: Weights, buffers: Weights, *example: Any
     ) -> Float[Tensor, ""]:
         """F of one example, from a batch of one."""
-        return self._output.get_output(model, weights, buffers, *_alone(example)).reshape(())
+        return self._output.get_output(model, weights, buffers, *batch_of_one(example)).reshape(())
 
     def get_out_to_loss_grad(
         self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
@@ -195,11 +195,6 @@ def _seed(example: Sequence[Any]) -> None:
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
     torch.manual_seed(seed)
-
-
-def _alone(example: tuple[Any, ...]) -> tuple[Any, ...]:
-    batch: tuple[Any, ...] = pytree.tree_map_only(Tensor, lambda t: t.unsqueeze(0), example)
-    return batch
 
 
 def own_method(model_output: ModelOutput, name: str) -> Callable[..., Any] | None:
