@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from trak_dist.interface.planned_run import PlannedRun, plan_run
     from trak_dist.interface.progress import Progress
     from trak_dist.interface.summary import Summary
+    from trak_dist.ops.language import LanguageModeling
     from trak_dist.ops.model_outputs import ImageClassification, ModelOutput, TextClassification
     from trak_dist.problem import Problem, Rendered
     from trak_dist.store.results import Results, open_run
@@ -34,6 +35,7 @@ __all__ = [
     "FunctionalGradientComputer",
     "ImageClassification",
     "IterativeGradientComputer",
+    "LanguageModeling",
     "ModelIDException",
     "ModelOutput",
     "NoOpProjector",
@@ -60,6 +62,7 @@ _EXPORTED_FROM = {
         "trak_dist.compat",
     ),
     "ImageClassification": "trak_dist.ops.model_outputs",
+    "LanguageModeling": "trak_dist.ops.language",
     "ModelIDException": "trak_dist.errors",
     "ModelOutput": "trak_dist.ops.model_outputs",
     "Outcome": "trak_dist.interface.execution",

@@ -123,3 +123,31 @@ def test_stream_keys_hash_version_and_parts_and_never_change() -> None:
 
 
 PINNED_KEY = -4394272982596643119
+
+
+BELOW_1 = 1 - 2.0**-24  # the largest float32
+
+
+def test_classes_are_drawn_as_often_as_their_probability_says() -> None:
+    logits = torch.tensor([2.0, -1.0, 0.5, -torch.inf, 1.0])
+    u = torch.rand(50_000, generator=torch.Generator().manual_seed(0))
+    found = draws.categorical(logits.expand(len(u), -1), u).bincount(minlength=5) / len(u)
+    wanted = np.exp(logits.double().numpy()) / np.exp(logits.double().numpy()).sum()
+    spread = np.sqrt(wanted * (1 - wanted) / len(u))
+    assert (np.abs(found.numpy() - wanted) <= 4 * spread).all()
+    assert found[3] == 0
+
+
+@pytest.mark.parametrize("impossible", [0, 2, 4])
+def test_a_class_of_probability_0_is_never_drawn_not_even_at_the_ends(impossible: int) -> None:
+    logits = torch.zeros(5)
+    logits[impossible] = -torch.inf
+    ends = torch.tensor([0.0, 0.25, 0.5, 0.75, BELOW_1])
+    found = draws.categorical(logits.expand(5, -1), ends).tolist()
+    possible = [c for c in range(5) if c != impossible]
+    assert found == [*possible, possible[-1]]  # a number at a step belongs to the class after it
+
+
+def test_the_ends_of_the_unit_interval_draw_the_first_and_the_last_of_many_classes() -> None:
+    ends = torch.tensor([[0.0, BELOW_1]])
+    assert draws.categorical(torch.zeros(1, 2, 50_000), ends).tolist() == [[0, 49_999]]

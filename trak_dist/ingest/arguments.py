@@ -20,6 +20,7 @@ from trak_dist.compat import (
 from trak_dist.configuration.config import FeaturizeConfig, ReduceConfig, Spec
 from trak_dist.configuration.dotted import differences
 from trak_dist.errors import ConfigError, PlanMismatch
+from trak_dist.ops.language import LanguageModeling
 from trak_dist.ops.model_outputs import (
     ImageClassification,
     ModelOutput,
@@ -34,6 +35,7 @@ PROBLEM = {"_target_": "trak_dist.TRAKer"}
 TASKS: Mapping[str, type[Any]] = {
     "image_classification": ImageClassification,
     "iterative_image_classification": ImageClassification,
+    "language_modeling": LanguageModeling,
     "text_classification": TextClassification,
 }
 
