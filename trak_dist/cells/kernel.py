@@ -68,7 +68,7 @@ class KernelCell(Cell):
         """The Gram, its factor, its inverse, a temporary; of the dual some rows of the kernel."""
         k, d = plan.proj_dim, kernel_dim(plan)
         some = k if k <= EXACT_SCALE_DIM else SCALE_ROWS
-        rows = 8 * some * (k + 2 * d) + 16 * largest_cell(plan) if plan.dual else 0
+        rows = 8 * some * (k + 3 * d) + 16 * largest_cell(plan) if plan.dual else 0
         return 4 * 8 * d**2 + rows
 
 

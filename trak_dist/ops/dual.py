@@ -60,7 +60,7 @@ def factorise(
     if kernel_scale == "none":
         return found
     some = evenly_spaced(dim, dim if dim <= EXACT_SCALE_DIM else SCALE_ROWS)
-    columns = torch.cat([block[:, some].double() for block in blocks])
+    columns = _columns(blocks, some)
     entries = _rows_of_kernel(
         some, torch.cholesky_solve(columns, found.factor), blocks, lambda_absolute
     )
@@ -143,9 +143,13 @@ class DualSpectrum:
 
     def _mean_abs(self, inverse: Float64[Tensor, " r"], lambda_absolute: float) -> float:
         some = evenly_spaced(self.dim, SCALE_ROWS)
-        columns = torch.cat([block[:, some].double() for block in self.blocks])
+        columns = _columns(self.blocks, some)
         solved = self.vectors @ (inverse[:, None] * (self.vectors.T @ columns))
         return float(_rows_of_kernel(some, solved, self.blocks, lambda_absolute).abs().mean())
+
+
+def _columns(blocks: Blocks, some: Sequence[int]) -> Float64[Tensor, "r some"]:
+    return torch.cat([block[:, some] for block in blocks]).double()
 
 
 def _products(blocks: Blocks, right: Float64[Tensor, "k t"]) -> Float64[Tensor, "r t"]:
@@ -155,9 +159,9 @@ def _products(blocks: Blocks, right: Float64[Tensor, "k t"]) -> Float64[Tensor, 
 
 def _times(left: Float64[Tensor, "t r"], blocks: Blocks) -> Float64[Tensor, "t k"]:
     """`left` times U."""
-    total, at = None, 0
+    dim = blocks[0].shape[1]
+    total, at = left.new_zeros(len(left), dim), 0
     for block in blocks:
-        part = left[:, at : at + len(block)] @ block.double()
-        total, at = part if total is None else total.add_(part), at + len(block)
-    assert total is not None
+        total.addmm_(left[:, at : at + len(block)], block.double())
+        at += len(block)
     return total

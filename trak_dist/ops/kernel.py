@@ -135,7 +135,7 @@ def factorised(
     if not distance >= 2 * error:
         raise _singular(lambda_absolute, distance, error)
     norm, norm_of_inverse = (float(m.sum(0).max()) for m in (regular.abs_(), inverse))
-    squares = float(gram.square().sum())
+    squares = float(gram.flatten().dot(gram.flatten()))  # no temporary of its size
     found = Kernel(
         factor=factor,
         lambda_absolute=lambda_absolute,
