@@ -7,46 +7,53 @@ from dataclasses import replace
 from typing import cast
 
 from trak_dist.checkpoints.featurizer import batch_in, model_in
+from trak_dist.coordinates import TRAIN
 from trak_dist.errors import ConfigError
 from trak_dist.ops import curvature
 from trak_dist.ops.batches import Batch
 from trak_dist.plan import Plan
 from trak_dist.planning import gradient_method
+from trak_dist.planning.dry_run import first_batch
 from trak_dist.problem import Problem
 
 WHERE = "reduce.curvature"
 
 
-def with_curvatures(plan: Plan, problem: Problem, batches: Mapping[str, Batch]) -> Plan:
-    """`plan` with the curvatures that the model output offers; the one it has is tried.
-
-    Parameters
-    ----------
-    batches : mapping
-        Whole batches of train rows, by what they are of.
+def with_curvatures(plan: Plan, problem: Problem) -> Plan:
+    """`plan` with the curvatures that the model output offers.
 
     Raises
     ------
     ConfigError
-        If the one that is asked for is not offered, or not by the plan's gradient method.
+        If the one that is asked for is not offered.
     ProblemError
         If the model output's loss is not the one that it declares.
     """
     plan = replace(plan, curvatures=curvature.offered(problem.model_output))
     check_curvature(plan)
-    output, compute = problem.model_output, plan.spec.featurize.compute
     if plan.curvature == "output":
-        batch = batch_in(compute, next(iter(batches.values())))
-        curvature.check_logistic(model_in(compute, problem.model.eval()), output, batch)
-    if plan.curvature == "fisher":
-        gradient_method.select_gradient_method(
-            problem.model,
-            curvature.LogLikelihood(cast(curvature.FisherModelOutput, output)),
-            batches,
-            params=plan.spec.featurize.params,
-            requested=plan.gradients,
-        )
+        compute = plan.spec.featurize.compute
+        batch = batch_in(compute, first_batch(problem, problem.train, name=TRAIN))
+        model = model_in(compute, problem.model.eval())
+        curvature.check_logistic(model, problem.model_output, batch)
     return plan
+
+
+def check_fisher_rows(plan: Plan, problem: Problem, batches: Mapping[str, Batch]) -> None:
+    """Raise `ConfigError` if the plan's gradient method can't compute Fisher rows.
+
+    Parameters
+    ----------
+    batches : mapping
+        Whole batches of train rows, by what they are of.
+    """
+    gradient_method.select_gradient_method(
+        problem.model,
+        curvature.LogLikelihood(cast(curvature.FisherModelOutput, problem.model_output)),
+        batches,
+        params=plan.spec.featurize.params,
+        requested=plan.gradients,
+    )
 
 
 def check_curvature(plan: Plan) -> None:

@@ -21,7 +21,7 @@ from trak_dist.plan import Plan
 from trak_dist.plan_inputs import Source, Split
 from trak_dist.planning import gradient_method
 from trak_dist.planning.checkpoints import held_names, planned_checkpoints
-from trak_dist.planning.curvature import with_curvatures
+from trak_dist.planning.curvature import check_fisher_rows, with_curvatures
 from trak_dist.planning.dry_run import first_batch
 from trak_dist.planning.splits import planned_split, target_names
 from trak_dist.problem import Problem
@@ -155,7 +155,10 @@ def _select_gradients(
 
 
 def _with_curvatures(plan: Plan, problem: Problem) -> Plan:
-    return with_curvatures(plan, problem, _whole_batches(problem, plan.train, plan.spec))
+    plan = with_curvatures(plan, problem)
+    if plan.curvature == "fisher":
+        check_fisher_rows(plan, problem, _whole_batches(problem, plan.train, plan.spec))
+    return plan
 
 
 def _whole_batches(problem: Problem, split: Split, spec: Spec) -> dict[str, Batch]:
