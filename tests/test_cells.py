@@ -17,6 +17,7 @@ blocks = st.builds(lambda start, count: Rows(start, start + count), numbers, st.
 any_cell = st.one_of(
     st.builds(cells.TrainCell, subset=names, seed=numbers),
     st.builds(cells.FeaturizeCell, model_id=numbers, split=names, rows=blocks),
+    st.builds(cells.FisherCell, model_id=numbers, draw=numbers, rows=blocks),
     st.builds(cells.GramCell, model_id=numbers),
     st.builds(cells.KernelCell, model_id=numbers),
     st.builds(cells.PreconditionCell, model_id=numbers, targets=names),

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from trak_dist import plan_file
 from trak_dist.cells import Cell, KernelCell, of_run
-from trak_dist.configuration.config import Spec
+from trak_dist.configuration.config import ReduceConfig, Spec
 from trak_dist.configuration.dotted import differences
 from trak_dist.coordinates import Rows
 from trak_dist.errors import PlanMismatch
@@ -45,11 +45,18 @@ def plans(draw: st.DrawFn) -> Plan:
         return Split(name, rows, per_cell, draw(row_sources))
 
     dim = draw(st.integers(1, 10**5))
-    count = draw(st.integers(1, 3))
+    count, train = draw(st.integers(1, 3)), split("train")
+    reduce = ReduceConfig(
+        curvature=draw(st.sampled_from(["none", "output", "fisher"])),
+        fisher_draws=draw(st.integers(1, 3)),
+        fisher_rows=draw(st.integers(0, train.rows)),
+        kernel_form=draw(st.sampled_from(["auto", "primal", "dual"])),
+    )
+    stored = dim * draw(st.integers(1, 3))
     return replace(
         PLAN,
-        spec=replace(PLAN.spec, proj_dim=dim, store_dim=dim * draw(st.integers(1, 3))),
-        train=split("train"),
+        spec=replace(PLAN.spec, proj_dim=dim, store_dim=stored, reduce=reduce),
+        train=train,
         checkpoints=tuple(Checkpoint(i, draw(texts), i > 0) for i in range(count)),
         targets=tuple(split(n) for n in draw(st.lists(names, max_size=3, unique=True))),
     )
