@@ -140,6 +140,41 @@ def test_lambda_is_in_units_of_trak(checkpoints: str, tmp_path: Path) -> None:
     assert (reduce.lambda_reg, reduce.lambda_unit) == (0.5 / 64, "absolute")
 
 
+def test_rows_are_weighted_by_their_curvature(checkpoints: str, tmp_path: Path) -> None:
+    """Asked for at once, or of a run that has other scores; by default they are TRAK's again."""
+    asked = {"projector": NoOpProjector(), "lambda_reg": 0.05}
+    plain = whole(checkpoints, tmp_path / "run", **asked)
+    found = whole(checkpoints, tmp_path / "other", **asked, curvature="output")
+    again = whole(checkpoints, tmp_path / "run", **asked, curvature="output")
+    problem = small_cnn.problem(checkpoints)
+    members = [
+        oracle.member(
+            *(small_cnn.net(), state, problem.train, problem.targets["val"]), weighted=True
+        )
+        for state in states(checkpoints)
+    ]
+    reduce = {"lambda_reg": 0.05, "lambda_unit": "absolute", "kernel_scale": "mean_abs"}
+    wanted, _ = oracle.scores(members, **reduce)
+    for scores in (found, again):
+        assert oracle.column_errors(scores, wanted).max() < 1e-3
+    assert open_run(tmp_path / "run").plan.curvature == "output"
+    assert np.array_equal(whole(checkpoints, tmp_path / "run", **asked, curvature="none"), plain)
+
+
+@pytest.mark.parametrize(
+    ("curvature", "what"),
+    [
+        ("fisher", "fisher, for which labels are drawn, needs a problem and the launcher"),
+        ("auto", "a task that declares loss = 'logistic'"),
+    ],
+)
+def test_a_curvature_that_can_not_be_is_refused(
+    checkpoints: str, tmp_path: Path, curvature: str, what: str
+) -> None:
+    with pytest.raises(ConfigError, match=what):
+        traker(checkpoints, str(tmp_path / "run"), curvature=curvature)
+
+
 # Resuming -------------------------------------------------------------------------------------
 
 

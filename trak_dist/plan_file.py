@@ -18,6 +18,7 @@ from trak_dist.errors import ConfigError, PlanMismatch
 from trak_dist.plan import SCHEMA, Plan, digest
 from trak_dist.plan_inputs import ImportedTruth, ProbedDataset, Split, Streamed
 
+UNSAID = {"curvature": "none", "kernel_form": "primal"}  # of `reduce`, in earlier versions' plans
 MAX_CELLS = 10**7  # what a command that lists them gets through
 
 
@@ -119,8 +120,16 @@ _plan_by_fields = converter.get_structure_hook(Plan)  # now that a split's hooks
 _fields_of_plan = converter.get_unstructure_hook(Plan)
 
 
+def _with_unsaid(raw: Any) -> Any:
+    match raw:
+        case {"spec": {"reduce": {**reduce}, **spec}}:
+            return {**raw, "spec": {**spec, "reduce": UNSAID | reduce}}
+    return raw
+
+
 @converter.register_structure_hook
 def _plan(raw: Any, _: Any) -> Plan:
+    raw = _with_unsaid(raw)
     flat = converter.structure({k: raw[k] for k in _TRUTH if k in raw}, _FlatTruth)
     plan: Plan = _plan_by_fields({k: v for k, v in raw.items() if k not in _TRUTH}, Plan)
     if not flat.truth_files:

@@ -65,12 +65,10 @@ class FeaturizeConfig:
 class ReduceConfig:
     """The kernel: the curvature that it inverts, its regularisation, scale and form.
 
-    `fisher_draws` labels are drawn for each of `fisher_rows` train rows (0: all). Plans of earlier
-    versions, which say nothing of curvature and form, have these defaults; those of a new run are
-    `auto`, in `conf/config.yaml`.
+    `fisher_draws` labels are drawn for each of `fisher_rows` train rows (0: all).
     """
 
-    curvature: str = field(default="none", metadata={"choices": CURVATURES})
+    curvature: str = field(default="auto", metadata={"choices": CURVATURES})
     fisher_draws: int = field(default=1, metadata={"min": 1})
     fisher_rows: int = field(default=0, metadata={"min": 0})
     lambda_reg: float = field(default=1.0, metadata={"min": 0})
@@ -78,7 +76,7 @@ class ReduceConfig:
         default="mean_diagonal", metadata={"choices": ("mean_diagonal", "absolute")}
     )
     kernel_scale: str = field(default="mean_abs", metadata={"choices": ("mean_abs", "none")})
-    kernel_form: str = field(default="primal", metadata={"choices": ("auto", "primal", "dual")})
+    kernel_form: str = field(default="auto", metadata={"choices": ("auto", "primal", "dual")})
     threads: int = field(default=1, metadata={"min": 1})
 
 

@@ -129,7 +129,13 @@ class TRAKerArguments:
         spec = planned or Spec(
             problem=PROBLEM,
             featurize=FeaturizeConfig(threads=threads),
-            reduce=ReduceConfig(lambda_reg=0.0, lambda_unit="absolute", threads=threads),
+            reduce=ReduceConfig(
+                curvature="none",
+                lambda_reg=0.0,
+                lambda_unit="absolute",
+                kernel_form="primal",
+                threads=threads,
+            ),
         )
         kind, seed = spec.projection.kind, spec.projection.seed
         featurize, dim = spec.featurize, spec.proj_dim
