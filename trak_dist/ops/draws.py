@@ -12,7 +12,7 @@ import hashlib
 import statistics
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from trak_dist.configuration.config import DRAW_VERSION
@@ -56,6 +56,11 @@ def bucket_and_sign(
     """A bucket in [0, `buckets`) and a sign for each counter, from different bits of one draw."""
     bits = draw(key, counters)
     return _shift(bits, 1) % buckets, (bits & 1).to(torch.float32).mul_(2).sub_(1)
+
+
+def kept(key: int, units: Int64[Tensor, " units"], rate: float) -> Bool[Tensor, " units"]:
+    """Whether each unit is kept, dropped being a share `rate`: 53 bits of a draw, so exactly."""
+    return _shift(draw(key, units), 11) >= round(rate * 2**53)
 
 
 def subset(index: int, rows: int, share: float) -> Int64[Tensor, " chosen"]:

@@ -88,7 +88,7 @@ def _computed(session: Session, cell: FeaturizeCell) -> CellResult:
         out_to_loss,
         rows=range(cell.rows.start, cell.rows.stop),
         split=cell.split,
-        what=f"checkpoint {cell.model_id} ({path})",
+        what=f"checkpoint {plan.named_model(cell.model_id)} ({path})",
         where=cell.id,
     )
     check_not_all_zero(grads, where=cell.id)
