@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trak_dist import plan_file
-from trak_dist.cells import Cell, KernelCell, of_run
+from trak_dist.cells import Cell, FeaturizeCell, KernelCell, TrainCell, of_run
 from trak_dist.configuration.config import ReduceConfig, Spec
 from trak_dist.configuration.dotted import differences
 from trak_dist.coordinates import Rows
@@ -46,6 +46,8 @@ def plans(draw: st.DrawFn) -> Plan:
 
     dim = draw(st.integers(1, 10**5))
     count, train = draw(st.integers(1, 3)), split("train")
+    seeds = 0 if train.streamed else draw(st.integers(0, 3))
+    ids = range(0, count * max(1, seeds), max(1, seeds))
     reduce = ReduceConfig(
         curvature=draw(st.sampled_from(["none", "output", "fisher"])),
         fisher_draws=draw(st.integers(1, 3)),
@@ -57,7 +59,8 @@ def plans(draw: st.DrawFn) -> Plan:
         PLAN,
         spec=replace(PLAN.spec, proj_dim=dim, store_dim=stored, reduce=reduce),
         train=train,
-        checkpoints=tuple(Checkpoint(i, draw(texts), i > 0) for i in range(count)),
+        dropout_seeds=seeds,
+        checkpoints=tuple(Checkpoint(i, draw(texts), i > 0) for i in ids),
         targets=tuple(split(n) for n in draw(st.lists(names, max_size=3, unique=True))),
     )
 
@@ -69,6 +72,12 @@ def cells(plan: Plan) -> list[Cell]:
 def with_spec(section: str, **changes: Any) -> Plan:
     inner = replace(getattr(PLAN.spec, section), **changes)
     return replace(PLAN, spec=replace(PLAN.spec, **{section: inner}))
+
+
+def with_masks(seeds: int) -> Plan:
+    """`PLAN` with models of each checkpoint by dropout masks."""
+    first, second = PLAN.checkpoints
+    return replace(PLAN, dropout_seeds=seeds, checkpoints=(first, replace(second, model_id=seeds)))
 
 
 def changed(other: Plan) -> set[str]:
@@ -158,6 +167,8 @@ def test_every_path_stays_inside_the_run_directory(plan: Plan) -> None:
         (replace(PLAN, checkpoints=(*PLAN.checkpoints, Checkpoint(2, "2.pt", False))), ENSEMBLE),
         (replace(PLAN, targets=(*PLAN.targets, Split("more", 5, 4, ProbedDataset("t")))), set()),
         (replace(PLAN, targets=PLAN.targets[::-1]), set()),
+        (with_masks(1), FROM_FEATURIZE),
+        (with_masks(3), FROM_FEATURIZE),
     ],
 )
 def test_a_key_changes_exactly_when_what_sets_its_cells_bytes_does(
@@ -165,6 +176,29 @@ def test_a_key_changes_exactly_when_what_sets_its_cells_bytes_does(
 ) -> None:
     assert changed(other) == stages
     assert (other.fingerprint != PLAN.fingerprint) == (stages >= FROM_FEATURIZE)
+
+
+def test_models_by_masks_share_the_training_of_their_checkpoint() -> None:
+    plan = with_masks(3)
+    assert plan.model_ids == tuple(range(6))
+    first, second = plan.checkpoints
+    assert [plan.checkpoint(m) for m in plan.model_ids] == [first] * 3 + [second] * 3
+    assert [plan.dropout_seed(m) for m in plan.model_ids] == [0, 1, 2] * 2
+    assert PLAN.dropout_seed(1) is None
+    trained = TrainCell("full", 1)
+    assert list(TrainCell.of(plan)) == [trained]
+    for model_id in plan.model_ids:
+        for cell in FeaturizeCell.of_split(plan, model_id, "train"):
+            assert list(cell.dependencies(plan, ())) == ([trained] if model_id > 2 else [])
+    assert trained.key(plan) == trained.key(PLAN)
+    assert plan.described_ensemble == "2 checkpoints x 3 dropout masks"
+    assert PLAN.described_ensemble == "2 checkpoints"
+    some = replace(plan, use=(1, 2, 5))
+    assert some.described_ensemble == "3 models of 2 checkpoints x 3 dropout masks"
+    moved = replace(plan, checkpoints=(first, replace(second, model_id=4)))
+    assert list(moved.inconsistencies()) == [
+        "checkpoints: a model_id is no multiple of dropout_seeds 3"
+    ]
 
 
 def test_a_changed_target_set_changes_the_keys_of_its_own_cells_only() -> None:
@@ -238,8 +272,12 @@ def test_plans_are_compared_by_dotted_field() -> None:
 
 
 def test_a_kernel_of_a_large_dimension_needs_memory_for_its_square() -> None:
-    large = replace(PLAN, spec=replace(PLAN.spec, proj_dim=2**14, store_dim=2**14))
+    primal = ReduceConfig(kernel_form="primal")
+    large = replace(PLAN, spec=replace(PLAN.spec, proj_dim=2**14, store_dim=2**14, reduce=primal))
     assert KernelCell.memory(large) >= 4 * 8 * 2**28
+    dual = replace(large, spec=replace(large.spec, reduce=ReduceConfig()))
+    assert dual.dual
+    assert KernelCell.memory(dual) < 2**28
     assert Rows(0, 4) < Rows(4, 8)
 
 

@@ -46,8 +46,9 @@ SWEEP_KEYS = (
 class Plan:
     """A run.
 
-    `parameters` is p, the number of parameters whose gradients are used; `use` names the
-    checkpoints of the ensemble (empty: all); `self_influence` tells whether the train rows are
+    `parameters` is p, the number of parameters whose gradients are used; `dropout_seeds` is how
+    many models are made of each checkpoint by dropout masks (0: it is one itself); `use` names the
+    models of the ensemble (empty: all); `self_influence` tells whether the train rows are
     scored against themselves; `lambda_from` is how λ was selected, if not by the user;
     `mislabelled` digests which train labels are known to be wrong, if any are; `gradients` is the
     gradient method, resolved from that of the spec; `activations` are the bytes that the forward
@@ -68,6 +69,7 @@ class Plan:
     lambda_from: str | None = None
     mislabelled: str | None = None
     use: tuple[int, ...] = ()
+    dropout_seeds: int = field(default=0, metadata={"min": 0, "below": 1024})
     gradients: str = field(default="vmap", metadata={"choices": GRADIENTS[1:]})
     activations: int = field(default=0, metadata={"min": 0})
     curvatures: tuple[str, ...] = ()
@@ -128,12 +130,27 @@ class Plan:
     @property
     def model_ids(self) -> tuple[int, ...]:
         """The ensemble."""
-        return self.use or tuple(c.model_id for c in self.checkpoints)
+        return self.use or self.all_model_ids
+
+    @cached_property
+    def all_model_ids(self) -> tuple[int, ...]:
+        """All models that there are: of each checkpoint itself, or one for each dropout mask."""
+        return tuple(m for checkpoint in self.checkpoints for m in self.models_of(checkpoint))
+
+    @property
+    def models_each(self) -> int:
+        """How many models are made of a checkpoint."""
+        return max(1, self.dropout_seeds)
+
+    def models_of(self, checkpoint: Checkpoint) -> range:
+        """The models that are made of a checkpoint."""
+        return range(checkpoint.model_id, checkpoint.model_id + self.models_each)
 
     @property
     def settings(self) -> dict[str, Any]:
         """The settings that the command line may set, nested as there."""
-        return {**asdict(self.spec), "checkpoints": {"use": list(self.use)}}
+        checkpoints = {"use": list(self.use), "dropout_seeds": self.dropout_seeds}
+        return {**asdict(self.spec), "checkpoints": checkpoints}
 
     def with_settings(self, spec: Spec, use: Sequence[int]) -> Plan:
         """The plan with other settings; for other grads the cells are cut as in a new run."""
@@ -153,8 +170,34 @@ class Plan:
         return next(s for s in self.splits if s.name == name)
 
     def checkpoint(self, model_id: int) -> Checkpoint:
-        """The checkpoint whose key is `model_id`."""
-        return self._by_id[model_id]
+        """The checkpoint that a model is made of."""
+        return self._by_id[model_id - model_id % self.models_each]
+
+    def train_seed(self, model_id: int) -> int:
+        """The seed from which the checkpoint of a model is trained, if the run trains it."""
+        return model_id // self.models_each
+
+    def dropout_seed(self, model_id: int) -> int | None:
+        """The seed of a model's dropout masks, if it has some."""
+        return model_id % self.dropout_seeds if self.dropout_seeds else None
+
+    def named_model(self, model_id: int) -> str:
+        """A model for people: its checkpoint and its mask, if it has one."""
+        seed = self.dropout_seed(model_id)
+        return str(model_id) if seed is None else f"{self.train_seed(model_id)} mask {seed}"
+
+    @property
+    def ensemble_checkpoints(self) -> int:
+        """How many checkpoints the ensemble's models are made of."""
+        return len({self.checkpoint(model_id) for model_id in self.model_ids})
+
+    @property
+    def described_ensemble(self) -> str:
+        """The ensemble for people: how many checkpoints, how many masks."""
+        whole = f"{self.ensemble_checkpoints} checkpoints"
+        whole += f" x {self.dropout_seeds} dropout masks" if self.dropout_seeds else ""
+        some = len(self.model_ids) < self.ensemble_checkpoints * self.models_each
+        return f"{len(self.model_ids)} models of {whole}" if some else whole
 
     @cached_property
     def _by_id(self) -> dict[int, Checkpoint]:
@@ -176,6 +219,7 @@ class Plan:
                 *(self.trained_from, self.projection_id, self.parameters),
                 *(self.settings_of("featurize"), self.train.cell_rows),
                 *([] if self.gradients == "vmap" else [self.gradients]),
+                *([f"dropout {self.dropout_seeds}"] if self.dropout_seeds else []),
             ]
         )
 
@@ -249,13 +293,17 @@ class Plan:
 
     def inconsistencies(self) -> Iterator[str]:
         """What is inconsistent in it, a line for each."""
-        ids, names = [c.model_id for c in self.checkpoints], [s.name for s in self.targets]
+        ids, names = self.all_model_ids, [s.name for s in self.targets]
         if len(set(ids)) < len(ids):
-            yield f"checkpoints: a model_id is there twice: {ids}"
+            yield f"checkpoints: a model_id is there twice: {list(ids)}"
         if len(set(self.use)) < len(self.use) or not set(self.use) <= set(ids):
-            yield f"use: {list(self.use)} are not some of the model_ids {ids}"
+            yield f"use: {list(self.use)} are not some of the model_ids {list(ids)}"
         if self.has_problem and any(c.path is None for c in self.checkpoints):
             yield "checkpoints: one has no path"
+        if self.dropout_seeds and not self.has_problem:
+            yield "dropout_seeds: rows are streamed, so no masks are made"
+        if any(c.model_id % self.models_each for c in self.checkpoints):
+            yield f"checkpoints: a model_id is no multiple of dropout_seeds {self.dropout_seeds}"
         if self.train.name != TRAIN or TRAIN in names or len(set(names)) < len(names):
             yield f"targets: {names} must be distinct, and not {TRAIN!r}"
 

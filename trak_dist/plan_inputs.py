@@ -77,8 +77,9 @@ class Split:
 class Checkpoint:
     """A state dict; the path of one that `stage=train` makes is relative to the run directory.
 
-    One that `TRAKer` was given in memory has no path. `digest` is that of its content, if it was
-    read when it was planned.
+    `model_id` is its model's; where dropout masks make several models of it, the first one's, and
+    theirs follow. One that `TRAKer` was given in memory has no path. `digest` is that of its
+    content, if it was read when it was planned.
     """
 
     model_id: int

@@ -58,7 +58,7 @@ class FeaturizeCell(Cell):
 
     def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
         if plan.checkpoint(self.model_id).trained:
-            yield TrainCell(FULL, self.model_id)
+            yield TrainCell(FULL, plan.train_seed(self.model_id))
 
     @property
     def dependency_group(self) -> Hashable:

@@ -61,7 +61,7 @@ class FisherCell(Cell):
 
     def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
         if plan.checkpoint(self.model_id).trained:
-            yield TrainCell(FULL, self.model_id)
+            yield TrainCell(FULL, plan.train_seed(self.model_id))
 
     @property
     def dependency_group(self) -> Hashable:

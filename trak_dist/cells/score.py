@@ -124,8 +124,23 @@ def columns(plan: Plan, targets: str) -> int:
 
 def halves_targets(plan: Plan, targets: str) -> list[int]:
     """The targets for which scores of either half of the ensemble are kept."""
-    several = targets != TRAIN and len(plan.model_ids) > 1
+    several = targets != TRAIN and all(halves_of(plan))
     return evenly_spaced(plan.split(targets).rows, HALVES_TARGETS) if several else []
+
+
+@cached_on_plan
+def halves_of(plan: Plan) -> tuple[list[int], list[int]]:
+    """The ensemble's models of its checkpoints 0, 2, … and 1, 3, …; of an odd number the last out.
+
+    Models that masks make of one checkpoint are in one half: they agree more than two trainings.
+    """
+    checkpoints = list(dict.fromkeys(map(plan.checkpoint, plan.model_ids)))
+    paired = len(checkpoints) // 2 * 2
+    even, odd = (
+        [m for m in plan.model_ids if plan.checkpoint(m) in checkpoints[start:paired:2]]
+        for start in (0, 1)
+    )
+    return even, odd
 
 
 def _cut(plan: Plan, targets: str) -> Split:

@@ -32,14 +32,12 @@ class TrainCell(Cell):
 
     @classmethod
     def of(cls, plan: Plan) -> Iterator[Self]:
-        used = (plan.checkpoint(model_id) for model_id in plan.model_ids)
-        yield from (cls(FULL, c.model_id) for c in used if c.trained)
+        yield from (cls(FULL, seed) for seed in _seeds(plan))
         yield from (cls(subset, seed) for subset, seed in retrained(plan))
 
     @classmethod
     def count(cls, plan: Plan) -> int:
-        trained = sum(plan.checkpoint(model_id).trained for model_id in plan.model_ids)
-        return trained + plan.ground_truth.subsets * plan.ground_truth.seeds
+        return len(_seeds(plan)) + plan.ground_truth.subsets * plan.ground_truth.seeds
 
     def identity(self, plan: Plan) -> str:
         return training(plan) if self.subset == FULL else training_on_subsets(plan)
@@ -83,6 +81,12 @@ def retrained(plan: Plan) -> Iterator[tuple[str, int]]:
     """Subset and seed of each model of the ground truth, subset by subset."""
     for subset in range(plan.ground_truth.subsets):
         yield from ((str(subset), seed) for seed in range(plan.ground_truth.seeds))
+
+
+def _seeds(plan: Plan) -> list[int]:
+    """Those of the ensemble's checkpoints that the run trains, each once."""
+    trained = (m for m in plan.model_ids if plan.checkpoint(m).trained)
+    return list(dict.fromkeys(map(plan.train_seed, trained)))
 
 
 @cached_on_plan

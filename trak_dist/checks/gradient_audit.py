@@ -216,7 +216,8 @@ def fall_back_to_loop(run: Run, cell: FeaturizeCell | FisherCell, error: WrongGr
 
     What was computed in another way is revoked, with everything derived from it.
     """
-    log.warning("checkpoint %d is computed one by one, by loop: %s", cell.model_id, error.what)
+    name = run.plan.named_model(cell.model_id)
+    log.warning("checkpoint %s is computed one by one, by loop: %s", name, error.what)
     run.receipts.record_audit_failure(cell.model_id, why=f"{cell.id}: {error.what}")
     revoke_stale_cells(run, cell.model_id)
 

@@ -108,11 +108,13 @@ class Spec:
 class CheckpointsConfig:
     """How many checkpoints `stage=train` makes, where the problem provides none, and the ensemble.
 
-    `use` names its checkpoints (empty: all); `allow_missing` leaves out those that are not
+    `dropout_seeds` is how many models, by dropout masks, are made of each (0: it is one itself);
+    `use` names those of the ensemble (empty: all); `allow_missing` leaves out those that are not
     featurized.
     """
 
     train: int = field(default=5, metadata={"min": 1})
+    dropout_seeds: int = field(default=0, metadata={"min": 0, "below": 1024})
     use: tuple[int, ...] = ()
     allow_missing: bool = False
 
@@ -120,6 +122,11 @@ class CheckpointsConfig:
     def ensemble(self) -> tuple[int, ...]:
         """`use` in one order, since sums over the ensemble follow it."""
         return tuple(sorted(self.use))
+
+    @property
+    def planned(self) -> dict[str, Any]:
+        """What a plan keeps of them."""
+        return {"use": self.ensemble, "dropout_seeds": self.dropout_seeds}
 
 
 @dataclass(frozen=True, kw_only=True)

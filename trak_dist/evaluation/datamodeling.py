@@ -144,7 +144,8 @@ def _curves(
     """Of ensembles of the first 1, 2, … checkpoints, and of the whole one at smaller dimensions."""
     plan = session.run.plan
     members = len(plan.model_ids)
-    cases = [(size, plan.proj_dim) for size in (*(s for s in SIZES if s < members), members)]
+    sizes = [size * plan.models_each for size in SIZES]
+    cases = [(size, plan.proj_dim) for size in (*(s for s in sizes if s < members), members)]
     cases += [(members, dim) for dim in _smaller_dims(plan.spec.projection.kind, plan.proj_dim)]
     shape = (len(LAMBDAS), *truth.margins[:, 0].shape)
     totals = {case: torch.zeros(shape, dtype=torch.float64) for case in cases}

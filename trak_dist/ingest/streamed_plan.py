@@ -44,8 +44,15 @@ def with_checkpoint(plan: Plan, model_id: int, path: str | None) -> Plan:
     Raises
     ------
     ConfigError
-        If it is the plan of a problem, which provides its own checkpoints.
+        If it is the plan of a problem, which provides its own checkpoints, or has dropout masks.
     """
+    if plan.dropout_seeds:
+        raise ConfigError(
+            "the models of this run have dropout masks (checkpoints.dropout_seeds="
+            f"{plan.dropout_seeds}), which are not made here",
+            where="save_dir",
+            next="launch the run for more targets or checkpoints, or use another save_dir",
+        )
     if any(c.model_id == model_id for c in plan.checkpoints):
         return plan
     if plan.has_problem:

@@ -172,7 +172,7 @@ def _with_chosen_lambda(
 
 def _with_settings(config: Config, run: Run, changeable: tuple[str, ...], note: Note) -> Plan:
     """The plan of `run` with the settings asked for, which differ only where they may."""
-    requested = {**asdict(config.spec), "checkpoints": {"use": config.checkpoints.ensemble}}
+    requested = {**asdict(config.spec), "checkpoints": config.checkpoints.planned}
     where = str(run.layout.run_dir)
     found = differences(run.plan.settings, requested)
     if not all(key.startswith(changeable) for key in found):

@@ -109,7 +109,7 @@ def description(run: Run) -> str:
     """What a run computes, in one line."""
     plan = run.plan
     return (
-        f"{plan.train.rows} train rows, {len(plan.model_ids)} checkpoints, "
+        f"{plan.train.rows} train rows, {plan.described_ensemble}, "
         f"{', '.join(f'{s.name} {s.rows}' for s in plan.targets)} targets, p {plan.parameters:,}, "
         f"gradients by {plan.gradients}, {plan.spec.projection.kind} to {plan.proj_dim}, "
         f"{_kernel(plan)}"

@@ -12,7 +12,7 @@ import hashlib
 import statistics
 
 import torch
-from jaxtyping import Float, Float64, Int64
+from jaxtyping import Bool, Float, Float64, Int64
 from torch import Tensor
 
 from trak_dist.configuration.config import DRAW_VERSION
@@ -75,6 +75,11 @@ def uniform(
 ) -> Float64[Tensor, "..."]:
     """Numbers in [0, 1) with 53 random bits, for each key and counter, broadcast."""
     return _shift(draw(keys, counters), 11).to(torch.float64) * 2.0**-53
+
+
+def kept(key: int, units: Int64[Tensor, " units"], rate: float) -> Bool[Tensor, " units"]:
+    """Whether each unit is kept, dropped being a share `rate`: 53 bits of a draw, so exactly."""
+    return _shift(draw(key, units), 11) >= round(rate * 2**53)
 
 
 def subset(index: int, rows: int, share: float) -> Int64[Tensor, " chosen"]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -15,12 +15,14 @@ from trak_dist.errors import ProblemError
 from trak_dist.listing import first_few
 
 
-def copy_model(model: nn.Module) -> nn.Module:
+def copy_model(model: nn.Module, *, shared: Iterable[Tensor] = ()) -> nn.Module:
     """A copy of a model, even if modules hold results of the last forward pass.
 
-    As torch's old weight norm does, whose tensors `copy.deepcopy` refuses.
+    As torch's old weight norm does, whose tensors `copy.deepcopy` refuses. The tensors `shared` are
+    not copied.
     """
-    memo = {
+    memo = {id(tensor): tensor for tensor in shared}
+    memo |= {
         id(value): value.detach().clone()
         for module in model.modules()
         for value in vars(module).values()

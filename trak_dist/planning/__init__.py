@@ -1,9 +1,9 @@
 """From a problem and a spec to a plan, and from a plan to one with more in it.
 
-`plans` makes and extends plans, of what `checkpoints`, `splits`, `dry_run` and `gradient_method`
-find out. `curvature`, `ensemble` and `reduction` check that kernels and scores can be made,
-`ground_truth` and `counterfactuals` say what scores are evaluated by, `lambda_selection` which λ
-is best.
+`plans` makes and extends plans, of what `checkpoints`, `splits`, `dry_run`, `dropout` and
+`gradient_method` find out. `curvature`, `ensemble` and `reduction` check that kernels and scores
+can be made, `ground_truth` and `counterfactuals` say what scores are evaluated by,
+`lambda_selection` which λ is best.
 """
 
 from trak_dist.planning.checkpoints import check_checkpoints

@@ -21,7 +21,9 @@ from trak_dist.problem import Problem
 from trak_dist.store.run import Run
 
 
-def planned_checkpoints(problem: Problem, train: int, import_root: str) -> tuple[Checkpoint, ...]:
+def planned_checkpoints(
+    problem: Problem, train: int, import_root: str, *, dropout_seeds: int
+) -> tuple[Checkpoint, ...]:
     """The problem's checkpoints; if it has none, `train` ones that `stage=train` makes.
 
     Raises
@@ -29,16 +31,18 @@ def planned_checkpoints(problem: Problem, train: int, import_root: str) -> tuple
     CheckpointError
         If it can't train any.
     """
+    each = max(1, dropout_seeds)
     if problem.checkpoints:
-        paths = enumerate(problem.checkpoints)
-        return tuple(Checkpoint(i, str(Path(import_root, p)), False) for i, p in paths)
+        given = enumerate(problem.checkpoints)
+        return tuple(Checkpoint(i * each, str(Path(import_root, p)), False) for i, p in given)
     if problem.train_checkpoint is None:
         raise CheckpointError(
             "no checkpoint found: the problem gives none, and no train_checkpoint to make them",
             where="problem",
             next="see that the paths that the problem looks for exist",
         )
-    return tuple(Checkpoint(seed, checkpoint_path("full", seed), True) for seed in range(train))
+    seeds = range(train)
+    return tuple(Checkpoint(s * each, checkpoint_path("full", s), True) for s in seeds)
 
 
 def held_names(problem: Problem, checkpoints: Sequence[Checkpoint]) -> set[str]:
@@ -68,7 +72,8 @@ def check_checkpoints(
     notes = set[str]()
     absent: frozenset[str] | None = None
     for checkpoint in plan.checkpoints:
-        if checkpoint.trained or checkpoint.model_id not in plan.model_ids:
+        used = not set(plan.models_of(checkpoint)).isdisjoint(plan.model_ids)
+        if checkpoint.trained or not used:
             continue
         where = checkpoint.file
         state = state_dicts.read(Path(where))

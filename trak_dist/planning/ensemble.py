@@ -15,7 +15,7 @@ from trak_dist.store.run import Run
 
 def check_ensemble(plan: Plan) -> None:
     """Raise `ConfigError` if the ensemble names a checkpoint twice, or one that is not there."""
-    known = range(len(plan.checkpoints))
+    known = plan.all_model_ids
     bad = [f"{i} is unknown" for i in dict.fromkeys(plan.use) if i not in known]
     bad += [f"{i} is there {n} times" for i, n in Counter(plan.use).items() if n > 1]
     if bad:

@@ -62,7 +62,7 @@ def select_lambda(base: Run | None, spec: Spec, use: Sequence[int]) -> LambdaSel
 
 def _best(run: Run, spec: Spec, use: Sequence[int]) -> LambdaSelection | None:
     plan = run.plan
-    whole = tuple(use) or tuple(c.model_id for c in plan.checkpoints)
+    whole = tuple(use) or plan.all_model_ids
     same_settings = (
         plan.spec.projection == spec.projection
         and plan.spec.reduce.kernel_scale == spec.reduce.kernel_scale

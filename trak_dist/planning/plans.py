@@ -22,6 +22,7 @@ from trak_dist.plan_inputs import Source, Split
 from trak_dist.planning import gradient_method
 from trak_dist.planning.checkpoints import held_names, planned_checkpoints
 from trak_dist.planning.curvature import check_fisher_rows, with_curvatures
+from trak_dist.planning.dropout import check_dropout, featurized_model
 from trak_dist.planning.dry_run import first_batch
 from trak_dist.planning.splits import planned_split, target_names
 from trak_dist.problem import Problem
@@ -47,14 +48,22 @@ def make_plan(
     parameters = sum(shape.numel() for shape in shapes.values())
     identity = spec.projection.kind == "identity"
     dim = parameters if identity else spec.store_dim
-    checkpoints = planned_checkpoints(problem, config.checkpoints.train, source.import_root)
+    seeds = config.checkpoints.dropout_seeds
+    checkpoints = planned_checkpoints(
+        problem, config.checkpoints.train, source.import_root, dropout_seeds=seeds
+    )
     # First: a forward pass may leave things in the model.
     unsaved = pinned_model.unsaved_tensors(problem.model, held_names(problem, checkpoints))
     train = planned_split(TRAIN, problem, spec, dim)
     targets = tuple(
         planned_split(n, problem, spec, dim) for n in target_names(problem, config.targets)
     )
-    chosen = _select_gradients(problem, spec, (train, *targets), spec.featurize.gradients)
+    if seeds:
+        check_dropout(problem, spec.featurize, seeds, notify=notify)
+    model = featurized_model(problem.model, seeds)
+    chosen = _select_gradients(
+        replace(problem, model=model), spec, (train, *targets), spec.featurize.gradients
+    )
     if chosen[1]:
         notify(f"gradients by {chosen[0]}, {chosen[1]}")
     plan = Plan(
@@ -65,10 +74,11 @@ def make_plan(
         checkpoints=checkpoints,
         targets=targets,
         use=config.checkpoints.ensemble,
+        dropout_seeds=seeds,
         self_influence=config.self_influence,
         gradients=chosen[0],
         activations=activation_bytes(
-            model_in(spec.featurize.compute, problem.model.eval()),
+            model_in(spec.featurize.compute, model),
             problem.model_output,
             batch_in(
                 spec.featurize.compute, first_batch(problem, problem.dataset(TRAIN), name=TRAIN)
@@ -115,7 +125,9 @@ def extend_plan(
         pinned_model.check_built(plan.source, now, what=what)
     known = {s.name for s in plan.targets}
     added = [n for n in target_names(problem, targets) if n not in known] if targets else []
-    checkpoints = planned_checkpoints(problem, train, plan.source.import_root)
+    checkpoints = planned_checkpoints(
+        problem, train, plan.source.import_root, dropout_seeds=plan.dropout_seeds
+    )
     for old, new in zip_longest(plan.checkpoints, checkpoints):
         if old is not None and (new is None or replace(new, digest=old.digest) != old):
             raise PlanMismatch(
@@ -125,7 +137,8 @@ def extend_plan(
                 next="append checkpoints after those that are planned, or use another run_dir",
             )
     splits = tuple(planned_split(n, problem, plan.spec, plan.store_dim) for n in added)
-    _select_gradients(problem, plan.spec, splits, plan.gradients)
+    model = featurized_model(problem.model, plan.dropout_seeds)
+    _select_gradients(replace(problem, model=model), plan.spec, splits, plan.gradients)
     joined = (*plan.checkpoints, *checkpoints[len(plan.checkpoints) :])
     plan = replace(plan, checkpoints=joined, targets=(*plan.targets, *splits))
     return plan if plan.spec.reduce.curvature == "none" else _with_curvatures(plan, problem)
@@ -140,7 +153,8 @@ def with_gradients(plan: Plan, problem: Problem) -> Plan:
         If they can't be.
     """
     splits = (plan.train, *plan.targets)
-    method, _ = _select_gradients(problem, plan.spec, splits, plan.spec.featurize.gradients)
+    thin = replace(problem, model=featurized_model(problem.model, plan.dropout_seeds))
+    method, _ = _select_gradients(thin, plan.spec, splits, plan.spec.featurize.gradients)
     return replace(plan, gradients=method)
 
 
@@ -157,7 +171,9 @@ def _select_gradients(
 def _with_curvatures(plan: Plan, problem: Problem) -> Plan:
     plan = with_curvatures(plan, problem)
     if plan.curvature == "fisher":
-        check_fisher_rows(plan, problem, _whole_batches(problem, plan.train, plan.spec))
+        model = featurized_model(problem.model, plan.dropout_seeds)
+        batches = _whole_batches(problem, plan.train, plan.spec)
+        check_fisher_rows(plan, replace(problem, model=model), batches)
     return plan
 
 

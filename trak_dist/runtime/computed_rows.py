@@ -91,7 +91,7 @@ def compute_rows(
         out_to_loss,
         rows=rows,
         split=split,
-        what=f"checkpoint {cell.model_id} ({path})",
+        what=f"checkpoint {plan.named_model(cell.model_id)} ({path})",
         where=cell.id,
     )
     check_not_all_zero(grads, where=cell.id)

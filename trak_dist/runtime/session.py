@@ -19,6 +19,7 @@ from trak_dist.checks import gradient_audit, pinned_model
 from trak_dist.configuration.config import Spec
 from trak_dist.coordinates import TRAIN, Rows
 from trak_dist.errors import DeviceError, ProblemError
+from trak_dist.ops.dropout import thinned
 from trak_dist.problem import MapDataset, Problem, Rendered
 from trak_dist.store.run import Run
 
@@ -99,6 +100,8 @@ class Session:
             plan, problem = self.run.plan, self.problem
             model: nn.Module = problem.model.to(self.device).eval()
             digest = digests.load_into(self.run, model, plan.checkpoint(model_id))
+            seed = plan.dropout_seed(model_id)
+            model = model if seed is None else thinned(model, seed)
             self._featurizer = CheckpointFeaturizer(
                 plan,
                 model_id,

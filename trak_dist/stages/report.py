@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from trak_dist.cells import EvaluateCell, FeaturizeCell, ReportCell
-from trak_dist.cells.score import halves_targets
+from trak_dist.cells.score import halves_of, halves_targets
 from trak_dist.coordinates import TRAIN
 from trak_dist.evaluation.plots import counterfactual_picture, lds_picture
 from trak_dist.hashing import digest_of
@@ -107,7 +107,7 @@ def _stability(session: Session, targets: str) -> dict[str, Any]:
     halves = Results(run).halves(targets)
     counts = [count for count in TOP_COUNTS if 2 * count <= len(halves)]
     shared = {n: ranking.overlaps(halves[:, 0], halves[:, 1], n) for n in counts}
-    half = len(run.plan.model_ids) // 2
+    half = len({run.plan.checkpoint(model_id) for model_id in halves_of(run.plan)[0]})
     return {
         str(n): {
             **asdict(lds.interval(values, minimum=0.0)),
@@ -128,7 +128,7 @@ def _title(session: Session, cell: ReportCell) -> str:
     plan = session.run.plan
     return (
         f"{plan.spec.problem['_target_']}: {cell.targets}, {plan.train.rows} train examples, "
-        f"{len(plan.model_ids)} checkpoints, {plan.spec.projection.kind} to {plan.proj_dim}"
+        f"{plan.described_ensemble}, {plan.spec.projection.kind} to {plan.proj_dim}"
     )
 
 

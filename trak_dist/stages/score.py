@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from trak_dist.cells import FeaturizeCell, KernelCell, PreconditionCell, ScoreCell
-from trak_dist.cells.score import halves_targets
+from trak_dist.cells.score import halves_of, halves_targets
 from trak_dist.coordinates import TRAIN, Rows
 from trak_dist.ops.scores import Ensemble
 from trak_dist.runtime.cell_result import CellResult
@@ -31,12 +31,9 @@ def score(session: Session, cell: ScoreCell) -> CellResult:
     ]
     require(run, solved, needed_by=cell)
     session.run_once(f"rows of {cell.targets}", lambda: _check_rows(session, cell))
-    whole, halves, half_targets = (
-        Ensemble(),
-        (Ensemble(), Ensemble()),
-        halves_targets(plan, cell.targets),
-    )
-    for position, (model_id, source) in enumerate(zip(plan.model_ids, solved, strict=True)):
+    half_targets = halves_targets(plan, cell.targets)
+    whole, halves = Ensemble(), [(Ensemble(), model_ids) for model_ids in halves_of(plan)]
+    for model_id, source in zip(plan.model_ids, solved, strict=True):
         grads, out_to_loss = _read(session, model_id, cell.rows)
         if itself:
             opened = open_kernel(session, KernelCell(model_id), needed_by=cell)
@@ -45,11 +42,12 @@ def score(session: Session, cell: ScoreCell) -> CellResult:
             b = torch.from_numpy(contents.read(run, source, "precond")).to(session.device)
             products = grads.to(b.dtype) @ b
         whole.add(products, out_to_loss)
-        if half_targets and position < len(plan.model_ids) // 2 * 2:  # halves of one size
-            halves[position % 2].add(products[:, half_targets], out_to_loss)
+        for half, model_ids in halves:
+            if half_targets and model_id in model_ids:
+                half.add(products[:, half_targets], out_to_loss)
     values = {"scores": whole.scores()}
     if half_targets:
-        values["halves"] = torch.stack([half.scores() for half in halves], dim=1)
+        values["halves"] = torch.stack([half.scores() for half, _ in halves], dim=1)
     written = {name: value.float().cpu().numpy() for name, value in values.items()}
     return CellResult(contents.write(run, cell, written), {"model_ids": list(plan.model_ids)})
 

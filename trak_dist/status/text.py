@@ -55,7 +55,7 @@ def _audits(status: Status) -> Iterator[str]:
     if summary:
         yield f"audit  {summary}"
     for model_id, why in status.audit_failures.items():
-        yield f"audit  checkpoint {model_id} by loop, since {why}"
+        yield f"audit  checkpoint {status.run.plan.named_model(model_id)} by loop, since {why}"
 
 
 def _time_left(status: Status, stage: StageStatus, rate: float) -> str:
@@ -79,7 +79,7 @@ def _grid(status: Status) -> Iterator[str]:
     yield "checkpoint  " + "  ".join(f"{s.name:<{widths[s.name]}}" for s in splits) + f"   {legend}"
     for model_id in plan.model_ids:
         rows = (f"{_marks(stage, model_id, s, status.run):<{widths[s.name]}}" for s in splits)
-        yield f"{model_id:<12}" + "  ".join(rows).rstrip()
+        yield f"{plan.named_model(model_id):<12}" + "  ".join(rows).rstrip()
 
 
 def _marks(stage: StageStatus, model_id: int, split: Split, run: Run) -> str:

@@ -137,7 +137,7 @@ class Receipts:
 
     def failed_audits(self) -> set[int]:
         """The checkpoints of which an audit failed."""
-        return {c.model_id for c in self._plan.checkpoints if self.audit_failure(c.model_id)}
+        return {m for m in self._plan.all_model_ids if self.audit_failure(m)}
 
     def done(self, cells: Iterable[Cell]) -> dict[Cell, Receipt]:
         """The receipts of those of `cells` that are done. Each directory is listed once."""

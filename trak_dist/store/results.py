@@ -85,7 +85,7 @@ class Results:
         self._check_not_train(targets)
         if targets in self._names() and not halves_targets(self.plan, targets):
             raise ConfigError(
-                f"an ensemble of {len(self.plan.model_ids)} has no halves",
+                f"an ensemble of {self.plan.ensemble_checkpoints} has no halves",
                 next="more checkpoints: checkpoints.train=… or the problem's own",
             )
         return np.concatenate([block for _, block in self._blocks(targets, "halves")])
