@@ -240,6 +240,30 @@ def test_weights_that_are_all_zero_say_so(
     assert "reduce.curvature=none" in ended.err
 
 
+def test_lambda_of_an_ensemble_of_five_needs_no_evaluation(
+    launch: Launch, tiny_run: list[str], tmp_path: Path
+) -> None:
+    for planned, said in (
+        (3, "auto chooses λ from an evaluation"),
+        (5, "auto: λ = 0.64 of the mean diagonal, which is twice the mean squared norm"),
+    ):
+        tiny.write_checkpoints(tmp_path / "checkpoints", planned)
+        assert launch(*tiny_run, "targets=val", "stage=featurize").code == 0
+        ended = launch(*tiny_run, "stage=reduce", "-m", "reduce.lambda_reg=auto")
+        assert said in ended.out + ended.err
+    (member,) = Run.open(tmp_path / "run").layout.run_dirs()[1:]
+    receipts = open_run(member).receipts("reduce")
+    built = tiny.problem(str(tmp_path / "checkpoints"))
+    exact = oracle.member(
+        *(tiny.net(), torch.load(built.checkpoints[0]), built.train, built.targets["val"]),
+        projection=test_oracle.projection_matrix("sjlt", tiny, 0, seed=0),
+        weighted=True,
+    )
+    norms = np.square(exact.rows).sum(axis=1)
+    found = receipts["kernel/0"].facts["lambda_absolute"]
+    assert found == pytest.approx(2 * norms.mean(), rel=1e-3)
+
+
 def test_identities_of_cells_follow_the_curvature(command: Launch, tmp_path: Path) -> None:
     """No two curvatures or forms share a Gram, a kernel, or a place for them."""
     assert command("problem=mnist", "limit=30", "proj_dim=16", "stage=plan").code == 0

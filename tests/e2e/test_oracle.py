@@ -73,12 +73,12 @@ def run(launch, path: Path, problem: str, *overrides: str) -> np.ndarray:
     return open_run(path / "run").scores("val")
 
 
-def projection_matrix(kind: str, module: Any, model_id: int) -> np.ndarray | None:
+def projection_matrix(kind: str, module: Any, model_id: int, seed: int = SEED) -> np.ndarray | None:
     """The (p, k) matrix of a projector, a block of rows per parameter in the oracle's order."""
     if kind == "identity":
         return None
     shapes = select_params(module.net(), ["*"])
-    projector = make_projector(kind, dim=DIM, seed=SEED, model_id=model_id, shapes=shapes)
+    projector = make_projector(kind, dim=DIM, seed=seed, model_id=model_id, shapes=shapes)
     blocks = []
     for name in oracle.parameter_names(module.net()):
         size = shapes[name].numel()

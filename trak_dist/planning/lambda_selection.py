@@ -1,4 +1,9 @@
-"""`reduce.lambda_reg=auto`: the λ at which the run's own evaluation has the highest LDS."""
+"""`reduce.lambda_reg=auto`: the λ at which the run's own evaluation has the highest LDS.
+
+Without one, where the curvature is `output`, an ensemble of `ENSEMBLE` models or more gets twice
+the mean squared norm of its curvature rows, whatever the `proj_dim`: less than 0.01 of LDS below
+the best λ wherever that was measured (docs/evaluation.md).
+"""
 
 from __future__ import annotations
 
@@ -13,6 +18,8 @@ from trak_dist.errors import EvaluationError
 from trak_dist.store.results import Results
 from trak_dist.store.run import Run
 
+ENSEMBLE = 5  # models, for which the rule without an evaluation was measured
+
 
 @dataclass(frozen=True)
 class LambdaSelection:
@@ -23,10 +30,11 @@ class LambdaSelection:
 
 
 def select_lambda(base: Run | None, spec: Spec, use: Sequence[int]) -> LambdaSelection:
-    """The λ with the highest mean LDS over the target sets, from `report/<targets>.json`.
+    """The λ with the highest mean LDS over the target sets, or that of the rule above.
 
-    The run and the members of its sweeps are searched. An evaluation covers its own projection,
-    kernel scale and ensemble, and the dimensions that fold from its own.
+    Figures are in `report/<targets>.json` of the run, or of a member of its sweeps. An evaluation
+    covers its own projection, curvature, kernel scale and ensemble, and the dimensions that fold
+    from its own.
 
     Parameters
     ----------
@@ -38,7 +46,7 @@ def select_lambda(base: Run | None, spec: Spec, use: Sequence[int]) -> LambdaSel
     Raises
     ------
     EvaluationError
-        If nothing is evaluated with these settings.
+        If nothing is evaluated with these settings, and the rule does not hold for them.
     CorruptChunk
         If the figures are damaged.
     """
@@ -51,6 +59,14 @@ def select_lambda(base: Run | None, spec: Spec, use: Sequence[int]) -> LambdaSel
     for run_dir in base.layout.run_dirs() if base else ():
         if found := _best(Run.open(run_dir), spec, use):
             return found
+    plan = base.plan.with_settings(spec, use) if base else None
+    if plan and plan.curvature == "output" and len(plan.model_ids) >= ENSEMBLE:
+        value = float(f"{2 * plan.proj_dim / plan.train.rows:.3g}")
+        return LambdaSelection(
+            value,
+            f"λ = {value} of the mean diagonal, which is twice the mean squared norm of the "
+            "weighted rows (there is no evaluation to choose it by)",
+        )
     raise EvaluationError(
         "auto chooses λ from an evaluation against retrained models, and there is none yet of "
         f"{spec.projection.kind} to {spec.proj_dim}, checkpoints {list(use) or 'all'}",
