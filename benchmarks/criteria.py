@@ -1,6 +1,7 @@
 """Which λ, and can it be chosen without retraining? For a finished run with a ground truth.
 
     python benchmarks/criteria.py RUN_DIR [--weight-decay 5e-3] [--time 120] [--proj-dim 512]
+                                  [--kernels none output]
 
 Prints the LDS by λ, of the ensemble and of one checkpoint (the mean over those of the ensemble),
 with curvature Σ x xᵀ (`none`) and Σ Q(1 − Q) x xᵀ (`output`, the generalised Gauss–Newton matrix
@@ -10,9 +11,10 @@ its regret: the LDS at the best λ, less that at the rule's. The rules:
 `weight decay`
     SGD with weight decay w descends mean_i loss_i + (w/2)‖θ‖²; times n, the sum of losses and
     (n·w/2)‖θ‖², whose Hessian is Jᵀ diag(loss″(f)) J + n·w·I. Stored grads are J/√p, sketched; a
-    sketch keeps ⟨x, x'⟩ in expectation, so XXᵀ ≈ JJᵀ/p, and only XXᵀ counts, by
-    X(XᵀWX + λI)⁻¹ = (XXᵀ + λW⁻¹)⁻¹W⁻¹ for rows. So λ = n·w/p. `none` has I for W: for
-    it W is taken to be its mean, λ = n·w / (p · mean Q(1 − Q)).
+    sketch keeps ⟨x, x'⟩ in expectation, and by
+    X(XᵀWX + λI)⁻¹Gᵀ = W⁻¹(XXᵀ + λW⁻¹)⁻¹XGᵀ only such products count. So XXᵀ ≈ JJᵀ/p, and
+    λ = n·w/p. `none` has I for W: for it W is taken to be its mean,
+    λ = n·w / (p · mean Q(1 − Q)).
 `time`
     The same with w + 1/T: gradient flow for a time T is about a ridge of 1/T (Ali, Kolter &
     Tibshirani 2019, "A continuous-time view of early stopping for least squares"). T is the sum of
@@ -21,6 +23,8 @@ its regret: the LDS at the best λ, less that at the rule's. The rules:
     MacKay's (1992): the prior precision δ with δ‖θ‖² = d, which maximises the evidence of Laplace's
     approximation; λ = δ/p. d is the effective dimension Σ w_i / (w_i + λ). It asks for no weight
     decay, but for the weights.
+    These three need a loss that is curved in f: not if Q = 1 for all rows, as of a language model,
+    of which only `--kernels none` can be asked.
 `row`
     2 tr(H)/n, twice the mean of v‖x‖² over rows: XXᵀ does not grow with k, nor does this λ, while
     the mean diagonal falls as 1/k. At k = n/2 they are the same.
@@ -36,7 +40,6 @@ What of that can be known without retraining is ξ, so a rule could be to hold i
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -56,7 +59,6 @@ from stored_grads import (
 
 from trak_dist.ops import lds
 
-KERNELS = ("none", "output")
 FIXED = (1.0, 0.3, 0.1)
 
 
@@ -87,10 +89,13 @@ def choices(
         dimension = float((h.values * h.inverse(relative)).sum())
         return relative * unit * checkpoint.squared_norm - dimension
 
+    of_training = {
+        "weight decay": lambda: len(checkpoint.x) * decay / unit,
+        "time": lambda: len(checkpoint.x) * (decay + 1 / time) / unit,
+        "evidence": lambda: root(evidence),
+    }
     return {
-        "weight decay": len(checkpoint.x) * decay / unit,
-        "time": len(checkpoint.x) * (decay + 1 / time) / unit,
-        "evidence": root(evidence),
+        **{rule: choose() for rule, choose in of_training.items() if unit},
         "row": 2 * len(h.values) / len(checkpoint.x),
         **{f"fixed {x}": x for x in FIXED},
     }
@@ -130,9 +135,10 @@ class Study:
         grid = self.by_lambda(of)
         return float(grid[best(grid)].mean() - of[rule].mean())
 
-    def shown(self, rule: str) -> str:
-        """The geometric mean over checkpoints of λ."""
-        return f"{math.exp(np.log(self.lambdas[rule]).mean()):.3g}"
+    def row(self, rule: str) -> tuple[str, float, float]:
+        """The median over checkpoints of a rule's λ, and its regrets."""
+        chosen = f"{np.median(self.lambdas[rule]):.3g}"
+        return chosen, self.regret(self.ensemble, rule), self.regret(self.single, rule)
 
 
 def main() -> None:
@@ -141,6 +147,7 @@ def main() -> None:
     parser.add_argument("--weight-decay", type=float, default=5e-3)
     parser.add_argument("--time", type=float, default=120.0)
     parser.add_argument("--proj-dim", type=int, default=0)
+    parser.add_argument("--kernels", nargs="+", default=["none", "output"], choices=WEIGHTS)
     asked = parser.parse_args()
     stored = StoredRun(asked.run_dir, asked.proj_dim)
     print(
@@ -148,12 +155,12 @@ def main() -> None:
         f"{stored.plan.parameters}, {stored.members} checkpoints, mean Q(1 − Q) "
         f"{float(WEIGHTS['output'](stored.mean_q).mean()):.3g}\n"
     )
-    studies = {kernel: Study(stored, kernel, asked.weight_decay, asked.time) for kernel in KERNELS}
-    cases = [(k, of) for k in KERNELS for of in (studies[k].ensemble, studies[k].single)]
-    heads = ("none, ensemble", "none, one", "output, ensemble", "output, one")
-    widths = (16, *(24,) * 4)
+    studies = {k: Study(stored, k, asked.weight_decay, asked.time) for k in asked.kernels}
+    cases = [(s, of) for s in studies.values() for of in (s.ensemble, s.single)]
+    heads = [f"{kernel}, {of}" for kernel in studies for of in ("ensemble", "one")]
+    widths = (16, *(25 for _ in cases))
     table(
-        ("LDS at λ", *heads, "ξ, none", "ξ, output"),
+        ("LDS at λ", *heads, *(f"ξ, {kernel}" for kernel in studies)),
         (
             [
                 f"{x:.3g}",
@@ -162,42 +169,26 @@ def main() -> None:
             ]
             for i, x in enumerate(LAMBDAS)
         ),
-        (*widths, 10, 11),
+        (*widths, *(11 for _ in studies)),
     )
-
-    def summary() -> list[list[object]]:
-        grids = [studies[k].by_lambda(of) for k, of in cases]
-        crossed = [lds.cross_fitted(grid) for grid in grids]
-        at_one = [of["fixed 1.0"] for _, of in cases]
-        fitted = [values for values, _ in crossed]
-        return [
-            ["best λ", *(f"{LAMBDAS[best(grid)]:.3g}" for grid in grids)],
-            ["LDS at 1.0", *(lds.interval(values) for values in at_one)],
-            ["cross-fitted", *(lds.interval(values) for values in fitted)],
-            ["cross. − 1.0", *(lds.interval(f - o) for f, o in zip(fitted, at_one, strict=True))],
-            ["less none's", "", "", *(lds.interval(fitted[i + 2] - fitted[i]) for i in (0, 1))],
-        ]
-
-    table(("", *heads), iter(summary()), widths)
-    rules = studies["none"].rules
+    grids = [study.by_lambda(of) for study, of in cases]
+    fitted = [lds.cross_fitted(grid)[0] for grid in grids]
+    at_one = [of["fixed 1.0"] for _, of in cases]
+    summary: dict[str, list[object]] = {
+        "best λ": [f"{LAMBDAS[best(grid)]:.3g}" for grid in grids],
+        "LDS at 1.0": [lds.interval(values) for values in at_one],
+        "cross-fitted": [lds.interval(values) for values in fitted],
+        "cross. − 1.0": [lds.interval(f - o) for f, o in zip(fitted, at_one, strict=True)],
+        "less first's": [lds.interval(f - fitted[i % 2]) for i, f in enumerate(fitted)],
+    }
+    table(("", *heads), ([name, *row] for name, row in summary.items()), widths)
     table(
-        ("regret of", "λ, none", *heads[:2], "λ, output", *heads[2:]),
+        ("regret of", *(h for k in studies for h in (f"λ, {k}", f"{k}, ensemble", f"{k}, one"))),
         (
-            [
-                rule,
-                *(
-                    cell
-                    for s in studies.values()
-                    for cell in (
-                        s.shown(rule),
-                        s.regret(s.ensemble, rule),
-                        s.regret(s.single, rule),
-                    )
-                ),
-            ]
-            for rule in rules
+            [rule, *(cell for s in studies.values() for cell in s.row(rule))]
+            for rule in next(iter(studies.values())).rules
         ),
-        (16, 10, 16, 11, 11, 18, 13),
+        (16, *(width for _ in studies for width in (12, 19, 14))),
     )
 
 

@@ -86,7 +86,7 @@ class StoredRun:
     """Masks (subsets, n) and mean margins (subsets, t) of a run, and its checkpoints one by one.
 
     Targets whose margins are the same for all subsets are left out. Without a ground truth there
-    are neither. `mislabelled` (n,) are the problem's wrong labels, if it knows any.
+    are neither.
     """
 
     def __init__(self, run_dir: Path, proj_dim: int = 0) -> None:
@@ -98,8 +98,6 @@ class StoredRun:
         self._targets = self.plan.targets[0].name
         self.margins: Matrix | None = None
         self._informative = np.arange(self.plan.targets[0].rows)
-        wrong = self._session.problem.mislabelled
-        self.mislabelled = None if wrong is None else np.asarray(wrong, dtype=bool)
         if self.plan.ground_truth.subsets or self.plan.ground_truth.masks:
             truth = read_ground_truth(run, self._targets)
             margins = truth.margins.mean(axis=1)
@@ -120,6 +118,12 @@ class StoredRun:
         weights = load_file(self._session.run.layout.run_dir / path).values()
         norm = sum(float(w.double().square().sum()) for w in weights if w.is_floating_point())
         return Checkpoint(x, self._out_to_loss(model_id), g[self._informative], norm)
+
+    @property
+    def mislabelled(self) -> NDArray[np.bool_] | None:
+        """Which rows (n,) have a wrong label, if the problem knows."""
+        wrong = self._session.problem.mislabelled
+        return None if wrong is None else np.asarray(wrong, dtype=bool)
 
     @cached_property
     def mean_q(self) -> Tensor:
