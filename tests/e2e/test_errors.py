@@ -206,7 +206,7 @@ def test_memory_is_refused_before_anything_runs(
     launch, tiny_run, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setattr(machine, "memory_bytes", lambda: 2**30)
-    ended = launch(*tiny_run, "proj_dim=16384")
+    ended = launch(*tiny_run, "proj_dim=16384", "reduce.kernel_form=primal")
     says(ended, 2, "error: a kernel cell needs 8.0 GiB, there are 1.0 GiB\n", "next:")
     assert not (tmp_path / "run").exists()
 

@@ -53,6 +53,8 @@ class Segments:
 
     def sums(self, values: Float[Tensor, "n w"]) -> Float[Tensor, "count w"]:
         """The sums of rows of `values`; 0 where a key has none."""
+        if not values.shape[1]:  # on some processors embedding_bag refuses rows of no columns
+            return values.new_zeros(self.count, 0)
         # One thread walks over the rows of one sum: the forward kernel has no atomics.
         found = F.embedding_bag(self.order, values, self.starts, mode="sum")
         return found.view(len(self.starts) // self.count, self.count, values.shape[1]).sum(0)
