@@ -22,7 +22,7 @@ def new_plan(
     parameters: int,
     model: str,
     gradients: str,
-    curvatures: tuple[str, ...],
+    curvatures: tuple[str, ...] = (),
 ) -> Plan:
     """A plan without checkpoints and target sets, for a train split whose rows are streamed."""
     dim = parameters if spec.projection.kind == "identity" else spec.store_dim
