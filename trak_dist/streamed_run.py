@@ -18,7 +18,15 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from trak_dist import trust, worker
-from trak_dist.cells import Cell, FeaturizeCell, GramCell, KernelCell, PreconditionCell, ScoreCell
+from trak_dist.cells import (
+    Cell,
+    FeaturizeCell,
+    FisherCell,
+    GramCell,
+    KernelCell,
+    PreconditionCell,
+    ScoreCell,
+)
 from trak_dist.checkpoints import digests
 from trak_dist.checkpoints.featurizer import CheckpointFeaturizer
 from trak_dist.checks.gradient_audit import Audit
@@ -81,6 +89,7 @@ class StreamedRun:
         self._arguments, self._rows, self._sessions = requested, rows, Sessions()
         self._curvatures = tuple(c for c in curvature.offered(output) if c != "fisher")
         requested.check_curvature(self._curvatures)
+        self._loss_checked = False
         self.run = self._open() if Run.exists(run_dir) else None  # as last seen
 
     def refreshed(self) -> Run:
@@ -102,7 +111,8 @@ class StreamedRun:
 
     def _with_reduce(self, plan: Plan) -> Plan:
         plan = self._arguments.with_reduce(plan)
-        return plan if plan.curvature == "none" else replace(plan, curvatures=self._curvatures)
+        known = plan.curvatures or plan.curvature == "none"
+        return plan if known else replace(plan, curvatures=self._curvatures)
 
     def extended(self, change: Callable[[Plan], Plan]) -> Run:
         """The run with its plan changed, also if other processes change it at the same time."""
@@ -154,6 +164,9 @@ class StreamedRun:
         feed.check_same_examples(rows[~left], inputs[~left])
         if not left.any():
             return
+        if run.plan.curvature == "output" and not self._loss_checked:
+            curvature.check_logistic(self._model, self._output, rows_of(batch, slice(2)))
+            self._loss_checked = True
         keep = torch.from_numpy(np.flatnonzero(left))
         batch = pytree.tree_map_only(Tensor, lambda t: t[keep.to(t.device)], batch)
         in_plan = loaded.featurizer(run.plan, self._output)
@@ -271,10 +284,7 @@ class StreamedRun:
     def _complete(self, run: Run, cells: Sequence[Cell]) -> None:
         """Run the cells that are not done; several processes may do so at once."""
         done = run.receipts.done(cells)
-        left = [c.split for c in cells if isinstance(c, FeaturizeCell) and c not in done]
-        if not all(
-            run.plan.split(name).streamed for name in left
-        ):  # a problem's, of the launcher's run
+        if any(_needs_problem(run.plan, c) for c in cells if c not in done):
             trust.check_trusted(run.plan, run.layout.run_dir)
         ids, run_dir = [cell.id for cell in cells], str(run.layout.run_dir)
         with worker.cell_numerics(self._device):
@@ -302,11 +312,19 @@ class StreamedRun:
 
 
 def _larger_lambda(run: Run, model_id: int) -> str:
-    diagonal = float(contents.read(run, GramCell(model_id), "gram").diagonal().mean())
-    proposed = diagonal * arguments.lambda_unit_factor(run.plan.spec)
+    trace = float(contents.read(run, GramCell(model_id), "gram").trace())
+    proposed = trace / run.plan.proj_dim * arguments.lambda_unit_factor(run.plan.spec)
     return f"here TRAKer(lambda_reg={proposed:.2g}): the mean of XᵀX's diagonal, in TRAK's units"
 
 
 def _kernel_cells(plan: Plan, model_id: int) -> list[Cell]:
     grads = FeaturizeCell.of_split(plan, model_id, TRAIN)
-    return [*grads, GramCell(model_id), KernelCell(model_id)]
+    drawn = FisherCell.of_checkpoint(plan, model_id)
+    return [*grads, *drawn, GramCell(model_id), KernelCell(model_id)]
+
+
+def _needs_problem(plan: Plan, cell: Cell) -> bool:
+    """Whether it is a cell of the launcher's run, which computes gradients of a problem."""
+    if isinstance(cell, FeaturizeCell):
+        return not plan.split(cell.split).streamed
+    return isinstance(cell, FisherCell)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -223,7 +223,65 @@ def test_a_sample_of_more_rows_than_there_are_is_refused(
 def test_no_lambda_and_a_dual_are_refused(launch: Launch, tiny_run: list[str]) -> None:
     ended = launch(*tiny_run, "reduce.lambda_reg=0", "reduce.kernel_form=dual")
     assert ended.code == 2
-    assert "λ = 0" in ended.err
+    assert "λ = 0 has no dual form" in ended.err
+    assert "reduce.kernel_form=primal" in ended.err
+
+
+class DrawsNothing(trak_dist.ImageClassification):
+    def draw_labels(self, model, weights, buffers, batch, uniform) -> None:
+        return None
+
+
+class DrawsOne(trak_dist.ImageClassification):
+    def draw_labels(self, model, weights, buffers, batch, uniform) -> tuple[torch.Tensor, ...]:
+        return tuple(part[:1] for part in batch)
+
+
+def drawn_by(kind: str, directory: str) -> trak_dist.Problem:
+    problem = tiny.problem(directory)
+    return replace(problem, model_output=globals()[kind]())
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("DrawsNothing", "draw_labels of DrawsNothing, of examples of train raised TypeError"),
+        ("DrawsOne", "a batch of 4 examples came back with 1"),
+    ],
+)
+def test_labels_that_can_not_be_drawn_are_found_when_planning(
+    launch: Launch, tiny_run: list[str], kind: str, said: str
+) -> None:
+    others = [o for o in tiny_run if "_target_" not in o]
+    target = ("problem._target_=test_curvature.drawn_by", f"+problem.kind={kind}")
+    ended = launch(*others, *target, "reduce.curvature=fisher")
+    assert ended.code == 2
+    assert said in ended.err
+
+
+def test_fisher_rows_of_other_data_are_revoked(
+    launch: Launch, tiny_run: list[str], tmp_path: Path
+) -> None:
+    fisher = (*tiny_run, "targets=val", "reduce.curvature=fisher", "stage=featurize")
+    assert launch(*fisher).code == 0
+    run = Run.open(tmp_path / "run")
+    first = next(FeaturizeCell.of_split(run.plan, 0, "train"))
+    run.receipts.mark_stale(first, "computed from other rows than 'train' has at 0-4")
+    assert launch(f"run_dir={tmp_path / 'run'}", "stage=verify", "repair=true").code == 0
+    left = run.receipts.done([*FisherCell.of(run.plan)])
+    assert {c.model_id for c in left} == {1, 2}
+
+
+def test_traker_leaves_the_curvature_of_a_launched_run(
+    launch: Launch, tiny_run: list[str], tmp_path: Path
+) -> None:
+    assert launch(*tiny_run, "targets=val", "reduce.curvature=fisher").code == 0
+    before = open_run(tmp_path / "run").scores("val")
+    own = trak_dist.TRAKer(
+        tiny.net(), "image_classification", train_set_size=ROWS, save_dir=tmp_path / "run"
+    )
+    assert np.array_equal(own.finalize_scores("val"), before)
+    assert plan_of(tmp_path / "run").curvature == "fisher"
 
 
 def test_weights_that_are_all_zero_say_so(

@@ -85,7 +85,9 @@ def test_scores_are_those_of_the_thinned_networks(run, tmp_path: Path) -> None:
             model = tiny_dropout.net()
             model[2] = Thinned(seed)
             targets = problem.targets["val"]
-            members.append(oracle.member(model, torch.load(path), problem.train, targets))
+            members.append(
+                oracle.member(model, torch.load(path), problem.train, targets, weighted=True)
+            )
     expected, _ = oracle.scores(members, **setting)
     found = open_run(tmp_path / "run").scores("val")
     assert oracle.column_errors(found, expected).max() <= 1e-4

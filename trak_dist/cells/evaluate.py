@@ -21,6 +21,7 @@ from trak_dist.coordinates import TRAIN
 from trak_dist.plan import Plan, cached_on_plan, digest
 
 PREDICTIONS = 20 * 16  # values of λ, and ensembles and dimensions, of an evaluation
+ENSEMBLES = 8  # sizes of them
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,9 @@ class EvaluateCell(Cell):
         subsets, d = plan.ground_truth.subsets, kernel_dim(plan)
         t = max((split.rows for split in plan.targets), default=0)
         per_subset = plan.train.rows + PREDICTIONS * 8 * t
-        rows = 16 * largest_cell(plan) + 8 * SCALE_ROWS * plan.proj_dim if plan.dual else 0
+        k = plan.proj_dim
+        sums = 8 * k * (SCALE_ROWS + ENSEMBLES * subsets + 3 * t)
+        rows = 16 * largest_cell(plan) + sums if plan.dual else 0
         return 6 * 8 * d * d + rows + subsets * per_subset if subsets else 0
 
 

@@ -117,6 +117,7 @@ def prepare_run(resolved: Resolved, note: Note) -> Prepared:
     run_dir = Path(config.run_dir)
     if base:
         plan = _with_settings(config, base, resolved.changeable, note)
+        planning.check_curvature(plan)  # before it names a member
         if resolved.sweep_dims is not None:
             run_dir = members.directory(base, plan)
             run = Run.open(run_dir) if Run.exists(run_dir) else None
@@ -127,7 +128,6 @@ def prepare_run(resolved: Resolved, note: Note) -> Prepared:
         else:
             planning.check_no_scores(base, plan)
     plan = _extended(resolved, run or base, plan, note)
-    planning.check_curvature(plan)
     planning.check_ensemble(plan)
     planning.check_full_rank(plan)
     if config.stage == "evaluate":

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 
-from trak_dist.cells import Cell, FeaturizeCell
+from trak_dist.cells import Cell, FeaturizeCell, FisherCell
 from trak_dist.store.run import Run
 
 COUNT_SHARE = 0.1  # at most this share of the time goes into counting receipts
@@ -107,7 +107,7 @@ class Counter:
 
     def _count(self) -> None:
         done = self._run.receipts.done(self._waiting)
-        self._rows += sum(len(c.rows) for c in done if isinstance(c, FeaturizeCell))
+        self._rows += sum(len(c.rows) for c in done if isinstance(c, FeaturizeCell | FisherCell))
         self._waiting = [c for c in self._waiting if c not in done]
         failures = self._run.receipts.failures(self._waiting)
         self._failed = sum(failure != self._before.get(c) for c, failure in failures.items())

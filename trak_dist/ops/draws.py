@@ -19,6 +19,7 @@ from trak_dist.configuration.config import DRAW_VERSION
 
 SIGNS_PER_DRAW = 64
 NORMALS_PER_DRAW = 4
+PIECE = 2**20  # logits whose probabilities are held at once
 
 
 def stream_key(*parts: object) -> int:
@@ -65,9 +66,18 @@ def categorical(
 
     It is the first class whose cumulative probability, in float64, is above the number.
     """
-    cumulative = logits.double().softmax(-1).cumsum(-1)
-    found = torch.searchsorted(cumulative, uniform.double()[..., None], right=True)
-    return found.squeeze(-1).clamp(max=logits.shape[-1] - 1)
+    classes = logits.shape[-1]
+    rows = max(1, PIECE // classes)
+    pieces = zip(
+        torch.split(logits.reshape(-1, classes), rows),
+        torch.split(uniform.reshape(-1, 1), rows),
+        strict=True,
+    )
+    found = [
+        torch.searchsorted(some.double().softmax(-1).cumsum(-1), u.double(), right=True)
+        for some, u in pieces
+    ]
+    return torch.cat(found).clamp(max=classes - 1).view(uniform.shape)
 
 
 def uniform(

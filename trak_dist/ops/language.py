@@ -81,7 +81,8 @@ class LanguageModeling:
         Parameters
         ----------
         uniform
-            `uniform(count)` is float32 in [0, 1), each text's own; one is used for each position.
+            `uniform(count)` is (batch, count) float64 in [0, 1), each text's own; one for each
+            position is used.
         """
         with torch.no_grad():
             logits, labels = _logits_and_labels(model, weights, buffers, batch)

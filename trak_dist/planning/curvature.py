@@ -6,21 +6,23 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import cast
 
+import torch
+
 from trak_dist.checkpoints.featurizer import batch_in, model_in
 from trak_dist.coordinates import TRAIN
-from trak_dist.errors import ConfigError
+from trak_dist.errors import ConfigError, ProblemError
 from trak_dist.ops import curvature
-from trak_dist.ops.batches import Batch
+from trak_dist.ops.batches import Batch, examples_in
 from trak_dist.plan import Plan
 from trak_dist.planning import gradient_method
 from trak_dist.planning.dry_run import first_batch
-from trak_dist.problem import Problem
+from trak_dist.problem import Problem, user_code_errors
 
 WHERE = "reduce.curvature"
 
 
 def with_curvatures(plan: Plan, problem: Problem) -> Plan:
-    """`plan` with the curvatures that the model output offers.
+    """`plan` with the curvatures that the model output offers, if it does not say.
 
     Raises
     ------
@@ -29,7 +31,8 @@ def with_curvatures(plan: Plan, problem: Problem) -> Plan:
     ProblemError
         If the model output's loss is not the one that it declares.
     """
-    plan = replace(plan, curvatures=curvature.offered(problem.model_output))
+    if not plan.curvatures:
+        plan = replace(plan, curvatures=curvature.offered(problem.model_output))
     check_curvature(plan)
     if plan.curvature == "output":
         compute = plan.spec.featurize.compute
@@ -40,17 +43,41 @@ def with_curvatures(plan: Plan, problem: Problem) -> Plan:
 
 
 def check_fisher_rows(plan: Plan, problem: Problem, batches: Mapping[str, Batch]) -> None:
-    """Raise `ConfigError` if the plan's gradient method can't compute Fisher rows.
+    """Draw labels, and try the plan's gradient method on their log-likelihood.
 
     Parameters
     ----------
     batches : mapping
         Whole batches of train rows, by what they are of.
+
+    Raises
+    ------
+    ConfigError
+        If the method can't compute it.
+    ProblemError
+        If labels can't be drawn, or not one batch of them for a batch.
     """
+    output = cast(curvature.FisherModelOutput, problem.model_output)
+    compute = plan.spec.featurize.compute
+    model, drawn = model_in(compute, problem.model.eval()), {}
+    state = dict(model.named_parameters()), dict(model.named_buffers())
+    for name, batch in batches.items():
+        size = examples_in(batch)
+        uniform = curvature.uniform_of_rows(range(size), 0, torch.device("cpu"))
+        where = f"draw_labels of {type(output).__qualname__}, of examples of {name}"
+        with user_code_errors(where), torch.no_grad():
+            found = tuple(output.draw_labels(model, *state, batch_in(compute, batch), uniform))
+        if examples_in(found) != size:
+            raise ProblemError(
+                f"a batch of {size} examples came back with {examples_in(found)}",
+                where=where,
+                next="draw_labels must give the batch that it got, with other labels",
+            )
+        drawn[name] = found
     gradient_method.select_gradient_method(
         problem.model,
-        curvature.LogLikelihood(cast(curvature.FisherModelOutput, problem.model_output)),
-        batches,
+        curvature.LogLikelihood(output),
+        drawn,
         params=plan.spec.featurize.params,
         requested=plan.gradients,
     )

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import replace
 
 from trak_dist import commands
-from trak_dist.cells import FeaturizeCell
+from trak_dist.cells import FeaturizeCell, FisherCell
 from trak_dist.errors import ConfigError, MissingInputs
 from trak_dist.plan import Plan
 from trak_dist.store.receipts import Receipts
@@ -46,7 +46,8 @@ def without_missing(run: Run, plan: Plan) -> Plan:
     receipts, featurized = Receipts(run.layout, plan), []
     for model_id in plan.model_ids:
         splits = (plan.train, *plan.targets)
-        cells = [c for s in splits for c in FeaturizeCell.of_split(plan, model_id, s.name)]
+        grads = (c for s in splits for c in FeaturizeCell.of_split(plan, model_id, s.name))
+        cells = [*grads, *FisherCell.of_checkpoint(plan, model_id)]
         if len(receipts.done(cells)) == len(cells):
             featurized.append(model_id)
     if not featurized:

@@ -1,8 +1,8 @@
 """`reduce.lambda_reg=auto`: the λ at which the run's own evaluation has the highest LDS.
 
-Without one, where the curvature is `output`, an ensemble of `ENSEMBLE` models or more gets twice
-the mean squared norm of its curvature rows, whatever the `proj_dim`: less than 0.01 of LDS below
-the best λ wherever that was measured (docs/evaluation.md).
+Without a ground truth, where the curvature is `output`, an ensemble of `ENSEMBLE` checkpoints or
+more gets twice the mean squared norm of its curvature rows, whatever the `proj_dim`: less than 0.01
+of LDS below the best λ wherever that was measured (docs/evaluation.md).
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import numpy as np
 from trak_dist.cells import EvaluateCell
 from trak_dist.configuration.config import Spec
 from trak_dist.errors import EvaluationError
+from trak_dist.plan import Plan
 from trak_dist.store.results import Results
 from trak_dist.store.run import Run
 
-ENSEMBLE = 5  # models, for which the rule without an evaluation was measured
+ENSEMBLE = 5  # checkpoints, for which the rule without an evaluation was measured
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def select_lambda(base: Run | None, spec: Spec, use: Sequence[int]) -> LambdaSel
         if found := _best(Run.open(run_dir), spec, use):
             return found
     plan = base.plan.with_settings(spec, use) if base else None
-    if plan and plan.curvature == "output" and len(plan.model_ids) >= ENSEMBLE:
+    if plan and _rule_holds(plan):
         value = float(f"{2 * plan.proj_dim / plan.train.rows:.3g}")
         return LambdaSelection(
             value,
@@ -74,6 +75,12 @@ def select_lambda(base: Run | None, spec: Spec, use: Sequence[int]) -> LambdaSel
         next="first the same command with reduce.lambda_reg=1.0 ground_truth.subsets=100 "
         "ground_truth.seeds=3; on Slurm wait until it is done",
     )
+
+
+def _rule_holds(plan: Plan) -> bool:
+    evaluated = any(plan.has_ground_truth(split.name) for split in plan.targets)
+    many = plan.ensemble_checkpoints >= ENSEMBLE
+    return plan.curvature == "output" and many and not evaluated
 
 
 def _best(run: Run, spec: Spec, use: Sequence[int]) -> LambdaSelection | None:

@@ -155,7 +155,8 @@ def with_gradients(plan: Plan, problem: Problem) -> Plan:
     splits = (plan.train, *plan.targets)
     thin = replace(problem, model=featurized_model(problem.model, plan.dropout_seeds))
     method, _ = _select_gradients(thin, plan.spec, splits, plan.spec.featurize.gradients)
-    return replace(plan, gradients=method)
+    plan = replace(plan, gradients=method)
+    return _with_curvatures(plan, problem) if plan.curvature == "fisher" else plan
 
 
 def _select_gradients(

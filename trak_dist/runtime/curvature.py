@@ -63,7 +63,7 @@ class CurvatureRows(Sequence[Tensor]):
             drawn = plan.spec.reduce.fisher_draws * plan.fisher_rows / plan.train.rows
             return rows if drawn == 1 else rows / math.sqrt(drawn)
         if plan.curvature == "output":
-            return rows.double() * self._weights(cell).sqrt()[:, None]
+            return rows.double().mul_(self._weights(cell).sqrt()[:, None])
         return rows
 
     def _weights(self, cell: FeaturizeCell) -> Tensor:

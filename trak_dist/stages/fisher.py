@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from trak_dist.cells import FeaturizeCell, FisherCell
 from trak_dist.coordinates import TRAIN
 from trak_dist.ops import draws
 from trak_dist.ops import rows as row_format
 from trak_dist.runtime.cell_result import CellResult
 from trak_dist.runtime.computed_rows import compute_rows, or_by_loop
-from trak_dist.runtime.reread import check_done_rows
+from trak_dist.runtime.reread import check_done_rows, check_same_inputs
 from trak_dist.runtime.session import Session
 from trak_dist.store import contents
 
@@ -35,6 +37,8 @@ def _computed(session: Session, cell: FisherCell) -> CellResult:
     sample = draws.some_rows(SAMPLE, plan.train.rows, plan.fisher_rows)
     rows = sample[cell.rows.start : cell.rows.stop].tolist()
     computed = compute_rows(session, cell, TRAIN, rows, draw=cell.draw)
+    if len(sample) == plan.train.rows:
+        check_same_inputs(session, replace(train, rows=cell.rows), computed.shown)
     stored, scale = row_format.encode(computed.grads, plan.spec.featurize.dtype)
     arrays = {"grads": stored.cpu().numpy(), "row_scale": scale.cpu().numpy()}
     return CellResult(contents.write(session.run, cell, arrays), computed.facts)

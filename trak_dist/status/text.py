@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from trak_dist.cells import Cell, FeaturizeCell
+from trak_dist.cells import Cell, FeaturizeCell, FisherCell
 from trak_dist.listing import first_few
 from trak_dist.plan_inputs import Split
 from trak_dist.status.state import MARKS, SHOWN, StageStatus, Status
@@ -61,7 +61,7 @@ def _audits(status: Status) -> Iterator[str]:
 def _time_left(status: Status, stage: StageStatus, rate: float) -> str:
     """Time until what is running and queued is done, if as many tasks keep running as now."""
     cells = {*stage.running, *stage.queued}
-    rows = sum(len(c.rows) for c in cells if isinstance(c, FeaturizeCell))
+    rows = sum(len(c.rows) for c in cells if isinstance(c, FeaturizeCell | FisherCell))
     workers = status.queue.workers(cells)
     if not rate or not rows or not workers:
         return ""

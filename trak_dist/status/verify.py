@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from trak_dist.cells import Cell, FeaturizeCell, of_run
+from trak_dist.cells import Cell, FeaturizeCell, FisherCell, of_run
 from trak_dist.checkpoints.digests import content_digest
 from trak_dist.checkpoints.state_dicts import read
 from trak_dist.checks.dependents import derived_from, runs_sharing_grads
 from trak_dist.checks.input_digests import cells_with_other_inputs
+from trak_dist.coordinates import TRAIN
 from trak_dist.errors import CheckpointError, StoreError
 from trak_dist.hashing import digest_of
 from trak_dist.store import atomic, contents
@@ -92,9 +93,14 @@ def revoke_damaged_cells(run: Run, damaged: Sequence[tuple[Cell, list[str]]]) ->
     What was derived from a cell is revoked before it: the next call after a kill finds the rest.
     """
     invalid = cells_with_other_inputs(run)
+    changed = {c.model_id for c in invalid if isinstance(c, FeaturizeCell) and c.split == TRAIN}
     for other in runs_sharing_grads(run) if invalid else ():
         for cell, why in reversed(derived_from(other, invalid).items()):
             other.receipts.revoke(cell, why=why)
+        # Their labels were drawn for the same rows.
+        drawn = [c for c in FisherCell.of(other.plan) if c.model_id in changed]
+        for cell in other.receipts.done(drawn):
+            other.receipts.revoke(cell, why="drawn for other rows than the dataset has")
     for cell, reasons in reversed(damaged):
         run.receipts.revoke(cell, why="; ".join(reasons))
 
