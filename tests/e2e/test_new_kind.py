@@ -56,7 +56,7 @@ def test_a_new_kind_runs_resumes_and_is_verified_like_any_other(with_kind, tmp_p
     (projection,) = store["models/0"].group_keys()
     for model_id in (0, 1):
         made = store[f"models/{model_id}/{projection}"]
-        gram = np.tril(made["gram/8"][:])
+        gram = np.tril(made["gram/8-output"][:])
         whole = gram + np.tril(gram, -1).T
         np.testing.assert_allclose(made["spectrum/8"][:], np.linalg.eigvalsh(whole), rtol=1e-12)
     # Its receipts lie with the others; the graph, Slurm's resources and verify know it.

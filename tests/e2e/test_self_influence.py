@@ -33,6 +33,7 @@ def given(root: Path, name: str = "run") -> list[str]:
         *("problem._target_=tiny_flipped.problem", f"+problem.directory={root / 'checkpoints'}"),
         *(f"run_dir={root / name}", "cluster=debug", "targets=val", "proj_dim=16"),
         *("featurize.batch_rows=4", "featurize.cell_rows=8", f"reduce.lambda_reg={LAMBDA}"),
+        "reduce.curvature=none",
     ]
 
 

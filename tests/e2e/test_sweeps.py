@@ -108,7 +108,7 @@ def test_a_member_is_a_run_directory_whose_arrays_are_in_the_one_store(run, tmp_
     array = group[f"sweeps/{name}/scores/val"]
     np.testing.assert_array_equal(array[:], open_run(member).scores("val"))
     assert array.attrs["proj_dim"] == 8
-    assert group["models/0"][open_run(member).plan.projection_id]["gram/8"].shape == (8, 8)
+    assert group["models/0"][open_run(member).plan.projection_id]["gram/8-output"].shape == (8, 8)
     assert (member / "report/val.html").exists()
     assert not (member / "store.zarr").exists()
     assert set(open_run(member).receipts("featurize")) == set(

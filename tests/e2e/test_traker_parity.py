@@ -63,6 +63,7 @@ def test_scores_equal_those_of_the_reference_implementation(launch, tmp_path: Pa
         *("featurize.dtype=float32", "featurize.batch_rows=10", "featurize.cell_rows=20"),
         *("reduce.kernel_scale=mean_abs", "reduce.lambda_unit=absolute"),
         f"reduce.lambda_reg={parity.LAMBDA}",
+        "reduce.curvature=none",
     )
     assert ended.code == 0, ended.err
     assert_equal(

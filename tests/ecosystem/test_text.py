@@ -103,6 +103,7 @@ def test_datasets_and_models_of_hugging_face_through_hydra_and_through_traker(
         *("problem._target_=text_problem.problem", f"+problem.directory={tmp_path / 'models'}"),
         *("cluster=debug", f"run_dir={tmp_path / 'run'}", "proj_dim=64", "targets=val"),
         *("featurize.dtype=float32", "reduce.lambda_reg=0.5", "reduce.lambda_unit=absolute"),
+        "reduce.curvature=none",
     )
     assert ended.code == 0, ended.err
     assert "gradients by hooks" in ended.out

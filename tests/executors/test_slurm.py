@@ -697,7 +697,7 @@ def test_a_partition_without_a_limit(launch, slurm_run) -> None:
 
 def test_less_memory_than_a_cell_needs(launch, slurm_run, fake_slurm, tmp_path: Path) -> None:
     refuses(
-        launch(*slurm_run, "proj_dim=16384"),
+        launch(*slurm_run, "proj_dim=16384", "reduce.kernel_form=primal"),
         "a kernel cell needs 8.0 GiB, there are 1.0 GiB\n"
         "  where: kernel\n"
         "  next:  a smaller proj_dim (memory goes with its square), or cluster.memory_gb=…",
