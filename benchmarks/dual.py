@@ -14,7 +14,7 @@ import itertools
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ CASES += [("dual", 8192, 4096), ("dual", 32768, 1024), ("dual", 32768, 4096)]
 REDUCE = {"lambda_reg": 1.0, "lambda_unit": "mean_diagonal", "kernel_scale": "mean_abs"}
 
 
-class Stored(Sequence[Tensor]):
+class Stored:
     """Random rows as the store has them, decoded when they are asked for."""
 
     def __init__(self, k: int, r: int, cell_rows: int) -> None:
@@ -43,8 +43,11 @@ class Stored(Sequence[Tensor]):
     def __len__(self) -> int:
         return len(self._cells)
 
-    def __getitem__(self, index: int) -> Tensor:  # type: ignore[override]
+    def __getitem__(self, index: int) -> Tensor:
         return rows.decode(*self._cells[index])
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return map(self.__getitem__, range(len(self)))
 
 
 def planned(form: str, k: int, r: int) -> Plan:

@@ -31,10 +31,7 @@ MIN_CELLS = 8  # a small split is still cut into about so many cells, to lose li
 REDUCE_KEYS = ("proj_dim", "reduce.", "checkpoints.use")
 GRADIENTS_KEY = "featurize.gradients"
 # What is asked for; what became of it enters digests by itself.
-REQUESTS = (
-    *(GRADIENTS_KEY, "reduce.curvature", "reduce.kernel_form"),
-    *("reduce.fisher_draws", "reduce.fisher_rows"),
-)
+REQUESTS = (GRADIENTS_KEY, "reduce.curvature", "reduce.kernel_form", "reduce.fisher_")
 SWEEP_KEYS = (
     *("proj_dim", "store_dim", "projection.", "checkpoints.use"),
     # not reduce.threads: they set the bits of the shared Gram
@@ -250,10 +247,13 @@ class Plan:
     @cached_property
     def kernel_id(self) -> str:
         """Names one choice of `proj_dim` and `reduce`; checkpoints may join without changing it."""
-        what: list[object] = [self.proj_dim, self.settings_of("reduce")]
-        if self.gram_id != str(self.proj_dim):  # plans of earlier versions had no other
-            what.append(self.gram_id)
+        what = [self.proj_dim, self.settings_of("reduce"), *self.other_gram]
         return f"{self.proj_dim}-{digest(what)[:8]}"
+
+    @property
+    def other_gram(self) -> list[str]:
+        """The Gram's name as it enters digests: none of XᵀX, all that earlier versions had."""
+        return [] if self.gram_id == str(self.proj_dim) else [self.gram_id]
 
     @cached_property
     def reduce_id(self) -> str:
@@ -266,7 +266,7 @@ class Plan:
         return {
             k: v
             for k, v in non_default_settings(self.spec).items()
-            if any(k == s or k.startswith(f"{s}.") for s in sections) and k not in REQUESTS
+            if any(k == s or k.startswith(f"{s}.") for s in sections) and not k.startswith(REQUESTS)
         }
 
     def cut(self, split: str) -> list[object]:

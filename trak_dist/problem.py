@@ -158,7 +158,7 @@ def with_random_policy(problem: Problem, random: str) -> Problem:
     """`problem` whose model output draws random numbers as `featurize.random` says."""
     if random == "refused":
         return problem
-    from trak_dist.ops.model_outputs import SeededByExample
+    from trak_dist.ops.wrapped_outputs import SeededByExample
 
     return replace(problem, model_output=SeededByExample(problem.model_output))
 

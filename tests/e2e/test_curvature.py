@@ -259,6 +259,12 @@ def test_labels_that_can_not_be_drawn_are_found_when_planning(
     assert said in ended.err
 
 
+def test_fisher_rows_are_computed_in_bfloat16(launch: Launch, tiny_run: list[str]) -> None:
+    asked = ("reduce.curvature=fisher", "featurize.compute=bfloat16", "stage=featurize")
+    ended = launch(*tiny_run, "targets=val", *asked)
+    assert ended.code == 0, ended.err
+
+
 def test_fisher_rows_of_other_data_are_revoked(
     launch: Launch, tiny_run: list[str], tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ from trak_dist.cells.train import TrainCell
 from trak_dist.configuration.config import CACHE_BYTES
 from trak_dist.coordinates import FULL, Rows
 from trak_dist.plan import Plan, cached_on_plan, digest
+from trak_dist.plan_inputs import Split
 
 INPUT_DIGEST_BYTES = 16  # of what a streamed row was computed from
 
@@ -57,8 +58,7 @@ class FeaturizeCell(Cell):
         return plan.projection_id, str(self.model_id)
 
     def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
-        if plan.checkpoint(self.model_id).trained:
-            yield TrainCell(FULL, plan.train_seed(self.model_id))
+        yield from trained_by(plan, self.model_id)
 
     @property
     def dependency_group(self) -> Hashable:
@@ -73,18 +73,11 @@ class FeaturizeCell(Cell):
 
         Of streamed rows also `inputs` (n, 16), digests of what each was computed from.
         """
-        split, compression = plan.split(self.split), plan.spec.store.compression
-        chunk = min(split.cell_rows, split.rows)
+        split = plan.split(self.split)
+        group = f"{of_checkpoint(plan, self.model_id)}/{self.split}"
 
         def owned(name: str, dtype: str, *columns: int) -> OwnedRows:
-            spec = ArraySpec(
-                shape=(split.rows, *columns),
-                chunks=(chunk, *columns),
-                dtype=dtype,
-                compression=compression,
-            )
-            path = f"{of_checkpoint(plan, self.model_id)}/{self.split}/{name}"
-            return OwnedRows(path, spec, self.rows.start, self.rows.stop)
+            return rows_of_array(plan, f"{group}/{name}", split, self.rows, dtype, *columns)
 
         arrays = {
             "grads": owned("grads", plan.spec.featurize.dtype, plan.store_dim),
@@ -118,6 +111,25 @@ class FeaturizeCell(Cell):
         activations = plan.activations * spec.featurize.batch_rows * 3 // 2
         rows = 8 * largest_cell(plan)
         return 4 * p + activations + 8 * examples * p + rows + min(drawn, CACHE_BYTES)
+
+
+def rows_of_array(
+    plan: Plan, path: str, split: Split, rows: Rows, dtype: str, *columns: int
+) -> OwnedRows:
+    """A cell's rows of an array that has one for each row of a split, and its cells as chunks."""
+    spec = ArraySpec(
+        shape=(split.rows, *columns),
+        chunks=(min(split.cell_rows, split.rows), *columns),
+        dtype=dtype,
+        compression=plan.spec.store.compression,
+    )
+    return OwnedRows(path, spec, rows.start, rows.stop)
+
+
+def trained_by(plan: Plan, model_id: int) -> Iterator[TrainCell]:
+    """The cell that trains a model's checkpoint, if the run does."""
+    if plan.checkpoint(model_id).trained:
+        yield TrainCell(FULL, plan.train_seed(model_id))
 
 
 def of_checkpoint(plan: Plan, model_id: int) -> str:

@@ -6,12 +6,11 @@ from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
-from trak_dist.cells import featurize
 from trak_dist.cells.cell import Cell
-from trak_dist.cells.featurize import FeaturizeCell
-from trak_dist.cells.ownership import ArraySpec, OwnedRows
+from trak_dist.cells.featurize import FeaturizeCell, of_checkpoint, rows_of_array, trained_by
+from trak_dist.cells.ownership import OwnedRows
 from trak_dist.cells.train import TrainCell
-from trak_dist.coordinates import FULL, Rows
+from trak_dist.coordinates import Rows
 from trak_dist.plan import Plan, cached_on_plan, digest
 from trak_dist.plan_inputs import Split
 
@@ -60,8 +59,7 @@ class FisherCell(Cell):
         return plan.projection_id, str(self.model_id), str(plan.fisher_rows)
 
     def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
-        if plan.checkpoint(self.model_id).trained:
-            yield TrainCell(FULL, plan.train_seed(self.model_id))
+        yield from trained_by(plan, self.model_id)
 
     @property
     def dependency_group(self) -> Hashable:
@@ -73,17 +71,11 @@ class FisherCell(Cell):
 
     def arrays(self, plan: Plan) -> Mapping[str, OwnedRows]:
         """`grads` (rows, k) and `row_scale` (rows,), chunked alike; an array for each draw."""
-        sample, store = fisher_sample(plan), plan.spec.store
+        sample = fisher_sample(plan)
+        group = f"{of_checkpoint(plan, self.model_id)}/fisher/{sample.rows}/{self.draw}"
 
         def owned(name: str, dtype: str, *columns: int) -> OwnedRows:
-            spec = ArraySpec(
-                shape=(sample.rows, *columns),
-                chunks=(sample.cell_rows, *columns),
-                dtype=dtype,
-                compression=store.compression,
-            )
-            group = f"{featurize.of_checkpoint(plan, self.model_id)}/fisher/{sample.rows}"
-            return OwnedRows(f"{group}/{self.draw}/{name}", spec, self.rows.start, self.rows.stop)
+            return rows_of_array(plan, f"{group}/{name}", sample, self.rows, dtype, *columns)
 
         return {
             "grads": owned("grads", plan.spec.featurize.dtype, plan.store_dim),

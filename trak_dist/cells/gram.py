@@ -91,5 +91,5 @@ def square(plan: Plan) -> ArraySpec:
 @cached_on_plan
 def gram_identity(plan: Plan) -> str:
     """Digest of what determines every UᵀU of the run."""
-    own = [] if plan.gram_id == str(plan.proj_dim) else [plan.gram_id]
-    return digest([plan.fingerprint, plan.proj_dim, plan.settings_of("reduce.threads"), *own])
+    threads = plan.settings_of("reduce.threads")
+    return digest([plan.fingerprint, plan.proj_dim, threads, *plan.other_gram])

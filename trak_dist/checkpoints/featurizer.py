@@ -15,7 +15,8 @@ from torch.utils import _pytree as pytree
 
 from trak_dist.errors import NotCovered
 from trak_dist.ops.batches import Batch, clone_batch
-from trak_dist.ops.curvature import FisherModelOutput, LogLikelihood, Uniform
+from trak_dist.ops.curvature import FisherModelOutput, LogLikelihood
+from trak_dist.ops.draws import Uniform
 from trak_dist.ops.gradients import (
     GradientComputer,
     GradientSink,

@@ -196,26 +196,20 @@ def _spectrum(
     session: Session, model_id: int, dim: int, larger: Tensor | None
 ) -> tuple[Spectrum | DualSpectrum, Tensor | None]:
     """The spectrum at one dimension, and its UᵀU, of which those of smaller ones are folded."""
-    plan = session.run.plan
+    plan, device = session.run.plan, session.device
     if larger is not None:
         gram = _folded(larger, dim)
         return Spectrum.of(gram), gram
-    whole = dim == plan.proj_dim
-    stored = contents.read(session.run, GramCell(model_id), "gram") if whole else None
-    if plan.dual and (whole or plan.curvature_rows < dim):
-        rows = CurvatureRows(session, model_id, dim)
-        gram = (
-            torch.from_numpy(stored).to(session.device)
-            if stored is not None
-            else dual.sum_gram(rows, plan.curvature_rows, session.device)
-        )
-        return DualSpectrum.of(gram, rows, dim), None
-    gram = (
-        torch.from_numpy(stored).to(session.device)
-        if stored is not None
-        else kernel.sum_gram(CurvatureRows(session, model_id, dim), dim, session.device)
-    )
-    return Spectrum.of(gram), gram
+    whole, rows = dim == plan.proj_dim, CurvatureRows(session, model_id, dim)
+    as_dual = plan.dual and (whole or plan.curvature_rows < dim)
+    if whole:
+        stored = contents.read(session.run, GramCell(model_id), "gram")
+        gram = torch.from_numpy(stored).to(device)
+    elif as_dual:
+        gram = dual.sum_gram(rows, plan.curvature_rows, device)
+    else:
+        gram = kernel.sum_gram(rows, dim, device)
+    return (DualSpectrum.of(gram, rows, dim), None) if as_dual else (Spectrum.of(gram), gram)
 
 
 def _folded(gram: Float64[Tensor, "k k"], dim: int) -> Float64[Tensor, "dim dim"]:

@@ -24,9 +24,9 @@ from trak_dist.ops.language import LanguageModeling
 from trak_dist.ops.model_outputs import (
     ImageClassification,
     ModelOutput,
-    SingleExampleBatches,
     TextClassification,
 )
+from trak_dist.ops.wrapped_outputs import SingleExampleBatches
 from trak_dist.plan import Plan
 from trak_dist.plan_inputs import Split
 from trak_dist.store.run import Run

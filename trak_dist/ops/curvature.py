@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from trak_dist.errors import ProblemError
 from trak_dist.ops import draws
-from trak_dist.ops.batches import Batch, batch_of_one, clone_batch, examples_in, rows_of
+from trak_dist.ops.batches import Batch, clone_batch, examples_in, rows_of
 from trak_dist.ops.model_outputs import (
+    BatchedModelOutput,
     ModelOutput,
     Weights,
     out_to_loss,
@@ -28,14 +29,6 @@ from trak_dist.ops.model_outputs import (
 
 LOGISTIC = "logistic"
 CLOSE = 1e-3  # of Q, to that of the loss that is declared
-
-
-class Uniform(Protocol):
-    """Random numbers of each example of a batch, whatever the batch."""
-
-    def __call__(self, count: int) -> Float64[Tensor, "batch count"]:
-        """`count` numbers in [0, 1) for each example."""
-        ...
 
 
 class FisherModelOutput(ModelOutput, Protocol):
@@ -47,7 +40,7 @@ class FisherModelOutput(ModelOutput, Protocol):
         weights: Weights,
         buffers: Weights,
         batch: Sequence[Any],
-        uniform: Uniform,
+        uniform: draws.Uniform,
     ) -> Sequence[Any]:
         """The batch with labels drawn from the model's own prediction, by `draws.categorical`."""
         ...
@@ -59,17 +52,11 @@ class FisherModelOutput(ModelOutput, Protocol):
         ...
 
 
-class LogLikelihood:
+class LogLikelihood(BatchedModelOutput):
     """log p(labels | inputs) as the model output: its gradients at drawn labels are Fisher rows."""
 
     def __init__(self, output: FisherModelOutput) -> None:
         self._output = output
-
-    def get_output(
-        self, model: nn.Module, weights: Weights, buffers: Weights, *example: Any
-    ) -> Float[Tensor, ""]:
-        """It of one example."""
-        return self.get_batch_output(model, weights, buffers, batch_of_one(example)).squeeze(0)
 
     def get_batch_output(
         self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
@@ -108,14 +95,9 @@ def check_logistic(model: nn.Module, model_output: ModelOutput, batch: Batch) ->
     """Raise `ProblemError` if Q is not that of the logistic loss, sigmoid(−f), in a batch."""
     state = dict(model.named_parameters()), dict(model.named_buffers())
     with torch.no_grad():
-        f = torch.stack(
-            [
-                model_output.get_output(model, *state, *clone_batch(rows_of(batch, row))).reshape(
-                    ()
-                )
-                for row in range(examples_in(batch))
-            ]
-        ).float()
+        examples = (clone_batch(rows_of(batch, row)) for row in range(examples_in(batch)))
+        outputs = [model_output.get_output(model, *state, *example) for example in examples]
+    f = torch.stack([output.reshape(()) for output in outputs]).float()
     q = out_to_loss(model_output, model, batch, None).float()
     expected = torch.sigmoid(-f)
     if not torch.allclose(q, expected, rtol=CLOSE, atol=CLOSE):
@@ -134,7 +116,7 @@ def row_weights(out_to_loss: Float[Tensor, " rows"]) -> Float64[Tensor, " rows"]
     return q * (1 - q)
 
 
-def uniform_of_rows(rows: Sequence[int], draw: int, device: torch.device) -> Uniform:
+def uniform_of_rows(rows: Sequence[int], draw: int, device: torch.device) -> draws.Uniform:
     """The random numbers that labels of train rows are drawn with: of row and draw alone."""
     keys = torch.tensor([draws.stream_key("label", draw, row) for row in rows], device=device)
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import statistics
+from collections.abc import Callable
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
@@ -17,6 +19,8 @@ from torch import Tensor
 
 from trak_dist.configuration.config import DRAW_VERSION
 
+# `uniform(count)` gives (batch, count) numbers in [0, 1), each example's own whatever its batch.
+Uniform: TypeAlias = Callable[[int], Float64[Tensor, "batch count"]]
 SIGNS_PER_DRAW = 64
 NORMALS_PER_DRAW = 4
 PIECE = 2**20  # logits whose probabilities are held at once

@@ -10,18 +10,39 @@ often as it is needed: memory is O(r²), and what a block and the targets take.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
 from trak_dist.configuration.config import EXACT_SCALE_DIM, SCALE_ROWS
+from trak_dist.errors import SingularGram
 from trak_dist.ops.kernel import Kernel, absolute, factorised, rank_deficient, rounding
 from trak_dist.spacing import evenly_spaced
 
-Blocks = Sequence[Float[Tensor, "rows k"]]  # of U; each is read when it is asked for
+
+class Blocks(Protocol):
+    """U in blocks of rows (rows, k), which may be read when they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Tensor: ...
+
+    def __iter__(self) -> Iterator[Tensor]: ...
+
+
+def no_kernel(k: int, rows: int) -> SingularGram:
+    """The error of λ = 0 in the dual."""
+    if k > rows:
+        return rank_deficient(k, rows)
+    return SingularGram(
+        "λ = 0 has no dual form",
+        where="reduce.kernel_form",
+        next="reduce.kernel_form=primal, or a λ > 0",
+    )
 
 
 def sum_gram(blocks: Blocks, rows: int, device: torch.device) -> Float64[Tensor, "rows rows"]:
@@ -55,7 +76,7 @@ def factorise(
     rows = len(gram)
     lambda_absolute = absolute(lambda_reg, lambda_unit, gram, dim)
     if lambda_absolute == 0:
-        raise rank_deficient(dim, rows)
+        raise no_kernel(dim, rows)
     found, _ = factorised(gram, lambda_absolute, rounding(rows, dim))
     if kernel_scale == "none":
         return found

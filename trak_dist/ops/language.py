@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,14 +12,12 @@ from torch.func import functional_call
 
 from trak_dist.errors import ProblemError
 from trak_dist.ops import draws
-from trak_dist.ops.batches import batch_of_one
+from trak_dist.ops.model_outputs import BatchedModelOutput, Weights
 
 IGNORED = -100  # a label that does not count, as torch and Hugging Face have it
 
-Weights = Mapping[str, Tensor]
 
-
-class LanguageModeling:
+class LanguageModeling(BatchedModelOutput):
     """F = Σ log p(token | those before it) over the labels of a text; the loss is −f, so Q = 1.
 
     A batch is one mapping of the model's arguments, `input_ids` (batch, tokens) among them, and
@@ -28,12 +26,6 @@ class LanguageModeling:
     no labels are given, they are the input_ids where `attention_mask`, if there is one, is 1. What
     the model returns has `logits` (batch, tokens, vocabulary), or is them.
     """
-
-    def get_output(
-        self, model: nn.Module, weights: Weights, buffers: Weights, *example: Any
-    ) -> Float[Tensor, ""]:
-        """F of one text; NaN if a label is no token of the vocabulary."""
-        return self.get_batch_output(model, weights, buffers, batch_of_one(example)).squeeze(0)
 
     def get_batch_output(
         self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
@@ -72,17 +64,12 @@ class LanguageModeling:
         weights: Weights,
         buffers: Weights,
         batch: Sequence[Any],
-        uniform: Callable[[int], Float[Tensor, "batch count"]],
+        uniform: draws.Uniform,
     ) -> Sequence[Any]:
         """The batch with each label that counts drawn from p(token | the tokens before it).
 
         The inputs stay as they are, so the tokens of a text are drawn each given the true ones.
-
-        Parameters
-        ----------
-        uniform
-            `uniform(count)` is (batch, count) float64 in [0, 1), each text's own; one for each
-            position is used.
+        One number of each text is used for each position.
         """
         with torch.no_grad():
             logits, labels = _logits_and_labels(model, weights, buffers, batch)

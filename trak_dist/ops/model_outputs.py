@@ -7,22 +7,18 @@ from f, a fourth, `get_out_to_loss_from_output(output, batch)`, spares another f
 
 from __future__ import annotations
 
-import hashlib
-import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils import _pytree as pytree
 
 from trak_dist.errors import ProblemError
 from trak_dist.ops import draws
-from trak_dist.ops.batches import batch_of_one, clone_batch, examples_in, rows_of
+from trak_dist.ops.batches import batch_of_one, clone_batch, examples_in
 
 Weights = Mapping[str, Tensor]
 State = tuple[dict[str, Tensor], dict[str, Tensor]]
@@ -48,7 +44,16 @@ class ModelOutput(Protocol):
 
 
 class BatchedModelOutput(ModelOutput, Protocol):
-    """A model output that can be computed for a whole batch at once."""
+    """A model output that can be computed for a whole batch at once.
+
+    What derives from it has `get_output` of that.
+    """
+
+    def get_output(
+        self, model: nn.Module, weights: Weights, buffers: Weights, *example: Any
+    ) -> Float[Tensor, ""]:
+        """f(z; θ) of one example, as a batch of one."""
+        return self.get_batch_output(model, weights, buffers, batch_of_one(example)).squeeze(0)
 
     def get_batch_output(
         self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
@@ -57,7 +62,7 @@ class BatchedModelOutput(ModelOutput, Protocol):
         ...
 
 
-class _Classification(ABC):
+class _Classification(BatchedModelOutput, ABC):
     """The margin f = log(p / (1 − p)) of the true class.
 
     Park et al. 2023, "TRAK: Attributing Model Behavior at Scale", section 3.3: with cross-entropy
@@ -71,12 +76,6 @@ class _Classification(ABC):
         self, model: nn.Module, state: State, batch: Sequence[Any]
     ) -> tuple[Float[Tensor, "batch classes"], Int64[Tensor, " batch"]]:
         """The logits of a batch, and its labels."""
-
-    def get_output(
-        self, model: nn.Module, weights: Weights, buffers: Weights, *example: Any
-    ) -> Float[Tensor, ""]:
-        """F of one example: its class's logit minus the log-sum-exp of the others."""
-        return self.get_batch_output(model, weights, buffers, batch_of_one(example)).squeeze(0)
 
     def get_batch_output(
         self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
@@ -104,7 +103,7 @@ class _Classification(ABC):
         weights: Weights,
         buffers: Weights,
         batch: Sequence[Any],
-        uniform: Callable[[int], Tensor],
+        uniform: draws.Uniform,
     ) -> Sequence[Any]:
         """The batch with labels drawn from the model's own prediction (`ops.curvature`)."""
         logits, _ = self._logits(model, (dict(weights), dict(buffers)), batch)
@@ -166,69 +165,6 @@ def attention_mask(batch: Sequence[Any]) -> Tensor | None:
     if not isinstance(ids, Tensor) or not isinstance(mask, Tensor) or mask.shape != ids.shape:
         return None
     return mask if mask.ndim == 2 and not mask.is_floating_point() else None
-
-
-class SingleExampleBatches:
-    """A model output written for TRAK's `IterativeGradientComputer`, one example at a time.
-
-    That computer gives a batch, and the model with its weights in it.
-    """
-
-    def __init__(self, output: ModelOutput) -> None:
-        self._output = output
-
-    def get_output(
-        self, model: nn.Module, weights: Weights, buffers: Weights, *example: Any
-    ) -> Float[Tensor, ""]:
-        """F of one example, from a batch of one."""
-        return self._output.get_output(model, weights, buffers, *batch_of_one(example)).reshape(())
-
-    def get_out_to_loss_grad(
-        self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
-    ) -> Float[Tensor, " batch"]:
-        """Q of each example, as it is written."""
-        return self._output.get_out_to_loss_grad(model, weights, buffers, batch)
-
-
-class SeededByExample:
-    """A model output that draws random numbers: the same ones for the same example, each time.
-
-    It has no form for batches, in which draws would depend on an example's place and on the other
-    examples.
-    """
-
-    def __init__(self, output: ModelOutput) -> None:
-        self._output = output
-
-    def get_output(
-        self, model: nn.Module, weights: Weights, buffers: Weights, *example: Any
-    ) -> Float[Tensor, ""]:
-        """F of one example, by the random numbers that are its own."""
-        _seed(example)
-        return self._output.get_output(model, weights, buffers, *example)
-
-    def get_out_to_loss_grad(
-        self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
-    ) -> Float[Tensor, " batch"]:
-        """Q of each example, by the same numbers."""
-        found = []
-        for row in range(examples_in(batch)):
-            _seed(rows_of(batch, row))
-            one = rows_of(batch, slice(row, row + 1))
-            q = self._output.get_out_to_loss_grad(model, weights, buffers, one)
-            found.append(torch.as_tensor(q).reshape(1))
-        return torch.cat(found)
-
-
-def _seed(example: Sequence[Any]) -> None:
-    sha = hashlib.sha256()
-    for leaf in pytree.tree_leaves(tuple(example)):
-        if isinstance(leaf, Tensor):
-            sha.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    seed = int.from_bytes(sha.digest()[:4], "little")
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002
-    torch.manual_seed(seed)
 
 
 def own_method(model_output: ModelOutput, name: str) -> Callable[..., Any] | None:

@@ -12,7 +12,7 @@ from trak_dist.checkpoints.featurizer import batch_in, model_in
 from trak_dist.coordinates import TRAIN
 from trak_dist.errors import ConfigError, ProblemError
 from trak_dist.ops import curvature
-from trak_dist.ops.batches import Batch, examples_in
+from trak_dist.ops.batches import Batch, clone_batch, examples_in
 from trak_dist.plan import Plan
 from trak_dist.planning import gradient_method
 from trak_dist.planning.dry_run import first_batch
@@ -58,15 +58,14 @@ def check_fisher_rows(plan: Plan, problem: Problem, batches: Mapping[str, Batch]
         If labels can't be drawn, or not one batch of them for a batch.
     """
     output = cast(curvature.FisherModelOutput, problem.model_output)
-    compute = plan.spec.featurize.compute
-    model, drawn = model_in(compute, problem.model.eval()), {}
+    model, drawn = problem.model.eval(), {}
     state = dict(model.named_parameters()), dict(model.named_buffers())
     for name, batch in batches.items():
         size = examples_in(batch)
         uniform = curvature.uniform_of_rows(range(size), 0, torch.device("cpu"))
         where = f"draw_labels of {type(output).__qualname__}, of examples of {name}"
         with user_code_errors(where), torch.no_grad():
-            found = tuple(output.draw_labels(model, *state, batch_in(compute, batch), uniform))
+            found = tuple(output.draw_labels(model, *state, clone_batch(batch), uniform))
         if examples_in(found) != size:
             raise ProblemError(
                 f"a batch of {size} examples came back with {examples_in(found)}",

@@ -4,23 +4,17 @@ from __future__ import annotations
 
 from trak_dist import commands
 from trak_dist.cells import ScoreCell
-from trak_dist.errors import PlanMismatch, SingularGram
-from trak_dist.ops import kernel
+from trak_dist.errors import PlanMismatch
+from trak_dist.ops import dual
 from trak_dist.plan import Plan
 from trak_dist.store.run import Run
 
 
 def check_full_rank(plan: Plan) -> None:
     """Raise `SingularGram` where λ = 0 can't work, before any gradient is computed."""
-    if plan.spec.reduce.lambda_reg == 0:
-        if plan.proj_dim > plan.curvature_rows:
-            raise kernel.rank_deficient(plan.proj_dim, plan.curvature_rows)
-        if plan.dual:
-            raise SingularGram(
-                "λ = 0 has no dual form",
-                where="reduce.kernel_form",
-                next="reduce.kernel_form=primal, or a λ > 0",
-            )
+    k, rows = plan.proj_dim, plan.curvature_rows
+    if plan.spec.reduce.lambda_reg == 0 and (plan.dual or k > rows):
+        raise dual.no_kernel(k, rows)
 
 
 def check_no_scores(run: Run, plan: Plan) -> None:

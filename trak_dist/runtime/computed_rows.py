@@ -46,7 +46,7 @@ def compute_rows(
     Parameters
     ----------
     draw : int, optional
-        Of the log-likelihood of labels, drawn for the so-manieth time, in place of the output.
+        The number of a draw of labels, whose log-likelihood takes the place of the model output.
 
     Raises
     ------

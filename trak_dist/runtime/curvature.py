@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import overload
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
@@ -22,7 +21,7 @@ from trak_dist.runtime.session import Session
 from trak_dist.store import contents
 
 
-class CurvatureRows(Sequence[Tensor]):
+class CurvatureRows:
     """U in blocks of rows, each read from the store when it is asked for.
 
     Without curvature U = X; of `output` √W X; of `fisher` the grads of drawn labels, by a factor
@@ -41,13 +40,10 @@ class CurvatureRows(Sequence[Tensor]):
     def __len__(self) -> int:
         return len(self._cells)
 
-    @overload
-    def __getitem__(self, index: int) -> Float[Tensor, "rows k"]: ...
+    def __iter__(self) -> Iterator[Float[Tensor, "rows k"]]:
+        return map(self.__getitem__, range(len(self)))
 
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Float[Tensor, "rows k"]]: ...
-
-    def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor]:
+    def __getitem__(self, index: int) -> Float[Tensor, "rows k"]:
         """A block of U, float32; float64 where rows are weighted.
 
         Raises
@@ -55,8 +51,6 @@ class CurvatureRows(Sequence[Tensor]):
         CorruptChunk
             If a row's out-to-loss can't be of a logistic loss.
         """
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
         cell, plan = self._cells[index], self._session.run.plan
         rows = projection.fold(read_grads(self._session, cell), self._dim)
         if isinstance(cell, FisherCell):
