@@ -22,8 +22,12 @@ if TYPE_CHECKING:
     from trak_dist.interface.planned_run import PlannedRun, plan_run
     from trak_dist.interface.progress import Progress
     from trak_dist.interface.summary import Summary
-    from trak_dist.ops.language import LanguageModeling
-    from trak_dist.ops.model_outputs import ImageClassification, ModelOutput, TextClassification
+    from trak_dist.ops.model_outputs import (
+        ImageClassification,
+        LanguageModeling,
+        ModelOutput,
+        TextClassification,
+    )
     from trak_dist.problem import Problem, Rendered
     from trak_dist.store.results import Results, open_run
     from trak_dist.traker import TRAKer
@@ -62,7 +66,7 @@ _EXPORTED_FROM = {
         "trak_dist.compat",
     ),
     "ImageClassification": "trak_dist.ops.model_outputs",
-    "LanguageModeling": "trak_dist.ops.language",
+    "LanguageModeling": "trak_dist.ops.model_outputs",
     "ModelIDException": "trak_dist.errors",
     "ModelOutput": "trak_dist.ops.model_outputs",
     "Outcome": "trak_dist.interface.execution",

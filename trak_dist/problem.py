@@ -265,6 +265,12 @@ def build(spec: Mapping[str, Any], *, import_root: str) -> tuple[Problem, Source
             where="problem",
             next="problem=custom problem._target_=… +problem.NAME=VALUE for each argument",
         ) from error
+    if not Path(import_root).is_dir():
+        raise ProblemError(
+            "the directory that the run was planned in, and its problem is built in, is not there",
+            where=import_root,
+            next="put it back: a link with its name to where the files are now will do",
+        )
     # Relative paths mean the same from anywhere.
     with user_code_errors(target), contextlib.chdir(import_root), fixed_seeds():
         problem = function(**arguments)

@@ -20,9 +20,9 @@ from trak_dist.compat import (
 from trak_dist.configuration.config import FeaturizeConfig, ReduceConfig, Spec
 from trak_dist.configuration.dotted import differences
 from trak_dist.errors import ConfigError, PlanMismatch
-from trak_dist.ops.language import LanguageModeling
 from trak_dist.ops.model_outputs import (
     ImageClassification,
+    LanguageModeling,
     ModelOutput,
     TextClassification,
 )

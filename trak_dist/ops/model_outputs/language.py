@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from trak_dist.errors import ProblemError
 from trak_dist.ops import draws
-from trak_dist.ops.model_outputs import BatchedModelOutput, Weights
+from trak_dist.ops.model_outputs.protocol import BatchedModelOutput, Weights
 
 IGNORED = -100  # a label that does not count, as torch and Hugging Face have it
 
