@@ -7,6 +7,7 @@ from trak_dist.ops.model_outputs.classification import (
     attention_mask,
 )
 from trak_dist.ops.model_outputs.language import LanguageModeling
+from trak_dist.ops.model_outputs.negative_loss import LossOutput
 from trak_dist.ops.model_outputs.protocol import (
     BatchedModelOutput,
     ModelOutput,
@@ -14,13 +15,16 @@ from trak_dist.ops.model_outputs.protocol import (
     out_to_loss,
     own_method,
 )
+from trak_dist.ops.model_outputs.regression import Regression
 
 __all__ = [
     "TEXT_FIELDS",
     "BatchedModelOutput",
     "ImageClassification",
     "LanguageModeling",
+    "LossOutput",
     "ModelOutput",
+    "Regression",
     "TextClassification",
     "Weights",
     "attention_mask",
