@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import shlex
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -83,6 +84,7 @@ def named(loaded: Any, *, where: str) -> State:
 def _read_directory(path: Path) -> State:
     existing = next((path / name for name in FILES if (path / name).exists()), None)
     if existing is None:
+        _check_not_distributed(path)
         inside = sorted({file.parent.name for name in FILES for file in path.glob(f"*/{name}")})
         suggestion = f": {', '.join(inside)} in it" if inside else ""
         raise CheckpointError(
@@ -101,6 +103,24 @@ def _read_directory(path: Path) -> State:
             )
         state.update(read(path / shard))
     return state
+
+
+def _check_not_distributed(path: Path) -> None:
+    """Raise `CheckpointError` for what `torch.distributed.checkpoint` wrote.
+
+    Its `.metadata` is a pickle that may ask for anything, so it is not read.
+    """
+    found = next(iter(sorted([*path.glob(".metadata"), *path.glob("*/.metadata")])), None)
+    if found is not None:
+        command = ["-m", "torch.distributed.checkpoint.format_utils", "dcp_to_torch"]
+        file = path.with_name(f"{path.name}.pt")
+        raise CheckpointError(
+            "a checkpoint of torch.distributed.checkpoint, whose .metadata is a pickle that is not "
+            "loaded",
+            where=str(found.parent),
+            next=f"{shlex.join(['python', *command, str(found.parent), str(file)])}, if you trust "
+            f"it, and name {file}",
+        )
 
 
 def _load(path: Path) -> Any:

@@ -81,13 +81,16 @@ class _Classification(BatchedModelOutput, ABC):
 
 
 class ImageClassification(_Classification):
-    """The margin log(p / (1 − p)) of the true class; batches of (images, labels)."""
+    """The margin log(p / (1 − p)) of the true class; batches of (images, labels).
+
+    What the model returns has `logits` (batch, classes), as Hugging Face's do, or is them.
+    """
 
     def _logits(
         self, model: nn.Module, state: State, batch: Sequence[Any]
     ) -> tuple[Float[Tensor, "batch classes"], Int64[Tensor, " batch"]]:
         images, labels = batch
-        return functional_call(model, state, (images,)), labels
+        return _logits_in(functional_call(model, state, (images,))), labels
 
     def _with_labels(self, batch: Sequence[Any], labels: Int64[Tensor, " batch"]) -> Sequence[Any]:
         return batch[0], labels
@@ -106,8 +109,7 @@ class TextClassification(_Classification):
     ) -> tuple[Float[Tensor, "batch classes"], Int64[Tensor, " batch"]]:
         inputs = dict(batch[0] if len(batch) == 1 else zip(TEXT_FIELDS, batch, strict=True))
         labels = inputs.pop("labels")
-        found = functional_call(model, state, (), inputs)
-        return getattr(found, "logits", found), labels
+        return _logits_in(functional_call(model, state, (), inputs)), labels
 
     def _with_labels(self, batch: Sequence[Any], labels: Int64[Tensor, " batch"]) -> Sequence[Any]:
         if len(batch) == 1:
@@ -124,6 +126,18 @@ def attention_mask(batch: Sequence[Any]) -> Tensor | None:
     if not isinstance(ids, Tensor) or not isinstance(mask, Tensor) or mask.shape != ids.shape:
         return None
     return mask if mask.ndim == 2 and not mask.is_floating_point() else None
+
+
+def _logits_in(found: Any) -> Tensor:
+    """The logits of what a model returned."""
+    logits = getattr(found, "logits", found)
+    if not isinstance(logits, Tensor):
+        raise ProblemError(
+            f"the model returned {type(found).__name__}, which is no tensor and has no `logits`",
+            where="the model",
+            next="let it return logits (batch, classes), or something with `logits`",
+        )
+    return logits
 
 
 def _margins(
