@@ -121,24 +121,42 @@ def read_tokenizer(directory: str) -> Any:
     Raises
     ------
     ProblemError
-        If there is none, or it is not one of the fast ones.
+        If there is none, it is not one of the fast ones, or not what tokenizer.json says.
     """
     transformers = package("transformers", needed_for="a Hugging Face tokenizer")
     path = Path(directory).expanduser()
     path = path if path.is_dir() else path.parent
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(path), **LOCAL)
-        if tokenizer.is_fast:
+        if tokenizer.is_fast and _is_as_saved(tokenizer, path / "tokenizer.json"):
             return tokenizer
-        why = f"{type(tokenizer).__name__} is not a fast one"
+        made = type(tokenizer).__name__
+        why = f"{made} is not a fast one"
+        if tokenizer.is_fast:
+            why = f"transformers makes a {made} with another vocabulary of tokenizer.json"
     except Exception as error:  # of transformers and tokenizers, many types
         why = _one_line(error)
     raise ProblemError(
         f"there is no tokenizer that can be read: {why}",
         where=str(path),
         next="problem.tokenizer=… a directory that tokenizer.save_pretrained wrote, with "
-        "tokenizer.json",
+        "tokenizer.json, and of an unusual tokenizer without a config.json",
     )
+
+
+def _is_as_saved(tokenizer: Any, file: Path) -> bool:
+    """Whether it has the vocabulary of tokenizer.json, where there is one.
+
+    By the config.json beside it transformers may make a tokenizer of the model's usual kind.
+    """
+    if not file.is_file():
+        return True
+    saved = package("tokenizers", needed_for="a tokenizer").Tokenizer.from_file(str(file))
+    now = tokenizer.backend_tokenizer
+    same: bool = type(saved.model) is type(now.model) and saved.get_vocab(
+        with_added_tokens=False
+    ) == now.get_vocab(with_added_tokens=False)
+    return same
 
 
 def pad_token(config: Any, tokenizer: Any) -> int:
@@ -158,6 +176,30 @@ def check_classes(config: Any, model: str) -> None:
             next="of a regression, or of several labels, write a problem of your own "
             "(docs/your-problem.md)",
         )
+
+
+def picture_settings(model: str, config: Any) -> tuple[dict[str, Any], list[str]]:
+    """What a directory says of pictures: size, channels, mean, std, resample; and what is not read.
+
+    They are of config.json and preprocessor_config.json.
+    """
+    size, file = getattr(config, "image_size", None), _config_file(model)
+    file = file.with_name("preprocessor_config.json")
+    stated = _read_json(file) if file.is_file() else {}
+    found = {
+        "size": size if isinstance(size, int) else None,
+        "channels": config.num_channels,
+        "resample": stated.get("resample"),
+        "mean": stated.get("image_mean"),
+        "std": stated.get("image_std"),
+    }
+    if stated.get("do_normalize") is False:
+        found |= {"mean": [0.0], "std": [1.0]}
+    ignored = [name for name in ("do_center_crop", "crop_pct") if stated.get(name)]
+    notes = (
+        [f"pictures: {file} asks for {first_few(ignored)}: see problem.resize"] if ignored else []
+    )
+    return {name: value for name, value in found.items() if value is not None}, notes
 
 
 def given_checkpoints(model: str, checkpoints: Sequence[str] | str | None) -> list[str]:
