@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from trak_dist.checkpoints.fit import Fit, one_line, same_weights
 from trak_dist.checkpoints.names import Names, State, adapters
+from trak_dist.checkpoints.saved_names import as_transformers_reads
 from trak_dist.errors import CheckpointError, CheckpointNotFound, UnreadableCheckpoint
 from trak_dist.listing import first_few
 
@@ -212,6 +213,9 @@ def fit_state_dict(state: Mapping[str, Tensor], model: nn.Module, *, where: str)
         fits += [Fit(part, model, own) for part in names.parts(state)]
     chosen = max(fits, key=lambda one: (len(one.matched_ids), one.fits))
     if not chosen.fits:
+        read_otherwise = as_transformers_reads(state, model)
+        if read_otherwise is not None and read_otherwise.keys() != state.keys():
+            return fit_state_dict(read_otherwise, model, where=where)
         raise _unfit(chosen, model, where)
     alternatives = [  # what has as much of the model is as good, whatever else it has
         other.part.prefix
