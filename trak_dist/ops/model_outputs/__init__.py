@@ -1,13 +1,20 @@
 """Model outputs: what of a model is attributed, and how its loss depends on it."""
 
 from trak_dist.ops.model_outputs.classification import (
-    TEXT_FIELDS,
     ImageClassification,
     TextClassification,
     attention_mask,
 )
-from trak_dist.ops.model_outputs.language import LanguageModeling
+from trak_dist.ops.model_outputs.dense import MultiLabelClassification, Segmentation
+from trak_dist.ops.model_outputs.diffusion import Diffusion, NoisedRows
+from trak_dist.ops.model_outputs.language import (
+    IGNORED,
+    LanguageModeling,
+    MaskedLanguageModeling,
+    SequenceToSequence,
+)
 from trak_dist.ops.model_outputs.negative_loss import LossOutput
+from trak_dist.ops.model_outputs.preference import Preference
 from trak_dist.ops.model_outputs.protocol import (
     BatchedModelOutput,
     ModelOutput,
@@ -18,13 +25,20 @@ from trak_dist.ops.model_outputs.protocol import (
 from trak_dist.ops.model_outputs.regression import Regression
 
 __all__ = [
-    "TEXT_FIELDS",
+    "IGNORED",
     "BatchedModelOutput",
+    "Diffusion",
     "ImageClassification",
     "LanguageModeling",
     "LossOutput",
+    "MaskedLanguageModeling",
     "ModelOutput",
+    "MultiLabelClassification",
+    "NoisedRows",
+    "Preference",
     "Regression",
+    "Segmentation",
+    "SequenceToSequence",
     "TextClassification",
     "Weights",
     "attention_mask",
