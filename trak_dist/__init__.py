@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from trak_dist.interface.summary import Summary
     from trak_dist.ops.model_outputs import (
         Diffusion,
+        EachToken,
         ImageClassification,
         LanguageModeling,
         LossOutput,
@@ -46,6 +47,7 @@ __all__ = [
     "AbstractModelOutput",
     "BasicProjector",
     "Diffusion",
+    "EachToken",
     "FunctionalGradientComputer",
     "ImageClassification",
     "IterativeGradientComputer",
@@ -86,6 +88,7 @@ _EXPORTED_FROM = {
     **dict.fromkeys(
         (
             "Diffusion",
+            "EachToken",
             "ImageClassification",
             "LanguageModeling",
             "LossOutput",

@@ -19,7 +19,7 @@ from torch.utils.data import default_collate
 
 import trak_dist
 from trak_dist.datasets import as_batch
-from trak_dist.errors import ConfigError, ProblemError
+from trak_dist.errors import ConfigError, DatasetError, ProblemError
 from trak_dist.ops.batches import rows_of
 from trak_dist.ops.curvature import LogLikelihood, check_logistic, offered
 from trak_dist.ops.gradients import LoopGradients, VmapGradients
@@ -217,3 +217,28 @@ def test_labels_that_are_none_give_nan_and_ignored_ones_do_not() -> None:
     inputs, marks = rows_of(batch_of(made), slice(0, 2))
     found = made.output.get_batch_output(made.model, {}, {}, (inputs, marks * 2))
     assert found.isnan().tolist() == [bool(row.any()) for row in marks]
+
+
+def test_each_token_is_a_row_and_they_add_up_to_the_text() -> None:
+    made = case("causal")
+    rows = trak_dist.EachToken(made.examples)
+    weights = dict(made.model.named_parameters())
+    texts = made.output.get_batch_output(made.model, weights, {}, batch_of(made))
+    batch = as_batch(default_collate([rows[i] for i in range(len(rows))]))
+    each = made.output.get_batch_output(made.model, weights, {}, batch)
+    owner = torch.tensor([rows.place(i)[0] for i in range(len(rows))])
+    sums = torch.zeros_like(texts).index_add(0, owner, each)
+    torch.testing.assert_close(sums, texts, rtol=1e-5, atol=1e-5)
+    row, position = rows.place(7)
+    counted = (rows[7]["labels"] != -100).nonzero()[:, 0].tolist()
+    assert counted == [position]
+    assert rows[7]["labels"][position] == made.examples[row]["input_ids"][position]
+    with pytest.raises(IndexError, match=f"row {len(rows)} of {len(rows)} tokens"):
+        rows[len(rows)]
+
+
+def test_texts_without_a_token_that_counts_are_refused() -> None:
+    with pytest.raises(DatasetError, match="none of the 2 texts has a token that counts"):
+        trak_dist.EachToken([{"input_ids": torch.ones(1)}] * 2)
+    with pytest.raises(DatasetError, match="example 0 is tuple without input_ids"):
+        trak_dist.EachToken([(torch.ones(1), 2)])

@@ -23,11 +23,13 @@ from trak_dist.ops.model_outputs.protocol import (
     own_method,
 )
 from trak_dist.ops.model_outputs.regression import Regression
+from trak_dist.ops.model_outputs.tokens import EachToken
 
 __all__ = [
     "IGNORED",
     "BatchedModelOutput",
     "Diffusion",
+    "EachToken",
     "ImageClassification",
     "LanguageModeling",
     "LossOutput",
