@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 import tarfile
 from pathlib import Path
@@ -79,3 +80,19 @@ def test_the_text_example_runs(
     assert "target (ham): patch attached patch attached " in told
     assert "most helpful e-mails" in told
     assert open_run(tmp_path / "run/trak_results").scores("targets").shape == (24, 6)
+
+
+@pytest.mark.long
+def test_the_regression_example_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without the rows that help them, targets are predicted worse, whichever way they err."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import regression as example
+
+    example.main(tmp_path / "run", targets=10, subsets=10)
+    told = capsys.readouterr().out
+    shares = [int(share) for share in re.findall(r"the error rises for (\d+)% of", told)]
+    assert len(shares) == 2
+    assert min(shares) >= 80
+    assert float(re.search(r"LDS (\S+)", told)[1]) > 0.2
