@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from trak_dist.interface.progress import Progress
     from trak_dist.interface.summary import Summary
     from trak_dist.ops.model_outputs import (
+        CLIP,
         ImageClassification,
         LanguageModeling,
         ModelOutput,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "CLIP",
     "AbstractModelOutput",
     "BasicProjector",
     "FunctionalGradientComputer",
@@ -65,6 +67,7 @@ _EXPORTED_FROM = {
         ),
         "trak_dist.compat",
     ),
+    "CLIP": "trak_dist.ops.model_outputs",
     "ImageClassification": "trak_dist.ops.model_outputs",
     "LanguageModeling": "trak_dist.ops.model_outputs",
     "ModelIDException": "trak_dist.errors",

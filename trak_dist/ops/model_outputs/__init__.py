@@ -6,7 +6,9 @@ from trak_dist.ops.model_outputs.classification import (
     TextClassification,
     attention_mask,
 )
+from trak_dist.ops.model_outputs.clip import CLIP
 from trak_dist.ops.model_outputs.language import LanguageModeling
+from trak_dist.ops.model_outputs.preparation import forget, prepared
 from trak_dist.ops.model_outputs.protocol import (
     BatchedModelOutput,
     ModelOutput,
@@ -16,6 +18,7 @@ from trak_dist.ops.model_outputs.protocol import (
 )
 
 __all__ = [
+    "CLIP",
     "TEXT_FIELDS",
     "BatchedModelOutput",
     "ImageClassification",
@@ -24,6 +27,8 @@ __all__ = [
     "TextClassification",
     "Weights",
     "attention_mask",
+    "forget",
     "out_to_loss",
     "own_method",
+    "prepared",
 ]
