@@ -105,7 +105,8 @@ class HookGradients:
             _check_outputs(f, size)
             if watch.roots:
                 torch.autograd.grad(f, watch.roots, torch.ones_like(f), allow_unused=True)
-        return f.detach().reshape(size)
+        found: Tensor = f.detach().reshape(size)
+        return found
 
 
 def _check_outputs(f: Any, size: int) -> None:

@@ -66,7 +66,9 @@ def check_fisher_rows(plan: Plan, problem: Problem, batches: Mapping[str, Batch]
         uniform = curvature.uniform_of_rows(range(size), 0, torch.device("cpu"))
         where = f"draw_labels of {type(output).__qualname__}, of examples of {name}"
         with user_code_errors(where), torch.no_grad():
-            found = tuple(prepared(output, model).draw_labels(model, *state, clone_batch(batch), uniform))
+            found = tuple(
+                prepared(output, model).draw_labels(model, *state, clone_batch(batch), uniform)
+            )
         if examples_in(found) != size:
             raise ProblemError(
                 f"a batch of {size} examples came back with {examples_in(found)}",

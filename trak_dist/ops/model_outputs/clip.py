@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -12,22 +11,20 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F  # noqa: N812
-from torch.utils import _pytree as pytree
-from torch.utils.data import Dataset
 
 from trak_dist.errors import ConfigError, ProblemError
-from trak_dist.hashing import truncated
 from trak_dist.ops import draws
-from trak_dist.ops.batches import Batch, clone_batch, examples_in
+from trak_dist.ops.batches import Batch, examples_in
+from trak_dist.ops.model_outputs import contrast_set
 from trak_dist.ops.model_outputs.protocol import BatchedModelOutput, Weights
 
 Embeddings = tuple[Float[Tensor, "rows d"], Float[Tensor, "rows d"]]  # of images, of texts
-Encode = Callable[[nn.Module, Batch], Sequence[Tensor]]
+Encode = Callable[[Any, Batch], Sequence[Tensor]]
 TEXT = ("input_ids", "attention_mask", "position_ids", "token_type_ids")
 DRAWN = "drawn"  # where a batch that is a mapping has the labels that were drawn
 
 
-def two_towers(model: nn.Module, batch: Batch) -> Sequence[Tensor]:
+def two_towers(model: Any, batch: Batch) -> Sequence[Tensor]:
     """The embeddings of a batch's images and texts, by the model's own interface.
 
     A batch of one mapping goes to Hugging Face's methods `get_image_features` and
@@ -65,12 +62,12 @@ class CLIP(BatchedModelOutput):
         a = s S(x, y) − log Σⱼ exp(s S(x, yⱼ)),   b = s S(x, y) − log Σⱼ exp(s S(xⱼ, y)),
 
     over the pairs (xⱼ, yⱼ) of a contrast set, whose embeddings are computed once of each checkpoint
-    and held constant. a = log(p / (1 − p)) with p the probability of y among the texts, y and yⱼ, by
-    image x; b the same of the images. The loss of the pair is CLIP's, log(1 + e⁻ᵃ) + log(1 + e⁻ᵇ)
-    (Radford et al. 2021, arXiv 2103.00020, figure 3), and Q = 1 − (p_a + p_b)/2 is its derivative
-    where both margins grow alike. f and Q are those of Park et al. 2023, section 5.1, and of TRAK's
-    `CLIPModelOutput`: its f has τ = 1, and it draws the contrasts of each example anew. So f is no
-    function of other examples of the batch.
+    and held constant. a = log(p / (1 − p)), p the probability of y among the texts, y and yⱼ, by
+    image x; b is the same of the images. The loss of a pair is CLIP's (Radford et al. 2021, arXiv
+    2103.00020, figure 3), log(1 + e⁻ᵃ) + log(1 + e⁻ᵇ), and Q = 1 − (p_a + p_b)/2 is −∂loss/∂f where
+    both margins grow alike. f and Q are those of Park et al. 2023, section 5.1, and of TRAK's
+    `CLIPModelOutput`: its f has τ = 1, and it draws each example's contrasts anew. So f is no
+    function of the other examples of a batch.
 
     The loss is no function of f, so there is no `loss` to declare; the curvature is the Fisher
     matrix of both choices, with a text drawn by p_a and an image by p_b.
@@ -108,15 +105,15 @@ class CLIP(BatchedModelOutput):
                 where="CLIP",
                 next="1 / exp(logit_scale), 0.01 for example; or leave it out for the model's own",
             )
-        self._batches = _batches(contrast)
+        self._batches = contrast_set.read(contrast)
         # Numbers and texts are what a plan pins of a model output.
-        self.temperature, self.contrast_digest = temperature, _digest(self._batches)
+        self.temperature, self.contrast_digest = temperature, contrast_set.digest(self._batches)
         self.encoder = f"{encode.__module__}.{getattr(encode, '__qualname__', repr(encode))}"
         self._encode = encode
         self._contrast: Embeddings | None = None
 
     def prepare(self, model: nn.Module, weights: Weights, buffers: Weights) -> CLIP:
-        """This output with the contrast set's embeddings by these weights.
+        """The same output with the contrast set's embeddings by these weights.
 
         Raises
         ------
@@ -125,9 +122,12 @@ class CLIP(BatchedModelOutput):
         """
         ready, state = copy.copy(self), (dict(weights), dict(buffers))
         with torch.no_grad():
-            found = [self._embed(model, state, _as_for(weights, b)) for b in self._batches]
+            found = [
+                self._embed(model, state, contrast_set.copy_for(weights, batch))
+                for batch in self._batches
+            ]
         images, texts = zip(*found, strict=True)
-        ready._contrast = torch.cat(images), torch.cat(texts)
+        vars(ready)["_contrast"] = torch.cat(images), torch.cat(texts)
         return ready
 
     def get_batch_output(
@@ -168,7 +168,7 @@ class CLIP(BatchedModelOutput):
         """Log p_a of the text that was drawn, and log p_b of the image: minus the loss of both."""
         if isinstance(batch[0], Mapping):
             inputs = dict(batch[0])
-            drawn, pairs = inputs.pop(DRAWN), (inputs,)
+            drawn, pairs = inputs.pop(DRAWN), [inputs]
         else:
             *pairs, drawn = batch
         both = zip(self._logits(model, weights, buffers, pairs), drawn.unbind(1), strict=True)
@@ -186,7 +186,7 @@ class CLIP(BatchedModelOutput):
     def _logits(
         self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
     ) -> list[Float[Tensor, "batch contrast+1"]]:
-        """s S of each image with texts, and of each text with images, its own first."""
+        """Logits s S of each image with texts, and of each text with images, its own first."""
         if self._contrast is None:
             raise ProblemError(
                 "the contrast set was not embedded",
@@ -209,7 +209,7 @@ class CLIP(BatchedModelOutput):
         ]
 
     def _scale(self, tensors: Weights) -> float | Float[Tensor, ""]:
-        """s = 1/τ."""
+        """The factor s = 1/τ."""
         if self.temperature is not None:
             return 1 / self.temperature
         names = [name for name in tensors if name.rpartition(".")[2] == "logit_scale"]
@@ -252,50 +252,3 @@ class _Encoder(nn.Module):
 
     def forward(self, batch: Batch) -> Sequence[Tensor]:
         return self._encode(self.model, batch)
-
-
-def _batches(contrast: Iterable[Any]) -> tuple[Batch, ...]:
-    if isinstance(contrast, Tensor | Mapping | str | Dataset) or not isinstance(contrast, Iterable):
-        raise ConfigError(
-            f"contrast is {type(contrast).__name__}, not batches",
-            where="CLIP",
-            next="a DataLoader of pairs, or a list of batches, as collate gives them",
-        )
-    batches = tuple(
-        (dict(b),) if isinstance(b, Mapping) else tuple(b) if isinstance(b, list | tuple) else (b,)
-        for b in contrast
-    )
-    if sum(examples_in(b) for b in batches) < 1:
-        raise ConfigError(
-            "contrast holds no pairs", where="CLIP", next="some hundred pairs that are no train rows"
-        )
-    return batches
-
-
-def _digest(batches: Sequence[Batch]) -> str:
-    sha = hashlib.sha256()
-    for batch in batches:
-        leaves, structure = pytree.tree_flatten(batch)
-        sha.update(str(structure).encode())
-        for leaf in leaves:
-            if isinstance(leaf, Tensor):
-                sha.update(str((leaf.dtype, tuple(leaf.shape))).encode())
-                sha.update(
-                    leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-                )
-            else:
-                sha.update(repr(leaf).encode())
-    return truncated(sha)
-
-
-def _as_for(weights: Weights, batch: Batch) -> Batch:
-    """A copy of a batch on the device of the weights, and of their type where they have one."""
-    floating = {w.dtype for w in weights.values() if w.is_floating_point()}
-    device = next((w.device for w in weights.values()), None)
-
-    def moved(tensor: Tensor) -> Tensor:
-        convert = tensor.is_floating_point() and len(floating) == 1
-        return tensor.to(device, next(iter(floating)) if convert else None)
-
-    converted: Batch = pytree.tree_map_only(Tensor, moved, clone_batch(batch))
-    return converted
