@@ -126,8 +126,10 @@ class CLIP(BatchedModelOutput):
                 self._embed(model, state, contrast_set.copy_for(weights, batch))
                 for batch in self._batches
             ]
-        images, texts = zip(*found, strict=True)
-        vars(ready)["_contrast"] = torch.cat(images), torch.cat(texts)
+        for images, _ in found:
+            self._check_dimensions(images, found[0][0])
+        images, texts = (torch.cat(column) for column in zip(*found, strict=True))
+        vars(ready)["_contrast"] = images, texts
         return ready
 
     def get_batch_output(
@@ -156,8 +158,8 @@ class CLIP(BatchedModelOutput):
 
         0 is the pair's own, j + 1 the contrast set's j-th.
         """
-        logits, u = self._logits(model, weights, buffers, batch), uniform(2)
-        drawn = torch.stack([draws.categorical(logits[i], u[:, i]) for i in (0, 1)], 1)
+        both = zip(self._logits(model, weights, buffers, batch), uniform(2).unbind(1), strict=True)
+        drawn = torch.stack([draws.categorical(logits, u.contiguous()) for logits, u in both], 1)
         if isinstance(batch[0], Mapping):
             return ({**batch[0], DRAWN: drawn},)
         return *batch, drawn
@@ -194,19 +196,21 @@ class CLIP(BatchedModelOutput):
                 next="output = output.prepare(model, weights, buffers), again for other weights",
             )
         images, texts = self._embed(model, (dict(weights), dict(buffers)), tuple(batch))
-        if images.shape[1] != self._contrast[0].shape[1]:
-            raise ProblemError(
-                f"embeddings of {images.shape[1]} dimensions, {self._contrast[0].shape[1]} of the "
-                "contrast set",
-                where=self.encoder,
-                next="let the model give embeddings (batch, d), not similarities of a batch",
-            )
+        self._check_dimensions(images, self._contrast[0])
         scale, own = self._scale({**weights, **buffers}), (images * texts).sum(1, keepdim=True)
         of_images, of_texts = self._contrast
         return [
             scale * torch.cat([own, found @ others.mT], 1)
             for found, others in ((images, of_texts), (texts, of_images))
         ]
+
+    def _check_dimensions(self, images: Tensor, others: Tensor) -> None:
+        if images.shape[1] != others.shape[1]:
+            raise ProblemError(
+                f"embeddings of {images.shape[1]} dimensions, {others.shape[1]} of other pairs",
+                where=self.encoder,
+                next="let the model give embeddings (batch, d), not similarities of a batch",
+            )
 
     def _scale(self, tensors: Weights) -> float | Float[Tensor, ""]:
         """The factor s = 1/τ."""
