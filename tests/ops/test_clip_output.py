@@ -50,6 +50,39 @@ def test_out_to_loss_is_traks_of_the_pair_in_a_batch_with_the_contrasts() -> Non
     assert np.allclose(found.numpy(), wanted, rtol=1e-5)
 
 
+class ForTrak(nn.Module):
+    """As open_clip's models are called, and what they return."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.towers = towers()
+
+    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        both = self.towers.encode_image(image), self.towers.encode_text(text)
+        x, y = (nn.functional.normalize(e) for e in both)
+        return x, y, self.towers.logit_scale.exp()
+
+
+def test_traks_own_class_gives_the_same_f_and_q(monkeypatch: pytest.MonkeyPatch) -> None:
+    trak = pytest.importorskip("trak.modelout_functions").CLIPModelOutput
+    model = ForTrak().eval()
+    with torch.no_grad():
+        fixed = model(*OTHERS.batch())[:2]
+    never_drawn = torch.zeros(1, tiny_clip.DIMENSIONS)  # it draws row i in proportion to i
+    for name, table in zip(("image_embeddings", "text_embeddings"), fixed, strict=True):
+        monkeypatch.setattr(trak, name, torch.cat([never_drawn, table]))
+    monkeypatch.setattr(trak, "num_computed_embeddings", CONTRAST + 1)
+    theirs, state = trak(simulated_batch_size=CONTRAST), state_of(model)
+    found = outputs(model, tiny_clip.output(temperature=1.0), PAIRS.batch())
+    q = out_to_loss(tiny_clip.output(), model, PAIRS.batch(), None)
+    for row, pair in enumerate(PAIRS):
+        assert theirs.get_output(model, *state, *pair).item() == pytest.approx(found[row].item())
+        whole = [
+            torch.cat([one[None], others]) for one, others in zip(pair, OTHERS.batch(), strict=True)
+        ]
+        assert theirs.get_out_to_loss_grad(model, *state, whole)[0] == pytest.approx(q[row].item())
+
+
 def test_out_to_loss_is_minus_the_slope_of_the_loss_where_both_margins_grow_alike() -> None:
     model = towers()
     output = prepared(tiny_clip.output(), model)
