@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from trak_dist.interface.progress import Progress
     from trak_dist.interface.summary import Summary
     from trak_dist.ops.model_outputs import (
+        CLIP,
         Diffusion,
         EachToken,
         ImageClassification,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "CLIP",
     "AbstractModelOutput",
     "BasicProjector",
     "Diffusion",
@@ -87,6 +89,7 @@ _EXPORTED_FROM = {
     ),
     **dict.fromkeys(
         (
+            "CLIP",
             "Diffusion",
             "EachToken",
             "ImageClassification",

@@ -19,6 +19,7 @@ from trak_dist.checkpoints.fit import Fit, one_line, same_weights
 from trak_dist.checkpoints.names import Names, State, adapters
 from trak_dist.errors import CheckpointError, CheckpointNotFound, UnreadableCheckpoint
 from trak_dist.listing import first_few
+from trak_dist.ops.model_outputs import forget
 
 # What a directory of Hugging Face holds, the first that is there; an index names its shards.
 FILES = (
@@ -166,6 +167,7 @@ class Fitted:
         CheckpointError
             If a module's own loading code fails.
         """
+        forget(model)
         try:
             model.load_state_dict(self.state, strict=False)
         except Exception as error:  # hooks of the model may raise anything

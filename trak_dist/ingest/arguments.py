@@ -82,6 +82,13 @@ def model_output(task: str | ModelOutput, gradient_computer: type[Any]) -> Model
     if isinstance(task, str) and task in TASKS:
         output: ModelOutput = TASKS[task]()
         return output
+    if task == "clip":
+        raise ConfigError(
+            "task 'clip' does not say which pairs an example is contrasted with",
+            where="task",
+            next="task=trak_dist.CLIP(contrast=loader), a DataLoader of other pairs, in place of "
+            "task.get_embeddings (docs/migration.md)",
+        )
     methods = ("get_output", "get_out_to_loss_grad")
     if isinstance(task, type) or not all(hasattr(task, name) for name in methods):
         raise ConfigError(

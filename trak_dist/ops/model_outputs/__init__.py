@@ -5,6 +5,7 @@ from trak_dist.ops.model_outputs.classification import (
     TextClassification,
     attention_mask,
 )
+from trak_dist.ops.model_outputs.clip import CLIP
 from trak_dist.ops.model_outputs.dense import MultiLabelClassification, Segmentation
 from trak_dist.ops.model_outputs.diffusion import Diffusion, NoisedRows
 from trak_dist.ops.model_outputs.language import (
@@ -15,6 +16,7 @@ from trak_dist.ops.model_outputs.language import (
 )
 from trak_dist.ops.model_outputs.negative_loss import LossOutput
 from trak_dist.ops.model_outputs.preference import Preference
+from trak_dist.ops.model_outputs.preparation import forget, prepared
 from trak_dist.ops.model_outputs.protocol import (
     BatchedModelOutput,
     ModelOutput,
@@ -26,6 +28,7 @@ from trak_dist.ops.model_outputs.regression import Regression
 from trak_dist.ops.model_outputs.tokens import EachToken
 
 __all__ = [
+    "CLIP",
     "IGNORED",
     "BatchedModelOutput",
     "Diffusion",
@@ -44,6 +47,8 @@ __all__ = [
     "TextClassification",
     "Weights",
     "attention_mask",
+    "forget",
     "out_to_loss",
     "own_method",
+    "prepared",
 ]
