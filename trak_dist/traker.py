@@ -49,7 +49,7 @@ class TRAKer:
         The architecture; its weights are replaced by each checkpoint's.
     task : str or model output
         `image_classification`, `iterative_image_classification`, `text_classification`, or an
-        object with `get_output` and `get_out_to_loss_grad`.
+        object with `get_output` and `get_out_to_loss_grad`; for CLIP `trak_dist.CLIP(contrast=…)`.
     train_set_size : int
         n, the number of train rows.
     save_dir : path

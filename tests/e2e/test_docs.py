@@ -46,12 +46,13 @@ def test_the_page_on_your_own_problem_works_as_written(tmp_path: Path) -> None:
     assert outputs[-1].startswith("(1500, 297) [")
 
 
-def test_by_the_regression_of_the_page_a_step_on_a_helpful_example_lowers_the_error() -> None:
-    (source,) = (b for b in blocks(ROOT / "docs/your-problem.md", "python") if "Regression" in b)
+def test_by_the_output_of_the_page_a_step_on_a_helpful_example_lowers_the_loss() -> None:
+    (source,) = (b for b in blocks(ROOT / "docs/your-problem.md", "python") if "Counts" in b)
     names: dict[str, type] = {}
     exec(source, names)
-    output, model = names["Regression"](), torch.nn.Linear(3, 1).double()
-    batch = (torch.randn(5, 3, dtype=torch.float64), torch.randn(5, dtype=torch.float64))
+    output, model = names["Counts"](), torch.nn.Linear(3, 1).double()
+    counts = torch.tensor([0, 1, 5, 2, 0], dtype=torch.float64)
+    batch = (torch.randn(5, 3, dtype=torch.float64), counts)
     hooks = HookGradients(model, output, ["weight"], piece_elements=10)
     by_vmap, grads = (
         gathered(compute, model, batch, ["weight"])["weight"][:, 0]
@@ -61,17 +62,19 @@ def test_by_the_regression_of_the_page_a_step_on_a_helpful_example_lowers_the_er
     q = output.get_out_to_loss_grad(model, dict(model.named_parameters()), {}, batch)
     scores = (q[:, None] * grads @ grads.T).detach()
 
-    def errors() -> torch.Tensor:
-        return (batch[1] - model(batch[0])[:, 0]).abs().detach()
+    def losses() -> torch.Tensor:
+        return torch.nn.functional.poisson_nll_loss(
+            model(batch[0])[:, 0], counts, full=False, reduction="none"
+        )
 
-    before = errors()
-    assert (before[:, None] * scores != 0).all()
+    before = losses().detach()
     for row in range(5):
-        loss = (batch[1][row] - model(batch[0][row : row + 1])[0, 0]).square() / 2
-        step = 1e-6 * torch.autograd.grad(loss, model.weight)[0]
+        step = 1e-6 * torch.autograd.grad(losses()[row], model.weight)[0]
         with torch.no_grad():
             model.weight -= step
-        torch.testing.assert_close((before - errors()) / 1e-6, scores[row], rtol=1e-3, atol=1e-6)
+        fall = (before - losses().detach()) / 1e-6
+        # f falls as the loss ½f² does, divided by −f.
+        torch.testing.assert_close(fall / q.detach(), scores[row], rtol=1e-3, atol=1e-5)
         with torch.no_grad():
             model.weight += step
 

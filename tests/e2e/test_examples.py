@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import re
 import sys
 import tarfile
 from pathlib import Path
@@ -10,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from trak_dist import open_run
 
@@ -79,3 +82,73 @@ def test_the_text_example_runs(
     assert "target (ham): patch attached patch attached " in told
     assert "most helpful e-mails" in told
     assert open_run(tmp_path / "run/trak_results").scores("targets").shape == (24, 6)
+
+
+@pytest.mark.long
+def test_the_regression_example_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without the rows that help them, targets are predicted worse, whichever way they err."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import regression as example
+
+    example.main(tmp_path / "run", targets=10, subsets=10)
+    told = capsys.readouterr().out
+    shares = [int(share) for share in re.findall(r"the error rises for (\d+)% of", told)]
+    assert len(shares) == 2
+    assert min(shares) >= 80
+    assert float(re.search(r"LDS (\S+)", told)[1]) > 0.2
+
+
+@pytest.mark.long
+def test_the_clip_example_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With an archive of made-up pictures in the form of the package that the example names."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import clip as example
+
+    monkeypatch.setattr(example, "CONTRAST", 20)
+    monkeypatch.setattr(example, "CHECKPOINTS", 2)
+    words, side, cell = ("red", "blue", "cat", "dog"), 8, example.SIZE + 2 * example.BORDER
+    listed = [
+        {
+            "name": f"{words[i % 2].upper()} {words[2 + i // 2 % 2]} {i}",
+            "subcategory": "animal-mammal",
+            "category": "Flags" if i == 5 else "Animals",
+            "has_img_google": i != 6,
+            "sheet_x": i // side,
+            "sheet_y": i % side,
+        }
+        for i in range(60)
+    ]
+    pixels = np.random.default_rng(0).integers(0, 255, (side * cell, side * cell, 4), np.uint8)
+    picture = io.BytesIO()
+    Image.fromarray(pixels).save(picture, "png")
+    with tarfile.open(tmp_path / f"{example.PACKAGE}-{example.VERSION}.tgz", "w:gz") as archive:
+        files = (("package/emoji.json", json.dumps(listed).encode()), (example.SHEET, picture))
+        for name, content in files:
+            raw = content if isinstance(content, bytes) else content.getvalue()
+            file = tarfile.TarInfo(name)
+            file.size = len(raw)
+            archive.addfile(file, io.BytesIO(raw))
+    emoji = example.Emoji(example.fetched(tmp_path))
+    assert len(emoji.names) == 58
+    assert emoji.names[0] == "red cat 0 animal mammal"
+    row, border = 12 - 2, example.BORDER  # sheet_x 1, sheet_y 4
+    y, x = 4 * cell + border, cell + border
+    alpha = pixels[y, x, 3] / 255
+    assert (
+        np.abs(emoji.pictures[row, 0, 0] - (pixels[y, x, :3] * alpha + 255 * (1 - alpha))).max() < 2
+    )
+    shown = emoji.rendered(emoji.pairs(np.array([row]))[0])
+    assert shown.label == emoji.names[row]
+    assert np.array_equal(shown.content, emoji.pictures[row])
+    example.main(tmp_path, train=24, targets=8, epochs=2, subsets=3)
+    told = capsys.readouterr().out
+    assert "gradients by hooks, curvature: fisher" in told
+    assert "share a word with the target" in told
+    assert "over 8 targets" in told
+    assert (tmp_path / "clip.png").stat().st_size > 10_000
+    assert open_run(tmp_path / "run").scores("val").shape == (24, 8)
+    assert sys.modules["clip"].__file__ == str(EXAMPLES / "clip.py")

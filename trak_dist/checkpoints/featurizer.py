@@ -25,7 +25,7 @@ from trak_dist.ops.gradients import (
     select_params,
 )
 from trak_dist.ops.hooks import HookGradients
-from trak_dist.ops.model_outputs import ModelOutput, out_to_loss
+from trak_dist.ops.model_outputs import ModelOutput, out_to_loss, prepared
 from trak_dist.ops.model_state import ModelStateGuard, copy_model
 from trak_dist.ops.projection import Projector, make_projector
 from trak_dist.plan import Plan
@@ -85,8 +85,8 @@ class CheckpointFeaturizer:
         """A batch on the device with its labels drawn from the model's own prediction."""
         batch = batch_in(self.plan.spec.featurize.compute, batch)
         state = dict(self.model.named_parameters()), dict(self.model.named_buffers())
+        output = prepared(cast(FisherModelOutput, self.model_output), self.model)
         with torch.no_grad(), self._state_guard.preserve():
-            output = cast(FisherModelOutput, self.model_output)
             return tuple(output.draw_labels(self.model, *state, clone_batch(batch), uniform))
 
     @property

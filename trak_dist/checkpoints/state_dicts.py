@@ -21,6 +21,7 @@ from trak_dist.checkpoints.names import Names, State, adapters
 from trak_dist.checkpoints.saved_names import as_transformers_reads
 from trak_dist.errors import CheckpointError, CheckpointNotFound, UnreadableCheckpoint
 from trak_dist.listing import first_few
+from trak_dist.ops.model_outputs import forget
 
 # What a directory of Hugging Face holds, the first that is there; an index names its shards.
 FILES = (
@@ -187,6 +188,7 @@ class Fitted:
         CheckpointError
             If a module's own loading code fails.
         """
+        forget(model)
         try:
             model.load_state_dict(self.state, strict=False)
         except Exception as error:  # hooks of the model may raise anything

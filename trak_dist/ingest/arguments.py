@@ -21,9 +21,16 @@ from trak_dist.configuration.config import FeaturizeConfig, ReduceConfig, Spec
 from trak_dist.configuration.dotted import differences
 from trak_dist.errors import ConfigError, PlanMismatch
 from trak_dist.ops.model_outputs import (
+    Diffusion,
     ImageClassification,
     LanguageModeling,
+    MaskedLanguageModeling,
     ModelOutput,
+    MultiLabelClassification,
+    Preference,
+    Regression,
+    Segmentation,
+    SequenceToSequence,
     TextClassification,
 )
 from trak_dist.ops.wrapped_outputs import SingleExampleBatches
@@ -35,8 +42,15 @@ PROBLEM = {"_target_": "trak_dist.TRAKer"}
 TASKS: Mapping[str, type[Any]] = {
     "image_classification": ImageClassification,
     "iterative_image_classification": ImageClassification,
-    "language_modeling": LanguageModeling,
     "text_classification": TextClassification,
+    "language_modeling": LanguageModeling,
+    "masked_language_modeling": MaskedLanguageModeling,
+    "sequence_to_sequence": SequenceToSequence,
+    "regression": Regression,
+    "multi_label_classification": MultiLabelClassification,
+    "segmentation": Segmentation,
+    "preference": Preference,
+    "diffusion": Diffusion,
 }
 
 
@@ -68,6 +82,13 @@ def model_output(task: str | ModelOutput, gradient_computer: type[Any]) -> Model
     if isinstance(task, str) and task in TASKS:
         output: ModelOutput = TASKS[task]()
         return output
+    if task == "clip":
+        raise ConfigError(
+            "task 'clip' does not say which pairs an example is contrasted with",
+            where="task",
+            next="task=trak_dist.CLIP(contrast=loader), a DataLoader of other pairs, in place of "
+            "task.get_embeddings (docs/migration.md)",
+        )
     methods = ("get_output", "get_out_to_loss_grad")
     if isinstance(task, type) or not all(hasattr(task, name) for name in methods):
         raise ConfigError(

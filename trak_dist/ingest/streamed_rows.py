@@ -27,7 +27,7 @@ from trak_dist.errors import DatasetError, MissingInputs, MixedRun, ModelIDExcep
 from trak_dist.hashing import digest_of
 from trak_dist.listing import first_few
 from trak_dist.ops import rows as row_format
-from trak_dist.ops.model_outputs import attention_mask
+from trak_dist.ops.model_outputs import IGNORED, attention_mask
 from trak_dist.runtime.cell_result import CellResult, grads_facts
 from trak_dist.store import contents, parts
 from trak_dist.store.parts import Part
@@ -129,7 +129,7 @@ def row_digests(batch: Sequence[Any], size: int) -> NDArray[np.uint8]:
     """(size, 16) digests of examples, to tell whether each checkpoint was shown the same ones.
 
     Padding is left out, since the same text is padded in one batch and not in another: what an
-    attention mask masks, and zeros at the ends of other whole numbers.
+    attention mask masks, and 0 and −100 at the ends of other whole numbers.
     """
     leaves = [t.detach().cpu() for t in pytree.tree_leaves(tuple(batch)) if isinstance(t, Tensor)]
     mask = attention_mask(batch)
@@ -142,7 +142,8 @@ def row_digests(batch: Sequence[Any], size: int) -> NDArray[np.uint8]:
             if mask is not None and leaf.shape == mask.shape:
                 value = value[mask[row]]
             elif value.ndim and not value.is_floating_point():
-                filled = value.reshape(-1, value.shape[-1]).any(0).nonzero()
+                counts = (value != 0) & (value != IGNORED)
+                filled = counts.reshape(-1, value.shape[-1]).any(0).nonzero()
                 value = value[..., : int(filled[-1]) + 1 if len(filled) else 0].contiguous()
             sha.update(str((value.dtype, tuple(value.shape))).encode())
             sha.update(value.reshape(-1).view(torch.uint8).numpy().data)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from trak_dist.errors import ProblemError
 from trak_dist.ops.batches import Batch, clone_batch, examples_in, rows_of
 from trak_dist.ops.gradients import GradientComputer, GradientSink, LoopGradients, select_params
-from trak_dist.ops.model_outputs import ModelOutput, out_to_loss, own_method
+from trak_dist.ops.model_outputs import ModelOutput, out_to_loss, own_method, prepared
 from trak_dist.ops.model_state import ModelStateGuard
 
 Grads = Mapping[str, Float[Tensor, "rows ..."]]
@@ -128,7 +128,8 @@ def weighted_sum_gradient(
     sink: GradientSink,
 ) -> None:
     """Pass the gradient of Σ wᵢ fᵢ, from one backward pass, to the sink as that of one example."""
-    output: Callable[..., Tensor] | None = own_method(model_output, "get_batch_output")
+    ready = prepared(model_output, model)
+    output: Callable[..., Tensor] | None = own_method(ready, "get_batch_output")
     assert output is not None
     selected = select_params(model, params)
     leaves = {n: p.detach().requires_grad_(n in selected) for n, p in model.named_parameters()}

@@ -25,6 +25,7 @@ from trak_dist.ops.model_outputs import (
     Weights,
     out_to_loss,
     own_method,
+    prepared,
 )
 
 LOGISTIC = "logistic"
@@ -57,6 +58,15 @@ class LogLikelihood(BatchedModelOutput):
 
     def __init__(self, output: FisherModelOutput) -> None:
         self._output = output
+
+    def prepare(
+        self,
+        model: nn.Module,
+        weights: Weights,  # noqa: ARG002
+        buffers: Weights,  # noqa: ARG002
+    ) -> LogLikelihood:
+        """That of the prepared model output."""
+        return LogLikelihood(prepared(self._output, model))
 
     def get_batch_output(
         self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
@@ -94,9 +104,10 @@ def offered(model_output: ModelOutput) -> tuple[str, ...]:
 def check_logistic(model: nn.Module, model_output: ModelOutput, batch: Batch) -> None:
     """Raise `ProblemError` if Q is not that of the logistic loss, sigmoid(−f), in a batch."""
     state = dict(model.named_parameters()), dict(model.named_buffers())
+    ready = prepared(model_output, model)
     with torch.no_grad():
         examples = (clone_batch(rows_of(batch, row)) for row in range(examples_in(batch)))
-        outputs = [model_output.get_output(model, *state, *example) for example in examples]
+        outputs = [ready.get_output(model, *state, *example) for example in examples]
     f = torch.stack([output.reshape(()) for output in outputs]).float()
     q = out_to_loss(model_output, model, batch, None).float()
     expected = torch.sigmoid(-f)

@@ -15,10 +15,11 @@ from typing import Any, Protocol
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from trak_dist.errors import ConfigError, ProblemError
 from trak_dist.ops.batches import clone_batch, examples_in, rows_of
-from trak_dist.ops.model_outputs import ModelOutput
+from trak_dist.ops.model_outputs import ModelOutput, prepared
 from trak_dist.ops.model_state import ModelStateGuard
 
 GradientSink = Callable[[str, slice, Float[Tensor, "rows ..."]], None]
@@ -51,12 +52,13 @@ class VmapGradients:
         self._buffers = {n: b.detach() for n, b in model.named_buffers()}
         self._frozen = {n: p.detach() for n, p in model.named_parameters() if n not in selected}
         self._model, self._state_guard = model, ModelStateGuard(model)
-        self._gradient = torch.func.grad(model_output.get_output, argnums=1)
+        self._model_output = model_output
 
     def __call__(self, batch: Sequence[Any], sink: GradientSink) -> None:
         """See `GradientComputer`; the output is not known."""
         axes = (None, None, None, *([0] * len(batch)))
-        per_sample = torch.func.vmap(self._gradient, in_dims=axes)
+        output = prepared(self._model_output, self._model).get_output
+        per_sample = torch.func.vmap(torch.func.grad(output, argnums=1), in_dims=axes)
         with self._state_guard.preserve():
             grads: dict[str, Tensor] = per_sample(
                 self._model, self._weights, {**self._buffers, **self._frozen}, *clone_batch(batch)
@@ -75,15 +77,15 @@ class LoopGradients:
         self._selected = {n: self._weights[n] for n in select_params(model, params)}
         self._buffers = {n: b.detach() for n, b in model.named_buffers()}
         self._model, self._state_guard = model, ModelStateGuard(model)
-        self._output = model_output.get_output
+        self._model_output = model_output
 
     def __call__(self, batch: Sequence[Any], sink: GradientSink) -> Float[Tensor, " batch"]:
         """See `GradientComputer`."""
-        outputs = []
+        outputs, output = [], prepared(self._model_output, self._model).get_output
         for row in range(examples_in(batch)):
             example = clone_batch(rows_of(batch, row))
             with self._state_guard.preserve(), torch.enable_grad():
-                f = _scalar(self._output(self._model, self._weights, self._buffers, *example))
+                f = _scalar(output(self._model, self._weights, self._buffers, *example))
                 found = torch.autograd.grad(f, list(self._selected.values()), allow_unused=True)
             outputs.append(f.detach())
             for name, grads in zip(self._selected, found, strict=True):
@@ -109,7 +111,7 @@ def outputs(
     weights = {n: p.detach() for n, p in model.named_parameters()}
     buffers = dict(model.named_buffers())
     axes = (None, None, None, *([0] * len(batch)))
-    guard = ModelStateGuard(model)
+    model_output, guard = prepared(model_output, model), ModelStateGuard(model)
     try:
         with guard.preserve():
             values: Tensor = torch.func.vmap(model_output.get_output, in_dims=axes)(
@@ -128,6 +130,7 @@ def activation_bytes(model: nn.Module, model_output: ModelOutput, batch: Sequenc
     weights = {n: p.detach().requires_grad_() for n, p in model.named_parameters()}
     buffers = {n: b.detach() for n, b in model.named_buffers()}
     held: dict[int, int] = {}
+    model_output = prepared(model_output, model)
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -138,7 +141,9 @@ def activation_bytes(model: nn.Module, model_output: ModelOutput, batch: Sequenc
     with guarded, torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         output = model_output.get_output(model, weights, buffers, *clone_batch(rows_of(batch, 0)))
     del output
-    for tensor in (*weights.values(), *buffers.values()):
+    held_by_output = pytree.tree_leaves(list(getattr(model_output, "__dict__", {}).values()))
+    constant = [t for t in held_by_output if isinstance(t, Tensor)]  # the same for all examples
+    for tensor in (*weights.values(), *buffers.values(), *constant):
         held.pop(tensor.untyped_storage().data_ptr(), None)
     return sum(held.values())
 

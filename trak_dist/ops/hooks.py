@@ -27,7 +27,7 @@ from trak_dist.ops.batches import clone_batch, examples_in
 from trak_dist.ops.bundles import Bundles
 from trak_dist.ops.example_axis import Untracked
 from trak_dist.ops.gradients import GradientSink, select_params
-from trak_dist.ops.model_outputs import ModelOutput, own_method
+from trak_dist.ops.model_outputs import ModelOutput, own_method, prepared
 from trak_dist.ops.model_state import ModelStateGuard
 from trak_dist.ops.parameter_tracer import ParameterTracer
 from trak_dist.ops.tracking import depend_on_examples
@@ -66,8 +66,7 @@ class HookGradients:
         bundles: Callable[[str, torch.device], Bundles | None] = lambda *_: None,
     ) -> None:
         # TRAK's model outputs have no such method: it is optional.
-        output = own_method(model_output, "get_batch_output")
-        if output is None:
+        if own_method(model_output, "get_batch_output") is None:
             kind = type(model_output).__qualname__
             inherits = hasattr(model_output, "get_batch_output")
             raise NotCovered(
@@ -75,7 +74,7 @@ class HookGradients:
                 if inherits
                 else f"{kind} has no get_batch_output"
             )
-        self._output: Callable[..., Tensor] = output
+        self._model_output = model_output
         self._model, self._state_guard = model, ModelStateGuard(model)
         self._weights = {n: p.detach() for n, p in model.named_parameters()}
         self._buffers = {n: b.detach() for n, b in model.named_buffers()}
@@ -86,6 +85,8 @@ class HookGradients:
     def __call__(self, batch: Sequence[Any], sink: GradientSink) -> Float[Tensor, " batch"]:
         """See `GradientComputer`."""
         size = examples_in(batch)
+        output = own_method(prepared(self._model_output, self._model), "get_batch_output")
+        assert output is not None
         watch = ParameterTracer(size, self._piece_elements)
         for name in self._selected:
             weight = self._weights[name].requires_grad_()
@@ -95,7 +96,7 @@ class HookGradients:
         )
         with self._state_guard.preserve():
             with torch.enable_grad(), watch:
-                f = self._output(self._model, self._weights, self._buffers, batch)
+                f = output(self._model, self._weights, self._buffers, batch)
             watch.check_covered()
             if watch.escaped_by:
                 raise NotCovered(
@@ -104,7 +105,8 @@ class HookGradients:
             _check_outputs(f, size)
             if watch.roots:
                 torch.autograd.grad(f, watch.roots, torch.ones_like(f), allow_unused=True)
-        return f.detach().reshape(size)
+        found: Tensor = f.detach().reshape(size)
+        return found
 
 
 def _check_outputs(f: Any, size: int) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from trak_dist.ops.batches import batch_of_one, examples_in, rows_of
-from trak_dist.ops.model_outputs import ModelOutput, Weights
+from trak_dist.ops.model_outputs import ModelOutput, Weights, prepared
 
 
 class SingleExampleBatches:
@@ -25,6 +25,15 @@ class SingleExampleBatches:
 
     def __init__(self, output: ModelOutput) -> None:
         self._output = output
+
+    def prepare(
+        self,
+        model: nn.Module,
+        weights: Weights,  # noqa: ARG002
+        buffers: Weights,  # noqa: ARG002
+    ) -> SingleExampleBatches:
+        """The same of the prepared model output."""
+        return SingleExampleBatches(prepared(self._output, model))
 
     def get_output(
         self, model: nn.Module, weights: Weights, buffers: Weights, *example: Any
@@ -48,6 +57,15 @@ class SeededByExample:
 
     def __init__(self, output: ModelOutput) -> None:
         self._output = output
+
+    def prepare(
+        self,
+        model: nn.Module,
+        weights: Weights,  # noqa: ARG002
+        buffers: Weights,  # noqa: ARG002
+    ) -> SeededByExample:
+        """The same of the prepared model output."""
+        return SeededByExample(prepared(self._output, model))
 
     def get_output(
         self, model: nn.Module, weights: Weights, buffers: Weights, *example: Any

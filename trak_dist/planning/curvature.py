@@ -13,6 +13,7 @@ from trak_dist.coordinates import TRAIN
 from trak_dist.errors import ConfigError, ProblemError
 from trak_dist.ops import curvature
 from trak_dist.ops.batches import Batch, clone_batch, examples_in
+from trak_dist.ops.model_outputs import prepared
 from trak_dist.plan import Plan
 from trak_dist.planning import gradient_method
 from trak_dist.planning.dry_run import first_batch
@@ -65,7 +66,9 @@ def check_fisher_rows(plan: Plan, problem: Problem, batches: Mapping[str, Batch]
         uniform = curvature.uniform_of_rows(range(size), 0, torch.device("cpu"))
         where = f"draw_labels of {type(output).__qualname__}, of examples of {name}"
         with user_code_errors(where), torch.no_grad():
-            found = tuple(output.draw_labels(model, *state, clone_batch(batch), uniform))
+            found = tuple(
+                prepared(output, model).draw_labels(model, *state, clone_batch(batch), uniform)
+            )
         if examples_in(found) != size:
             raise ProblemError(
                 f"a batch of {size} examples came back with {examples_in(found)}",

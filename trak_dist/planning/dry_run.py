@@ -21,6 +21,7 @@ from trak_dist.coordinates import TRAIN
 from trak_dist.errors import ProblemError
 from trak_dist.ops.batches import examples_in
 from trak_dist.ops.gradients import LoopGradients
+from trak_dist.ops.model_outputs import prepared
 from trak_dist.plan import Plan
 from trak_dist.problem import MapDataset, Problem
 
@@ -52,8 +53,9 @@ def dry_run(problem: Problem, name: str, dataset: MapDataset, spec: FeaturizeCon
     try:
         batch = batch_in(spec.compute, batch)
         LoopGradients(model, problem.model_output, spec.params)(batch, lambda *_: None)
+        ready = prepared(problem.model_output, model)
         with torch.no_grad():
-            q = problem.model_output.get_out_to_loss_grad(model, weights, buffers, batch)
+            q = ready.get_out_to_loss_grad(model, weights, buffers, batch)
     except Exception as error:  # user code may raise anything
         text = " ".join(str(error).split())
         raise ProblemError(

@@ -3,8 +3,8 @@
 Hooks refuse what they have no rule for, and torch.func what it can't trace. Other errors show in
 numbers, on whole batches of real examples: each row alone, and all of a batch in one weighted sum
 (`ops.audit`). They are compared at weights moved away from the problem's own, among which there may
-be zeros that hide a difference. No method is right for an output that is random, or whose
-out-to-loss depends on other examples of the batch: those are refused.
+be zeros that hide a difference. No method is right for an output that is random, or of which a
+batch gives another value than the example alone, as its out-to-loss: those are refused.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from torch.utils import _pytree as pytree
 
 from trak_dist.errors import ConfigError, NotCovered, ProblemError, TrakDistError
 from trak_dist.ops import audit
-from trak_dist.ops.batches import Batch, examples_in, rows_of
+from trak_dist.ops.batches import Batch, clone_batch, examples_in, rows_of
 from trak_dist.ops.gradients import GradientComputer, VmapGradients, select_params
 from trak_dist.ops.hooks import HookGradients
-from trak_dist.ops.model_outputs import ModelOutput, out_to_loss
+from trak_dist.ops.model_outputs import ModelOutput, out_to_loss, own_method, prepared
 from trak_dist.ops.model_state import ModelStateGuard, copy_model
 from trak_dist.ops.projection import CACHED_PIECE
 from trak_dist.spacing import evenly_spaced
 
 ROWS = 4  # of each batch that are computed alone
+MEETING = 10  # tolerances by which an output in a batch may differ from that alone
 ROUNDING = 1e-2  # of the tolerance, of all gradients: where a parameter's are zero but for rounding
 VMAP_BYTES = 2**30  # what a batch's gradients may take here; a worker has its own memory
 
@@ -100,6 +101,7 @@ def check_per_example(
     kind = type(model_output).__qualname__
     try:
         audit.check_deterministic(model, model_output, params, batch, where=kind)
+        _check_apart(model, model_output, batch, rows, where=where)
         own = audit.out_to_loss_alone(model, model_output, batch, rows)
         with ModelStateGuard(model).preserve():
             q = out_to_loss(model_output, model, batch, None)[rows]
@@ -121,6 +123,35 @@ def check_per_example(
             where=f"{kind}, {type(model).__qualname__}",
             next="an example's loss must be its own: no statistics of the batch "
             "(BatchNorm with track_running_stats=False), no mean over it",
+        )
+
+
+def _check_apart(
+    model: nn.Module, model_output: ModelOutput, batch: Batch, rows: Sequence[int], *, where: str
+) -> None:
+    """Raise `ProblemError` if `get_batch_output` gives another value of an example in a batch."""
+    batched = own_method(prepared(model_output, model), "get_batch_output")
+    if batched is None:
+        return
+    state, size = (dict(model.named_parameters()), dict(model.named_buffers())), examples_in(batch)
+    with torch.no_grad(), ModelStateGuard(model).preserve():
+        try:
+            f = batched(model, *state, clone_batch(batch)).reshape(size)[list(rows)].double()
+            singles = [clone_batch(rows_of(batch, slice(row, row + 1))) for row in rows]
+            own = torch.cat([batched(model, *state, one).reshape(1) for one in singles]).double()
+        except Exception:  # no error here: another method is taken, and the reason told
+            return
+    close = MEETING * audit.tolerance(model)
+    if not torch.allclose(f, own, rtol=close, atol=close, equal_nan=True):
+        at = int((f - own).abs().nan_to_num(torch.inf).argmax())
+        raise ProblemError(
+            "get_batch_output differs from get_output: examples meet. The output of an example of "
+            f"{where} depends on the other examples of its batch: {float(f[at]):.6g} in a batch of "
+            f"{size}, {float(own[at]):.6g} alone",
+            where=f"{type(model_output).__qualname__}, {type(model).__qualname__}",
+            next="an example's output must be its own: no statistics of the batch (BatchNorm with "
+            "track_running_stats=False), no negatives from it; trak_dist.CLIP(contrast=…) has a "
+            "fixed set of them",
         )
 
 

@@ -1,13 +1,22 @@
 """Model outputs: what of a model is attributed, and how its loss depends on it."""
 
 from trak_dist.ops.model_outputs.classification import (
-    TEXT_FIELDS,
     ImageClassification,
     TextClassification,
     attention_mask,
 )
-from trak_dist.ops.model_outputs.language import LanguageModeling
+from trak_dist.ops.model_outputs.clip import CLIP
+from trak_dist.ops.model_outputs.dense import MultiLabelClassification, Segmentation
+from trak_dist.ops.model_outputs.diffusion import Diffusion, NoisedRows
+from trak_dist.ops.model_outputs.language import (
+    IGNORED,
+    LanguageModeling,
+    MaskedLanguageModeling,
+    SequenceToSequence,
+)
 from trak_dist.ops.model_outputs.negative_loss import LossOutput
+from trak_dist.ops.model_outputs.preference import Preference
+from trak_dist.ops.model_outputs.preparation import forget, prepared
 from trak_dist.ops.model_outputs.protocol import (
     BatchedModelOutput,
     ModelOutput,
@@ -16,18 +25,30 @@ from trak_dist.ops.model_outputs.protocol import (
     own_method,
 )
 from trak_dist.ops.model_outputs.regression import Regression
+from trak_dist.ops.model_outputs.tokens import EachToken
 
 __all__ = [
-    "TEXT_FIELDS",
+    "CLIP",
+    "IGNORED",
     "BatchedModelOutput",
+    "Diffusion",
+    "EachToken",
     "ImageClassification",
     "LanguageModeling",
     "LossOutput",
+    "MaskedLanguageModeling",
     "ModelOutput",
+    "MultiLabelClassification",
+    "NoisedRows",
+    "Preference",
     "Regression",
+    "Segmentation",
+    "SequenceToSequence",
     "TextClassification",
     "Weights",
     "attention_mask",
+    "forget",
     "out_to_loss",
     "own_method",
+    "prepared",
 ]

@@ -9,16 +9,19 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from trak_dist.errors import ProblemError
 from trak_dist.ops import draws
+from trak_dist.ops.model_outputs.calls import predicted, with_labels
 from trak_dist.ops.model_outputs.protocol import BatchedModelOutput, Weights
 
 State = tuple[dict[str, Tensor], dict[str, Tensor]]
 
-# as TRAK's batches have them
-TEXT_FIELDS = ("input_ids", "token_type_ids", "attention_mask", "labels")
+# What the tensors of a batch are, by their number; four as TRAK's batches have them.
+TEXT_FIELDS = {
+    3: ("input_ids", "attention_mask", "labels"),
+    4: ("input_ids", "token_type_ids", "attention_mask", "labels"),
+}
 
 
 class _Classification(BatchedModelOutput, ABC):
@@ -81,45 +84,45 @@ class _Classification(BatchedModelOutput, ABC):
 
 
 class ImageClassification(_Classification):
-    """The margin log(p / (1 − p)) of the true class; batches of (images, labels).
-
-    What the model returns has `logits` (batch, classes), as Hugging Face's do, or is them.
-    """
+    """The margin log(p / (1 − p)) of the true class; batches of (images, labels)."""
 
     def _logits(
         self, model: nn.Module, state: State, batch: Sequence[Any]
     ) -> tuple[Float[Tensor, "batch classes"], Int64[Tensor, " batch"]]:
-        images, labels = batch
-        return _logits_in(functional_call(model, state, (images,))), labels
+        return predicted(model, *state, batch)
 
     def _with_labels(self, batch: Sequence[Any], labels: Int64[Tensor, " batch"]) -> Sequence[Any]:
-        return batch[0], labels
+        return with_labels(batch, labels)
 
 
 class TextClassification(_Classification):
     """The same of a Hugging Face classifier, `BertForSequenceClassification` for instance.
 
     A batch is (input_ids, token_type_ids, attention_mask, labels), as for TRAK's
-    `TextClassificationModelOutput`, or one mapping of the model's arguments and `labels`. What the
-    model returns has `logits`, or is them.
+    `TextClassificationModelOutput`, (input_ids, attention_mask, labels), or one mapping of the
+    model's arguments and `labels`. What the model returns has `logits`, or is them.
     """
 
     def _logits(
         self, model: nn.Module, state: State, batch: Sequence[Any]
     ) -> tuple[Float[Tensor, "batch classes"], Int64[Tensor, " batch"]]:
-        inputs = dict(batch[0] if len(batch) == 1 else zip(TEXT_FIELDS, batch, strict=True))
-        labels = inputs.pop("labels")
-        return _logits_in(functional_call(model, state, (), inputs)), labels
+        inputs = batch[0] if len(batch) == 1 else _named(batch)
+        if not inputs:
+            raise ProblemError(
+                f"a batch of {len(batch)} tensors for a text classifier",
+                where="the batch",
+                next="(input_ids, attention_mask, labels), TRAK's (input_ids, token_type_ids, "
+                "attention_mask, labels), or one mapping of the model's arguments and `labels`",
+            )
+        return predicted(model, *state, (inputs,))
 
     def _with_labels(self, batch: Sequence[Any], labels: Int64[Tensor, " batch"]) -> Sequence[Any]:
-        if len(batch) == 1:
-            return ({**batch[0], "labels": labels},)
-        return *batch[:-1], labels
+        return with_labels(batch, labels)
 
 
 def attention_mask(batch: Sequence[Any]) -> Tensor | None:
     """Where a batch of texts is not padding, (batch, tokens); None if it does not say so."""
-    inputs = batch[0] if len(batch) == 1 else dict(zip(TEXT_FIELDS, batch, strict=False))
+    inputs = batch[0] if len(batch) == 1 else _named(batch)
     if not isinstance(inputs, Mapping):
         return None
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
@@ -128,16 +131,9 @@ def attention_mask(batch: Sequence[Any]) -> Tensor | None:
     return mask if mask.ndim == 2 and not mask.is_floating_point() else None
 
 
-def _logits_in(found: Any) -> Tensor:
-    """The logits of what a model returned."""
-    logits = getattr(found, "logits", found)
-    if not isinstance(logits, Tensor):
-        raise ProblemError(
-            f"the model returned {type(found).__name__}, which is no tensor and has no `logits`",
-            where="the model",
-            next="let it return logits (batch, classes), or something with `logits`",
-        )
-    return logits
+def _named(batch: Sequence[Any]) -> dict[str, Any]:
+    """The tensors of a batch of texts by their names; none if it is another kind of batch."""
+    return dict(zip(TEXT_FIELDS.get(len(batch), ()), batch, strict=False))
 
 
 def _margins(
@@ -151,8 +147,6 @@ def _margins(
         )
     classes = torch.arange(logits.shape[1], device=logits.device)
     is_true = classes == labels[:, None]
-    if logits.dtype.itemsize < 4:  # a half type can't hold the 1 − p of a good model
-        logits = logits.float()
     # The margin does not depend on an offset; its rounding, forward and backward, would.
     logits = logits - logits.detach().amax(1, keepdim=True)
     # where(), not indexing in place: the same under vmap, and no NaN in its gradient

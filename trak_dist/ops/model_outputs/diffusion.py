@@ -12,7 +12,6 @@ from torch.func import functional_call
 
 from trak_dist.errors import ConfigError, ProblemError
 from trak_dist.ops import draws
-from trak_dist.ops.batches import Batch
 from trak_dist.ops.model_outputs.negative_loss import NegativeLoss
 from trak_dist.ops.model_outputs.protocol import Weights
 
@@ -153,4 +152,5 @@ def _mapping(batch: Sequence[Any]) -> Mapping[str, Tensor]:
             where="the batch",
             next="make the dataset trak_dist.NoisedRows(dataset, alphas_cumprod)",
         )
-    return inputs
+    found: Mapping[str, Tensor] = inputs
+    return found

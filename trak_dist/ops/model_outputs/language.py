@@ -1,7 +1,8 @@
-"""The model output of causal language models: the log-likelihood of a text's tokens."""
+"""The model outputs of language models: the log-likelihood of a text's tokens."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,51 +13,44 @@ from torch.func import functional_call
 
 from trak_dist.errors import ProblemError
 from trak_dist.ops import draws
-from trak_dist.ops.model_outputs.protocol import BatchedModelOutput, Weights
+from trak_dist.ops.batches import Batch
+from trak_dist.ops.model_outputs.calls import inputs_and_labels, numbers_of, with_labels
+from trak_dist.ops.model_outputs.negative_loss import NegativeLoss
+from trak_dist.ops.model_outputs.protocol import Weights
 
 IGNORED = -100  # a label that does not count, as torch and Hugging Face have it
 
 
-class LanguageModeling(BatchedModelOutput):
-    """F = Σ log p(token | those before it) over the labels of a text; the loss is −f, so Q = 1.
+class _Tokens(NegativeLoss, ABC):
+    """F = Σ log p(label) over the labels of a text that count: minus its cross-entropy, summed."""
 
-    A batch is one mapping of the model's arguments, `input_ids` (batch, tokens) among them, and
-    perhaps `labels`; or (input_ids,) or (input_ids, labels). As in Hugging Face, labels are not
-    shifted: the logits at t are for the label at t + 1, and a label of −100 does not count. Where
-    no labels are given, they are the input_ids where `attention_mask`, if there is one, is 1. What
-    the model returns has `logits` (batch, tokens, vocabulary), or is them.
-    """
+    @abstractmethod
+    def _logits_and_labels(
+        self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
+    ) -> tuple[Float[Tensor, "batch labels vocabulary"], Int64[Tensor, "batch labels"]]:
+        """The logits, and the label that each is for."""
+
+    @abstractmethod
+    def _with_labels(self, batch: Sequence[Any], labels: Int64[Tensor, "batch labels"]) -> Batch:
+        """The batch with other labels, and inputs as they are."""
 
     def get_batch_output(
         self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
     ) -> Float[Tensor, " batch"]:
-        """F of each text, from one forward pass."""
-        logits, labels = _logits_and_labels(model, weights, buffers, batch)
+        """F of each text, from one forward pass.
+
+        Raises
+        ------
+        ProblemError
+            If the shapes of logits and labels do not go together.
+        """
+        logits, labels = self._logits_and_labels(model, weights, buffers, batch)
         size = logits.shape[-1]
         tokens = labels.clamp(0, size - 1)
         found = logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
         # A label that is no token must not pass for one: NaN is found, and its row named.
         found = torch.where(tokens == labels, found, torch.nan)
         return torch.where(labels == IGNORED, 0, found).sum(1)
-
-    def get_out_to_loss_from_output(
-        self,
-        output: Float[Tensor, " batch"],
-        batch: Sequence[Any],  # noqa: ARG002
-    ) -> Float[Tensor, " batch"]:
-        """Q = −∂(−f)/∂f = 1 of each text."""
-        return torch.ones_like(output)
-
-    def get_out_to_loss_grad(
-        self,
-        model: nn.Module,  # noqa: ARG002
-        weights: Weights,  # noqa: ARG002
-        buffers: Weights,  # noqa: ARG002
-        batch: Sequence[Any],
-    ) -> Float[Tensor, " batch"]:
-        """Q = 1 of each text, which needs no forward pass."""
-        _, _, labels = _parts(batch)
-        return torch.ones(len(labels), device=labels.device)
 
     def draw_labels(
         self,
@@ -66,19 +60,15 @@ class LanguageModeling(BatchedModelOutput):
         batch: Sequence[Any],
         uniform: draws.Uniform,
     ) -> Sequence[Any]:
-        """The batch with each label that counts drawn from p(token | the tokens before it).
+        """The batch with each label that counts drawn from the model's prediction of it.
 
         The inputs stay as they are, so the tokens of a text are drawn each given the true ones.
         One number of each text is used for each position.
         """
         with torch.no_grad():
-            logits, labels = _logits_and_labels(model, weights, buffers, batch)
+            logits, labels = self._logits_and_labels(model, weights, buffers, batch)
         drawn = draws.categorical(logits, uniform(labels.shape[1]))
-        drawn = torch.where(labels == IGNORED, IGNORED, drawn)
-        _, _, whole = _parts(batch)
-        whole = torch.cat([whole[:, :1], drawn], dim=1)
-        first = batch[0]
-        return ({**first, "labels": whole},) if isinstance(first, Mapping) else (first, whole)
+        return self._with_labels(batch, torch.where(labels == IGNORED, IGNORED, drawn))
 
     def get_batch_log_likelihood(
         self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
@@ -87,33 +77,130 @@ class LanguageModeling(BatchedModelOutput):
         return self.get_batch_output(model, weights, buffers, batch)
 
 
-def _logits_and_labels(
-    model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
-) -> tuple[Float[Tensor, "batch tokens-1 vocabulary"], Int64[Tensor, "batch tokens-1"]]:
-    """The logits and the labels that they are for, of half types in float32."""
-    arguments, keywords, labels = _parts(batch)
-    found = functional_call(model, ({**weights}, {**buffers}), arguments, keywords)
-    logits = getattr(found, "logits", found)
+class LanguageModeling(_Tokens):
+    """F = Σ log p(token | those before it) over the labels of a text; the loss is −f, so Q = 1.
+
+    A batch is one mapping of the model's arguments, `input_ids` (batch, tokens) among them, and
+    perhaps `labels`; or (input_ids,), (input_ids, labels) or (input_ids, attention_mask, labels).
+    As in Hugging Face, labels are not shifted: the logits at t are for the label at t + 1, and a
+    label of −100 does not count. Where no labels are given, they are the input_ids where
+    `attention_mask`, if there is one, is 1. What the model returns has `logits` (batch, tokens,
+    vocabulary), or is them.
+    """
+
+    def _logits_and_labels(
+        self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
+    ) -> tuple[Float[Tensor, "batch labels vocabulary"], Int64[Tensor, "batch labels"]]:
+        arguments, keywords, labels = _parts(batch)
+        logits = _logits(model, weights, buffers, arguments, keywords, labels)
+        return logits[:, :-1], labels[:, 1:]
+
+    def _with_labels(self, batch: Sequence[Any], labels: Int64[Tensor, "batch labels"]) -> Batch:
+        _, _, whole = _parts(batch)
+        whole = torch.cat([whole[:, :1], labels], dim=1)
+        first = batch[0]
+        if isinstance(first, Mapping):
+            return ({**first, "labels": whole},)
+        return *(batch[:-1] if len(batch) > 1 else batch), whole
+
+
+class MaskedLanguageModeling(_Tokens):
+    """F = Σ log p(token | the masked text) over the labels that count; the loss is −f, so Q = 1.
+
+    A batch is one mapping of the model's arguments and `labels` (batch, tokens): the tokens that
+    were masked, and −100 elsewhere. Logits at t are for the label at t. Which tokens are masked
+    must be the dataset's, the same each time: mask there, not in collate.
+    """
+
+    def _logits_and_labels(
+        self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
+    ) -> tuple[Float[Tensor, "batch labels vocabulary"], Int64[Tensor, "batch labels"]]:
+        arguments, keywords, labels = inputs_and_labels(batch)
+        return _logits(model, weights, buffers, arguments, keywords, labels), labels
+
+    def _with_labels(self, batch: Sequence[Any], labels: Int64[Tensor, "batch labels"]) -> Batch:
+        return tuple(with_labels(batch, labels))
+
+
+class SequenceToSequence(MaskedLanguageModeling):
+    """F = Σ log p(token | the source, the tokens before it) over the labels of an answer; Q = 1.
+
+    A batch is one mapping of the model's arguments and `labels` (batch, tokens of the answer), −100
+    where none counts. Logits at t are for the label at t, as in Hugging Face's encoder-decoder
+    models: where `decoder_input_ids` are not given they are the labels shifted by the model's own
+    `prepare_decoder_input_ids_from_labels`.
+    """
+
+    def _logits_and_labels(
+        self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
+    ) -> tuple[Float[Tensor, "batch labels vocabulary"], Int64[Tensor, "batch labels"]]:
+        return super()._logits_and_labels(model, weights, buffers, (_shifted(model, batch),))
+
+    def draw_labels(
+        self,
+        model: nn.Module,
+        weights: Weights,
+        buffers: Weights,
+        batch: Sequence[Any],
+        uniform: draws.Uniform,
+    ) -> Sequence[Any]:
+        """As for other models; the decoder still reads the true answer."""
+        return super().draw_labels(model, weights, buffers, (_shifted(model, batch),), uniform)
+
+
+def _shifted(model: nn.Module, batch: Sequence[Any]) -> dict[str, Any]:
+    """A batch's mapping, with what the decoder reads."""
+    inputs = batch[0]
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if isinstance(inputs, Mapping) and "labels" in inputs:
+        if "decoder_input_ids" in inputs:
+            return dict(inputs)
+        if shift is not None:
+            return {**inputs, "decoder_input_ids": shift(labels=inputs["labels"])}
+    raise ProblemError(
+        "a batch for an encoder and a decoder needs labels, and decoder_input_ids if the model has "
+        "no prepare_decoder_input_ids_from_labels",
+        where="the batch",
+        next="one mapping of the model's arguments and `labels`",
+    )
+
+
+def _logits(
+    model: nn.Module,
+    weights: Weights,
+    buffers: Weights,
+    arguments: tuple[Any, ...],
+    keywords: Mapping[str, Any],
+    labels: Int64[Tensor, "batch labels"],
+) -> Float[Tensor, "batch labels vocabulary"]:
+    """What the model gives, of half types in float32: these can't hold a sum over a vocabulary."""
+    logits = numbers_of(
+        functional_call(model, ({**weights}, {**buffers}), arguments, dict(keywords))
+    )
     if logits.ndim != 3 or logits.shape[:2] != labels.shape:
         raise ProblemError(
             f"labels of shape {tuple(labels.shape)} with logits of shape {tuple(logits.shape)}",
             where="the batch",
             next="labels (batch, tokens) for logits (batch, tokens, vocabulary), not shifted",
         )
-    logits = logits[:, :-1]
-    if logits.dtype.itemsize < 4:  # a half type can't hold a sum over the vocabulary
-        logits = logits.float()
-    return logits, labels[:, 1:]
+    return logits
 
 
 def _parts(
     batch: Sequence[Any],
-) -> tuple[tuple[Tensor, ...], dict[str, Any], Int64[Tensor, "batch tokens"]]:
+) -> tuple[tuple[Any, ...], dict[str, Any], Int64[Tensor, "batch tokens"]]:
     """The model's arguments, those by name, and the labels before they are shifted."""
     first = batch[0]
     if not isinstance(first, Mapping):
-        ids, labels = batch if len(batch) == 2 else (*batch, *batch)
-        return (ids,), {}, labels
+        if len(batch) > 3:
+            raise ProblemError(
+                f"a batch of {len(batch)} tensors for a language model",
+                where="the batch",
+                next="(input_ids, attention_mask, labels), or one mapping of the model's arguments",
+            )
+        if len(batch) == 3:
+            return (), {"input_ids": first, "attention_mask": batch[1]}, batch[2]
+        return (first,), {}, batch[-1]
     inputs = dict(first)
     labels, mask = inputs.pop("labels", None), inputs.get("attention_mask")
     if labels is None:

@@ -24,9 +24,9 @@ class Preference(BatchedModelOutput):
     A positive score is helpful: it makes the target's chosen answer likelier than the rejected one.
 
     A batch is one mapping with, for both sides, `chosen_input_ids` (batch, tokens), perhaps
-    `chosen_attention_mask` and `chosen_labels`, −100 on the prompt, as `LanguageModeling` takes them;
-    and `ref_chosen_logps` and `ref_rejected_logps` (batch,), the reference model's log-likelihoods
-    of the same labels.
+    `chosen_attention_mask` and `chosen_labels`, −100 on the prompt, as `LanguageModeling` takes
+    them; and `ref_chosen_logps` and `ref_rejected_logps` (batch,), the reference model's
+    log-likelihoods of the same labels.
     """
 
     loss = "logistic"
@@ -59,7 +59,8 @@ class Preference(BatchedModelOutput):
             - inputs[f"ref_{side}_logps"]
             for side in SIDES
         )
-        return self.beta * (chosen - rejected)
+        margin: Tensor = self.beta * (chosen - rejected)
+        return margin
 
     def get_out_to_loss_from_output(
         self,

@@ -2,7 +2,8 @@
 
 `ModelOutput`'s two methods are those of TRAK's `AbstractModelOutput`, so that a class written for
 it fits. `BatchedModelOutput` has a third, which fast gradients (`ops.hooks`) need; where Q follows
-from f, a fourth, `get_out_to_loss_from_output(output, batch)`, spares another forward pass.
+from f, a fourth, `get_out_to_loss_from_output(output, batch)`, spares another forward pass. What an
+output needs of the weights besides an example comes of `prepare` (`preparation`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from trak_dist.errors import ProblemError
 from trak_dist.ops.batches import batch_of_one, clone_batch, examples_in
+from trak_dist.ops.model_outputs.preparation import prepared
 
 Weights = Mapping[str, Tensor]
 
@@ -89,7 +91,7 @@ def out_to_loss(
     ProblemError
         If it is no numbers, or not one for each example.
     """
-    size = examples_in(batch)
+    size, model_output = examples_in(batch), prepared(model_output, model)
     from_output = own_method(model_output, "get_out_to_loss_from_output")
     with torch.no_grad():
         # What half precision left of f is too little for 1 − p.

@@ -1,0 +1,74 @@
+"""The contrast set of `CLIP`: batches that are read once, identified, and given to any model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.data import Dataset
+
+from trak_dist.errors import ConfigError
+from trak_dist.hashing import truncated
+from trak_dist.ops.batches import Batch, clone_batch, examples_in
+from trak_dist.ops.model_outputs.protocol import Weights
+
+
+def read(contrast: Iterable[Any]) -> tuple[Batch, ...]:
+    """The batches, as model outputs take them.
+
+    Raises
+    ------
+    ConfigError
+        If they are none, or hold no pairs.
+    """
+    if isinstance(contrast, Tensor | Mapping | str | Dataset) or not isinstance(contrast, Iterable):
+        raise ConfigError(
+            f"contrast is {type(contrast).__name__}, not batches",
+            where="CLIP",
+            next="a DataLoader of pairs, or a list of batches, as collate gives them",
+        )
+    batches = tuple(
+        (dict(b),) if isinstance(b, Mapping) else tuple(b) if isinstance(b, list | tuple) else (b,)
+        for b in contrast
+    )
+    if sum(examples_in(b) for b in batches) < 1:
+        raise ConfigError(
+            "contrast holds no pairs",
+            where="CLIP",
+            next="some hundred pairs that are no train rows",
+        )
+    return batches
+
+
+def digest(batches: Sequence[Batch]) -> str:
+    """What identifies their content and order."""
+    sha = hashlib.sha256()
+    for batch in batches:
+        leaves, structure = pytree.tree_flatten(batch)
+        sha.update(str(structure).encode())
+        for leaf in leaves:
+            if isinstance(leaf, Tensor):
+                sha.update(str((leaf.dtype, tuple(leaf.shape))).encode())
+                sha.update(
+                    leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+                )
+            else:
+                sha.update(repr(leaf).encode())
+    return truncated(sha)
+
+
+def copy_for(weights: Weights, batch: Batch) -> Batch:
+    """A copy of a batch on the device of the weights, and of their type where they have one."""
+    floating = {w.dtype for w in weights.values() if w.is_floating_point()}
+    device = next((w.device for w in weights.values()), None)
+
+    def moved(tensor: Tensor) -> Tensor:
+        convert = tensor.is_floating_point() and len(floating) == 1
+        return tensor.to(device, next(iter(floating)) if convert else None)
+
+    converted: Batch = pytree.tree_map_only(Tensor, moved, clone_batch(batch))
+    return converted
