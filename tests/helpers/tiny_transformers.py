@@ -23,7 +23,7 @@ _ATTENTION = {
 }
 CONFIGS: Mapping[str, Any] = {
     "gpt2": lambda **more: transformers.GPT2Config(
-        n_embd=WIDTH, n_layer=1, n_head=2, n_positions=POSITIONS, **_SIZES, **more
+        n_embd=WIDTH, n_layer=1, n_head=2, n_positions=POSITIONS, **{**_SIZES, **more}
     ),
     "llama": lambda **more: transformers.LlamaConfig(
         num_key_value_heads=1, **_ATTENTION, **_SIZES, **more

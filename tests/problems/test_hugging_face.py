@@ -139,7 +139,9 @@ def test_scores_of_texts_are_those_of_float64(launch: Launch, directory: Path) -
     assert any(text in page for text in tiny.texts(TARGETS, 2)), "rows are shown as text"
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2", "bert"])
+@pytest.mark.parametrize(
+    "kind", ["llama", *(pytest.param(k, marks=pytest.mark.slow) for k in ("gpt2", "qwen2", "bert"))]
+)
 def test_scores_of_classified_texts_are_those_of_float64(
     kind: str, launch: Launch, tmp_path: Path
 ) -> None:
@@ -337,6 +339,21 @@ def test_a_checkpoint_with_another_configuration_is_told(launch: Launch, directo
     tiny.write_model(directory / "model-1", "gpt2", seed=1, activation_function="relu")
     ended = launch(*command(directory, "causal_lm", both(directory), "stage=plan", "proj_dim=16"))
     assert "model-1/config.json says activation_function 'relu', not 'gelu_new'" in ended.out
+
+
+def test_tokens_that_the_model_has_not_are_told_and_pad_nothing(directory: Path) -> None:
+    words_and_pad = tiny.tokenizer()
+    words_and_pad.add_special_tokens({"pad_token": "[NEW]"})
+    words_and_pad.save_pretrained(directory / "larger")
+    tiny.write_model(directory / "bare", "gpt2", pad_token_id=None)
+    problem = lm(directory, model=str(directory / "bare"), tokenizer=str(directory / "larger"))
+    assert problem.notes
+    assert problem.collate
+    assert list(problem.notes()) == [
+        "tokenizer: 31 tokens, the model has 30: a text with one of the others can't be computed"
+    ]
+    batch = problem.collate([problem.train[row] for row in range(ROWS)])
+    assert set(batch["input_ids"][batch["attention_mask"] == 0].tolist()) == {2}, "end of text"
 
 
 def test_rows_are_not_tokenised_before_they_are_read(

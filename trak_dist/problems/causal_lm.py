@@ -87,6 +87,7 @@ def problem(  # noqa: PLR0913 -- these are settings
     train_set = dataset(train, "problem.train")
 
     def notes() -> Iterator[str]:
+        yield from pretrained.missing_tokens(config, words)
         yield from pretrained.differing_configs(model, given)
         for name, found in {"train": train_set, **datasets}.items():
             yield from found.notes(name)

@@ -7,6 +7,7 @@ float32 and `eval()`; `featurize.compute` says in which type gradients are compu
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -162,7 +163,7 @@ def _is_as_saved(tokenizer: Any, file: Path) -> bool:
 def pad_token(config: Any, tokenizer: Any) -> int:
     """What texts are padded with: the model's own token, else the tokenizer's, else its end."""
     found = (config.pad_token_id, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(int(token) for token in found if token is not None)
+    return next(t for t in found if isinstance(t, int) and 0 <= t < config.vocab_size)
 
 
 def check_classes(config: Any, model: str) -> None:
@@ -220,6 +221,15 @@ def given_checkpoints(model: str, checkpoints: Sequence[str] | str | None) -> li
         where="problem.checkpoints",
         next="'problem.checkpoints=[DIR,…]' of the directories, or files, that training wrote",
     )
+
+
+def missing_tokens(config: Any, tokenizer: Any) -> Iterator[str]:
+    """A note if the tokenizer has tokens that the model has not."""
+    if len(tokenizer) > config.vocab_size:
+        yield (
+            f"tokenizer: {len(tokenizer)} tokens, the model has {config.vocab_size}: a text with "
+            "one of the others can't be computed"
+        )
 
 
 def differing_configs(model: str, checkpoints: Sequence[str]) -> Iterator[str]:
@@ -295,7 +305,9 @@ def _with_adapter(base: nn.Module, directory: Path, missing: Sequence[str]) -> n
         )
     config.inference_mode = False  # in which PEFT freezes what is to be attributed
     config.base_model_name_or_path = None
-    made = peft.get_peft_model(base, config)
+    with warnings.catch_warnings():  # of names that transformers will leave behind
+        warnings.simplefilter("ignore", FutureWarning)
+        made = peft.get_peft_model(base, config)
     assert isinstance(made, nn.Module)
     return made
 
