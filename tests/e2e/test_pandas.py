@@ -28,7 +28,7 @@ def test_scores_are_a_frame_by_rows_and_targets(
     assert np.array_equal(frame.to_numpy(), scores)
     best = frame[1].nlargest(3).index
     assert best.tolist() == run.top("val", [1], count=3)[0].helpful.tolist()
-    with pytest.raises(ConfigError, match="no target set|val"):
+    with pytest.raises(ConfigError, match="nothing"):
         run.to_pandas("nothing")
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(ConfigError, match="pandas is not installed"):
