@@ -16,6 +16,7 @@ from tiny_clip import CONTRAST, Pairs, towers
 from torch import Tensor, nn
 
 from trak_dist import CLIP
+from trak_dist.checkpoints import state_dicts
 from trak_dist.errors import ConfigError, ProblemError
 from trak_dist.ops.gradients import LoopGradients, VmapGradients, activation_bytes, outputs
 from trak_dist.ops.hooks import HookGradients
@@ -252,6 +253,24 @@ def test_embeddings_are_never_those_of_other_weights(load: Any) -> None:
         load(model, states[turn])
         found = outputs(model, output, PAIRS.batch())
         assert np.allclose(found.numpy(), expected(model), rtol=1e-5, atol=1e-5)
+
+
+def test_a_checkpoint_that_modules_load_behind_autograds_back_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def load(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        for name, parameter in module._parameters.items():
+            parameter.data.copy_(state[prefix + name])
+
+    model, output = towers(), tiny_clip.output()
+    outputs(model, output, PAIRS.batch())
+    versions = preparation._versions(model)
+    monkeypatch.setattr(nn.Module, "_load_from_state_dict", load)
+    fitted = state_dicts.fit_state_dict(towers(10).state_dict(), model, where="here")
+    fitted.load_into(model)
+    assert preparation._versions(model) == versions
+    found = outputs(model, output, PAIRS.batch())
+    assert np.allclose(found.numpy(), expected(model), rtol=1e-5, atol=1e-5)
 
 
 def test_a_step_of_training_and_a_copy_are_seen() -> None:
