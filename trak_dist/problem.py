@@ -12,7 +12,7 @@ import os
 import random
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -30,7 +30,11 @@ if TYPE_CHECKING:
     from trak_dist.ops.model_outputs import ModelOutput
 
 
-SHIPPED = tuple(f"trak_dist.problems.{n}.problem" for n in ("mnist", "fashion_mnist", "cifar2"))
+_NAMES = (
+    *("mnist", "fashion_mnist", "cifar2"),
+    *("causal_lm", "text_classification", "image_folder", "table"),
+)
+SHIPPED = tuple(f"trak_dist.problems.{name}.problem" for name in _NAMES)
 
 
 class MapDataset(Protocol):
@@ -91,6 +95,8 @@ class Problem:
         `(train, seed, device)` to a state dict.
     mislabelled : (n_train,) bool, optional
         Which train labels are known to be wrong, so that finding them can be checked.
+    notes : callable, optional
+        What is worth saying of the data when a run of it is planned; jobs do not call it.
     """
 
     model: torch.nn.Module
@@ -102,6 +108,7 @@ class Problem:
     render: Callable[[Any], Rendered] | None = None
     train_checkpoint: TrainCheckpoint | None = None
     mislabelled: NDArray[np.bool_] | None = None
+    notes: Callable[[], Iterable[str]] | None = None
 
     def __post_init__(self) -> None:
         listed = isinstance(self.checkpoints, Sequence) and not isinstance(self.checkpoints, str)
@@ -123,7 +130,7 @@ class Problem:
                 where="trak_dist.Problem",
                 next="model: a torch.nn.Module; model_output: an object with get_output and "
                 "get_out_to_loss_grad; checkpoints: paths; targets: named by strings; collate, "
-                "render and train_checkpoint: functions, or None",
+                "render, train_checkpoint and notes: functions, or None",
             )
         if self.mislabelled is not None and len(self.mislabelled) != len(self.train):
             raise ProblemError(
@@ -145,7 +152,7 @@ class Problem:
             yield "checkpoints"
         if not all(isinstance(name, str) for name in self.targets):
             yield "targets"
-        for name in ("collate", "render", "train_checkpoint"):
+        for name in ("collate", "render", "train_checkpoint", "notes"):
             if not (getattr(self, name) is None or callable(getattr(self, name))):
                 yield name
 
@@ -161,6 +168,12 @@ def with_random_policy(problem: Problem, random: str) -> Problem:
     from trak_dist.ops.wrapped_outputs import SeededByExample
 
     return replace(problem, model_output=SeededByExample(problem.model_output))
+
+
+def notes(problem: Problem) -> list[str]:
+    """What the problem says of its data."""
+    with user_code_errors("the problem's notes"):
+        return [str(note) for note in problem.notes()] if problem.notes else []
 
 
 def mislabelled_digest(problem: Problem) -> str | None:
@@ -204,8 +217,10 @@ def fixed_seeds() -> Iterator[None]:
             np.random.set_state(states[1])  # noqa: NPY002
 
 
-def locate(target: str, *, import_root: str) -> tuple[Callable[..., Problem], str]:
-    """The function that `target` names, and the digest of its file.
+def locate(
+    target: str, *, import_root: str, setting: str = "problem._target_"
+) -> tuple[Callable[..., Problem], str]:
+    """The function that `target`, the value of `setting`, names, and the digest of its file.
 
     Raises
     ------
@@ -221,15 +236,15 @@ def locate(target: str, *, import_root: str) -> tuple[Callable[..., Problem], st
     except (Exception, SystemExit) as error:  # an import may raise anything
         raise ProblemError(
             f"{target!r} can't be imported: {type(error).__name__}: {error}",
-            where="problem._target_",
+            where=setting,
             next="name it package.module.function, importable from the directory you launch in",
         ) from error
     file = getattr(module, "__file__", None)
     if not callable(function) or not file:
         raise ProblemError(
             f"{target!r} is not a function of a Python file",
-            where="problem._target_",
-            next="name a function that returns a trak_dist.Problem",
+            where=setting,
+            next="name a function of a module of yours",
         )
     return function, source.file_digest(Path(file))
 
@@ -237,6 +252,24 @@ def locate(target: str, *, import_root: str) -> tuple[Callable[..., Problem], st
 def is_shipped(target: str) -> bool:
     """Whether `target` is a problem of this package, which imports nothing of the user's."""
     return target in SHIPPED
+
+
+def code(spec: Mapping[str, Any]) -> str:
+    """What of the user's a problem imports and calls: its function; of a shipped one its model.
+
+    The model of a shipped problem may be `module:function`; else the problem's own function, which
+    imports nothing of the user's.
+    """
+    target, model = str(spec["_target_"]), spec.get("model")
+    if is_shipped(target) and isinstance(model, str) and is_import_path(model):
+        return model.replace(":", ".")
+    return target
+
+
+def is_import_path(text: str) -> bool:
+    """Whether a text is of the form `package.module:function`."""
+    module, colon, name = text.partition(":")
+    return bool(colon) and all(part.isidentifier() for part in (*module.split("."), name))
 
 
 def build(spec: Mapping[str, Any], *, import_root: str) -> tuple[Problem, Source]:
@@ -256,6 +289,9 @@ def build(spec: Mapping[str, Any], *, import_root: str) -> tuple[Problem, Source
     arguments = {k: v for k, v in spec.items() if k != "_target_"}
     with fixed_seeds():
         function, file = locate(target, import_root=import_root)
+        own = function
+        if code(spec) != target:
+            own, file = locate(code(spec), import_root=import_root, setting="problem.model")
     try:
         inspect.signature(function).bind(**arguments)
     except TypeError as error:
@@ -280,7 +316,7 @@ def build(spec: Mapping[str, Any], *, import_root: str) -> tuple[Problem, Source
             where="problem._target_",
             next="return trak_dist.Problem(...) from it",
         )
-    return problem, _source(problem, function, file, import_root)
+    return problem, _source(problem, own, file, import_root)
 
 
 def _source(problem: Problem, function: object, file: str, import_root: str) -> Source:

@@ -16,7 +16,8 @@ from trak_dist.interface import preparation
 
 STUMBLES = {
     "problem=0": "problem: 0 is not the name of an option\n  where: the command line\n"
-    "  next:  problem=… one of cifar2, custom, fashion_mnist, mnist",
+    "  next:  problem=… one of causal_lm, cifar2, custom, fashion_mnist, image_folder, mnist, "
+    "table, text_classification",
     "problem=[0,0]": "problem: [0,0] is not the name of an option",
     "problem=": "problem:  is not the name of an option",
     "cluster=null": "cluster: null is not the name of an option",

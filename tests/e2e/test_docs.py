@@ -13,6 +13,7 @@ import pytest
 import torch
 from gathered_gradients import gathered
 
+from trak_dist import settings
 from trak_dist.ops.gradients import VmapGradients
 from trak_dist.ops.hooks import HookGradients
 
@@ -103,3 +104,14 @@ def test_the_design_names_the_modules_and_packages_that_there_are() -> None:
     packages = {f"{path.name}/" for path in there if path.is_dir()}
     assert sorted(named) == sorted(packages | {p.name for p in there if p.suffix == ".py"})
     assert os.access(ROOT / ".ci/run", os.X_OK)
+
+
+def test_the_commands_for_hugging_face_have_settings_that_there_are() -> None:
+    """Composed; `tests/problems` runs such commands on small models."""
+    lines = [x for b in blocks(ROOT / "docs/hugging-face.md", "bash") for x in b.splitlines()]
+    launches = [shlex.split(x)[3:] for x in lines if x.startswith("python -m trak_dist.launch ")]
+    assert {o for command in launches for o in command if o.startswith("problem=")} == {
+        f"problem={name}" for name in ("causal_lm", "text_classification", "image_folder", "table")
+    }
+    for overrides in launches:
+        settings.check_overrides(overrides)

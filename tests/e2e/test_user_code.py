@@ -169,3 +169,17 @@ def test_a_layer_that_prints_its_address_is_the_same_in_each_process(run_problem
     assert run_problem("stage=plan", model=model()).code == 0
     ended = run_problem("stage=featurize", model=model())
     assert ended.code == 0, ended.err
+
+
+def test_notes_are_told_when_a_run_is_planned_and_what_they_raise_is_an_error(
+    run_problem: Callable[..., Ended],
+) -> None:
+    def raising() -> list[str]:
+        raise KeyError("gone")
+
+    ended = run_problem("stage=plan", notes=raising)
+    assert ended.code == 2
+    assert "error: the problem's notes raised KeyError: 'gone'" in ended.err
+    ended = run_problem("stage=plan", notes=lambda: ["5 texts are cut"])
+    assert ended.out.startswith("5 texts are cut\n")
+    assert "cut" not in run_problem("stage=plan", notes=lambda: ["5 texts are cut"]).out

@@ -14,6 +14,7 @@ import safetensors.torch
 import tiny
 import tiny_bert
 import torch
+import transformers
 from gathered_gradients import gathered
 from torch import Tensor, nn
 
@@ -105,6 +106,47 @@ def test_a_folder_of_hugging_face_is_read(shards: str, tmp_path: Path) -> None:
     model = tiny_bert.net()
     loaded(tmp_path, model)
     assert_same(model, written.state_dict())
+
+
+OF_OTHER_NAMES = {
+    "vit": lambda: transformers.ViTForImageClassification(
+        transformers.ViTConfig(
+            image_size=8,
+            patch_size=4,
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=12,
+        )
+    ),
+    "mixtral": lambda: transformers.MixtralForCausalLM(
+        transformers.MixtralConfig(
+            vocab_size=30,
+            hidden_size=8,
+            intermediate_size=12,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_local_experts=2,
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OF_OTHER_NAMES)
+def test_what_transformers_saves_under_other_names_is_read(kind: str, tmp_path: Path) -> None:
+    written, model = (OF_OTHER_NAMES[kind]().eval() for _ in range(2))
+    written.save_pretrained(tmp_path)
+    saved = state_dicts.read(tmp_path)
+    assert saved.keys() - written.state_dict().keys(), "else there is nothing to test"
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    fitted = state_dicts.fit_state_dict(saved, model, where=str(tmp_path))
+    assert_same(model, before)
+    fitted.load_into(model)
+    assert_same(model, written.state_dict())
+    saved.pop(next(name for name in saved if "mlp" in name or "output" in name or "w1" in name))
+    with pytest.raises(CheckpointError, match="the checkpoint does not fit the model: missing"):
+        state_dicts.fit_state_dict(saved, model, where=str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["../away.safetensors", "/away.safetensors", "a/b.safetensors"])

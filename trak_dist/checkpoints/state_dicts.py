@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import shlex
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from trak_dist.checkpoints.fit import Fit, one_line, same_weights
 from trak_dist.checkpoints.names import Names, State, adapters
+from trak_dist.checkpoints.saved_names import as_transformers_reads
 from trak_dist.errors import CheckpointError, CheckpointNotFound, UnreadableCheckpoint
 from trak_dist.listing import first_few
 from trak_dist.ops.model_outputs import forget
@@ -84,6 +86,7 @@ def named(loaded: Any, *, where: str) -> State:
 def _read_directory(path: Path) -> State:
     existing = next((path / name for name in FILES if (path / name).exists()), None)
     if existing is None:
+        _check_not_distributed(path)
         inside = sorted({file.parent.name for name in FILES for file in path.glob(f"*/{name}")})
         suggestion = f": {', '.join(inside)} in it" if inside else ""
         raise CheckpointError(
@@ -102,6 +105,24 @@ def _read_directory(path: Path) -> State:
             )
         state.update(read(path / shard))
     return state
+
+
+def _check_not_distributed(path: Path) -> None:
+    """Raise `CheckpointError` for what `torch.distributed.checkpoint` wrote.
+
+    Its `.metadata` is a pickle that may ask for anything, so it is not read.
+    """
+    found = next(iter(sorted([*path.glob(".metadata"), *path.glob("*/.metadata")])), None)
+    if found is not None:
+        command = ["-m", "torch.distributed.checkpoint.format_utils", "dcp_to_torch"]
+        file = path.with_name(f"{path.name}.pt")
+        raise CheckpointError(
+            "a checkpoint of torch.distributed.checkpoint, whose .metadata is a pickle that is not "
+            "loaded",
+            where=str(found.parent),
+            next=f"{shlex.join(['python', *command, str(found.parent), str(file)])}, if you trust "
+            f"it, and name {file}",
+        )
 
 
 def _load(path: Path) -> Any:
@@ -194,6 +215,9 @@ def fit_state_dict(state: Mapping[str, Tensor], model: nn.Module, *, where: str)
         fits += [Fit(part, model, own) for part in names.parts(state)]
     chosen = max(fits, key=lambda one: (len(one.matched_ids), one.fits))
     if not chosen.fits:
+        read_otherwise = as_transformers_reads(state, model)
+        if read_otherwise is not None and read_otherwise.keys() != state.keys():
+            return fit_state_dict(read_otherwise, model, where=where)
         raise _unfit(chosen, model, where)
     alternatives = [  # what has as much of the model is as good, whatever else it has
         other.part.prefix

@@ -233,6 +233,8 @@ def _with_problem(resolved: Resolved, run: Run | None, plan: Plan | None, note: 
     problem, source = problems.build(spec, import_root=import_root)
     problem = problems.with_random_policy(problem, config.spec.featurize.random)
     if plan is None:
+        for found in problems.notes(problem):
+            note(found)
         plan = planning.make_plan(config, problem, source, notify=note)
     else:
         trained = sum(c.trained for c in plan.checkpoints)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from trak_dist.cells.train import checkpoint_path
-from trak_dist.checkpoints import fit, state_dicts
+from trak_dist.checkpoints import fit, folders, state_dicts
 from trak_dist.checkpoints.digests import (
     check_distinct_weights,
     check_weights,
@@ -22,19 +22,24 @@ from trak_dist.store.run import Run
 
 
 def planned_checkpoints(
-    problem: Problem, train: int, import_root: str, *, dropout_seeds: int
+    problem: Problem,
+    train: int,
+    import_root: str,
+    *,
+    dropout_seeds: int,
+    notify: Callable[[str], None],
 ) -> tuple[Checkpoint, ...]:
     """The problem's checkpoints; if it has none, `train` ones that `stage=train` makes.
 
     Raises
     ------
     CheckpointError
-        If it can't train any.
+        If it can't train any, or a folder of them can't be put in order.
     """
     each = max(1, dropout_seeds)
     if problem.checkpoints:
-        given = enumerate(problem.checkpoints)
-        return tuple(Checkpoint(i * each, str(Path(import_root, p)), False) for i, p in given)
+        given = folders.expanded((Path(import_root, p) for p in problem.checkpoints), notify)
+        return tuple(Checkpoint(i * each, str(p), False) for i, p in enumerate(given))
     if problem.train_checkpoint is None:
         raise CheckpointError(
             "no checkpoint found: the problem gives none, and no train_checkpoint to make them",

@@ -50,7 +50,11 @@ def make_plan(
     dim = parameters if identity else spec.store_dim
     seeds = config.checkpoints.dropout_seeds
     checkpoints = planned_checkpoints(
-        problem, config.checkpoints.train, source.import_root, dropout_seeds=seeds
+        problem,
+        config.checkpoints.train,
+        source.import_root,
+        dropout_seeds=seeds,
+        notify=notify,
     )
     # First: a forward pass may leave things in the model.
     unsaved = pinned_model.unsaved_tensors(problem.model, held_names(problem, checkpoints))
@@ -126,7 +130,11 @@ def extend_plan(
     known = {s.name for s in plan.targets}
     added = [n for n in target_names(problem, targets) if n not in known] if targets else []
     checkpoints = planned_checkpoints(
-        problem, train, plan.source.import_root, dropout_seeds=plan.dropout_seeds
+        problem,
+        train,
+        plan.source.import_root,
+        dropout_seeds=plan.dropout_seeds,
+        notify=lambda _: None,  # it was said when they were planned
     )
     for old, new in zip_longest(plan.checkpoints, checkpoints):
         if old is not None and (new is None or replace(new, digest=old.digest) != old):

@@ -10,6 +10,11 @@ from torch import Tensor, nn
 from trak_dist.problem import MapDataset, TrainCheckpoint
 
 
+def half_squared_error(predicted: Tensor, values: Tensor) -> Tensor:
+    """The mean over a batch of ½‖y − ŷ‖²."""
+    return (predicted - values).square().sum(1).mean() / 2
+
+
 def classifier_trainer(
     make_model: Callable[[], nn.Module],
     *,
@@ -17,8 +22,9 @@ def classifier_trainer(
     batch_size: int,
     learning_rate: float,
     weight_decay: float,
+    loss: Callable[[Tensor, Tensor], Tensor] = nn.functional.cross_entropy,
 ) -> TrainCheckpoint:
-    """A `train_checkpoint` for a dataset of (image, label).
+    """A `train_checkpoint` for a dataset of (inputs, labels).
 
     Parameters
     ----------
@@ -26,6 +32,8 @@ def classifier_trainer(
         Builds a model; its initial weights follow from the seed.
     epochs, batch_size, learning_rate, weight_decay
         Of SGD with Nesterov momentum 0.9; the learning rate falls to 0 along a half cosine.
+    loss
+        Of what the model gives and the labels, the mean over the batch.
     """
 
     def train_checkpoint(
@@ -50,10 +58,9 @@ def classifier_trainer(
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, T_max=epochs * steps)
             for _ in range(epochs):
                 for batch in torch.split(torch.randperm(len(images), generator=order), batch_size):
-                    logits = model(images[batch])
-                    loss = nn.functional.cross_entropy(logits, labels[batch])
+                    found = loss(model(images[batch]), labels[batch])
                     optimiser.zero_grad(set_to_none=True)
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    found.backward()  # type: ignore[no-untyped-call]
                     optimiser.step()
                     schedule.step()
         return model.state_dict()

@@ -1,0 +1,83 @@
+"""text_classification: texts with classes, and a Hugging Face classifier of sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from trak_dist.ops.model_outputs import TextClassification
+from trak_dist.problem import Problem
+from trak_dist.problems import pretrained
+from trak_dist.problems.records import read
+from trak_dist.problems.texts import (
+    ClassifiedTexts,
+    check_length,
+    class_numbers,
+    padded_batch,
+    text_renderer,
+)
+
+
+def problem(  # noqa: PLR0913 -- these are settings
+    model: str,
+    train: str,
+    targets: Mapping[str, str | None],
+    checkpoints: Sequence[str] | str | None = None,
+    tokenizer: str | None = None,
+    *,
+    text: str = "text",
+    label: str = "label",
+    length: int = 512,
+) -> Problem:
+    """The margin of a text's class.
+
+    Parameters
+    ----------
+    model, train, targets, checkpoints, tokenizer
+        As of `causal_lm`, of a model for sequence classification: an encoder, or a decoder with a
+        classification head.
+    text, label : str
+        The columns of the text and of its class, by name (`label2id` of config.json) or by number.
+    length : int
+        Tokens of a row at most.
+
+    Raises
+    ------
+    ConfigError, ProblemError, DatasetError
+        If settings do not fit, or model or data can't be read.
+    """
+    pretrained.required(model=model, train=train)
+    config = pretrained.read_config(model)
+    pretrained.check_classes(config, model)
+    check_length(length, config)
+    words = pretrained.read_tokenizer(tokenizer or model)
+    given = pretrained.given_checkpoints(model, checkpoints)
+    pad = pretrained.pad_token(config, words)
+    # By it decoders find the last token of a text, whose logits they take.
+    config.pad_token_id = pad
+
+    def dataset(file: str, setting: str) -> ClassifiedTexts:
+        records = read(file, [text, label], setting=setting)
+        classes = class_numbers(records, label, config.label2id, config.num_labels)
+        return ClassifiedTexts(records, text, classes, words, length)
+
+    datasets = {
+        name: dataset(file, f"problem.targets.{name}") for name, file in targets.items() if file
+    }
+    train_set = dataset(train, "problem.train")
+
+    def notes() -> Iterator[str]:
+        yield from pretrained.missing_tokens(config, words)
+        yield from pretrained.differing_configs(model, given)
+        for name, found in {"train": train_set, **datasets}.items():
+            yield from found.notes(name)
+
+    return Problem(
+        model=pretrained.build(model, config, "AutoModelForSequenceClassification", given),
+        model_output=TextClassification(),
+        train=train_set,
+        targets=datasets,
+        checkpoints=given,
+        collate=padded_batch(pad, words.pad_token_type_id),
+        render=text_renderer(words, config.id2label),
+        notes=notes,
+    )
