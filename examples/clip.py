@@ -38,7 +38,7 @@ PACKAGE = "emoji-datasource-google"
 VERSION = "14.0.0"
 SHEET, SIZE, BORDER = "package/img/google/sheets-128/32.png", 32, 1
 LENGTH, DIMENSIONS, BATCH = 8, 64, 128  # words of a name, dimensions of an embedding
-CONTRAST, CHECKPOINTS, SHOWN, COUNTED = 200, 3, 6, 10
+CONTRAST, CHECKPOINTS, SHOWN, COUNTED = 200, 10, 6, 10
 
 
 def main(directory: Path, train: int, targets: int, epochs: int, subsets: int) -> None:
@@ -54,21 +54,30 @@ def main(directory: Path, train: int, targets: int, epochs: int, subsets: int) -
         train_checkpoint=Trainer(emoji.words, epochs),
         render=emoji.rendered,
     )
-    run = plan_run(
-        problem=problem,
-        run_dir=directory / "run",
-        cluster="debug",
-        proj_dim=512,
-        checkpoints={"train": CHECKPOINTS},
-        ground_truth={"subsets": subsets},
-    )
-    with timed(f"trained {CHECKPOINTS} checkpoints and {subsets} on halves, and scored"):
-        run.execute().raise_for_failures()
+    for stage, what in (
+        (
+            "train",
+            f"trained {CHECKPOINTS} checkpoints, and {subsets} models on halves of the pairs",
+        ),
+        ("all", "featurized, scored and evaluated"),
+    ):
+        run = plan_run(
+            problem=problem,
+            stage=stage,
+            run_dir=directory / "run",
+            cluster="debug",
+            proj_dim=1024,
+            checkpoints={"train": CHECKPOINTS},
+            ground_truth={"subsets": subsets},
+        )
+        with timed(what):
+            run.execute().raise_for_failures()
     found = open_run(directory / "run")
     print(f"gradients by {found.plan.gradients}, curvature: {found.plan.curvature}")
     tell(found, emoji, parts)
     draw(found, emoji, parts, directory / "clip.png")
-    print(f"LDS {found.evaluation('val')['lds']['mean']:.3f} over {targets} targets")
+    lds = found.evaluation("val")["lds"]
+    print(f"LDS {lds['mean']:.3f} [{lds['low']:.3f}, {lds['high']:.3f}] over {targets} targets")
 
 
 def tell(run: Results, emoji: Emoji, parts: list[np.ndarray]) -> None:
@@ -198,7 +207,7 @@ def fetched(directory: Path) -> Path:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path, nargs="?", default=Path("clip"))
-    for name, default in (("train", 1000), ("targets", 100), ("epochs", 15), ("subsets", 16)):
+    for name, default in (("train", 1000), ("targets", 100), ("epochs", 15), ("subsets", 40)):
         parser.add_argument(f"--{name}", type=int, default=default)
     options: dict[str, Any] = vars(parser.parse_args())
     options["directory"].mkdir(parents=True, exist_ok=True)

@@ -92,6 +92,7 @@ def test_hooks_and_vmap_give_the_gradients_of_the_loop(clip: CLIPModel, mask: bo
             assert error <= 1e-4 * grads.norm() + 1e-6 * size, (name, parameter)
 
 
+@pytest.mark.slow
 def test_a_run_of_a_clip_model(clip: CLIPModel, tmp_path: Path) -> None:
     def rows(count: int, seed: int) -> list[dict[str, Tensor]]:
         whole = pairs(count, seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 from types import SimpleNamespace
 from typing import Any
@@ -16,11 +17,13 @@ from tiny_clip import CONTRAST, Pairs, towers
 from torch import Tensor, nn
 
 from trak_dist import CLIP
+from trak_dist.checkpoints import state_dicts
 from trak_dist.errors import ConfigError, ProblemError
 from trak_dist.ops.gradients import LoopGradients, VmapGradients, activation_bytes, outputs
 from trak_dist.ops.hooks import HookGradients
 from trak_dist.ops.model_outputs import forget, out_to_loss, preparation, prepared
 from trak_dist.ops.wrapped_outputs import SeededByExample
+from trak_dist.source import model_digest
 
 PAIRS, OTHERS = Pairs(5, seed=1), Pairs(CONTRAST, seed=3)
 METHODS = {
@@ -218,7 +221,19 @@ def test_what_gives_no_embeddings_is_refused(name: str) -> None:
         LoopGradients(model, tiny_clip.output(**settings), ["*"])(PAIRS.batch(), lambda *_: None)
 
 
-@pytest.mark.parametrize("contrast", [OTHERS, [], 3, OTHERS.batch()[0], {"image": 1}])
+NO_BATCHES = {
+    "dataset": OTHERS,
+    "empty": [],
+    "number": 3,
+    "tensor": OTHERS.batch()[0],
+    "mapping": {"a": 1},
+    "examples": [OTHERS[0]],
+    "no rows": [(torch.zeros(0, 6), torch.zeros(0, 3))],
+    "names": [(torch.zeros(2, 6), ["a cat", "a dog"])],
+}
+
+
+@pytest.mark.parametrize("contrast", NO_BATCHES.values(), ids=NO_BATCHES)
 def test_what_is_no_batches_is_refused(contrast: Any) -> None:
     with pytest.raises(ConfigError, match="contrast"):
         CLIP(contrast)
@@ -228,6 +243,29 @@ def test_what_is_no_batches_is_refused(contrast: Any) -> None:
 def test_a_temperature_that_is_a_scale_is_refused(temperature: float) -> None:
     with pytest.raises(ConfigError, match=r"not in \(0, 1\]"):
         tiny_clip.output(temperature=temperature)
+
+
+def test_a_contrast_set_is_known_by_its_content() -> None:
+    def digest(contrast: Any, **settings: Any) -> str:
+        return model_digest(towers(), CLIP(contrast, **settings))
+
+    images, texts = OTHERS.batch()
+    known = digest([(images, texts)])
+    assert digest([[images.clone(), texts.clone()]]) == known
+    others = {
+        "order": digest([(images.flip(0), texts.flip(0))]),
+        "batches": digest([(images[:3], texts[:3]), (images[3:], texts[3:])]),
+        "type": digest([(images.double(), texts)]),
+        "content": digest([(images + 1e-6, texts)]),
+        "name": digest([{"image": images, "text": texts}]),
+        "another name": digest([{"picture": images, "text": texts}]),
+        "temperature": digest([(images, texts)], temperature=0.5),
+        "encode": digest([(images, texts)], encode=similarities),
+        "partial": digest([(images, texts)], encode=functools.partial(similarities)),
+    }
+    assert len({known, *others.values()}) == len(others) + 1
+    again = digest([(images, texts)], encode=functools.partial(similarities))
+    assert again == others["partial"]
 
 
 # Prepared ---------------------------------------------------------------------------------------
@@ -252,6 +290,24 @@ def test_embeddings_are_never_those_of_other_weights(load: Any) -> None:
         load(model, states[turn])
         found = outputs(model, output, PAIRS.batch())
         assert np.allclose(found.numpy(), expected(model), rtol=1e-5, atol=1e-5)
+
+
+def test_a_checkpoint_that_modules_load_behind_autograds_back_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def load(module: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+        for name, parameter in module._parameters.items():
+            parameter.data.copy_(state[prefix + name])
+
+    model, output = towers(), tiny_clip.output()
+    outputs(model, output, PAIRS.batch())
+    versions = preparation._versions(model)
+    monkeypatch.setattr(nn.Module, "_load_from_state_dict", load)
+    fitted = state_dicts.fit_state_dict(towers(10).state_dict(), model, where="here")
+    fitted.load_into(model)
+    assert preparation._versions(model) == versions
+    found = outputs(model, output, PAIRS.batch())
+    assert np.allclose(found.numpy(), expected(model), rtol=1e-5, atol=1e-5)
 
 
 def test_a_step_of_training_and_a_copy_are_seen() -> None:

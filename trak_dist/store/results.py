@@ -61,6 +61,28 @@ class Results:
         self._check_not_train(targets)
         return np.concatenate([block for _, block in self._blocks(targets)])
 
+    def to_pandas(self, targets: str) -> Any:
+        """The scores as a `pandas.DataFrame`, float32: a row for each train row.
+
+        The index is called `train`, the columns as the target set: both are row numbers.
+
+        Raises
+        ------
+        MissingInputs, ConfigError
+            As `scores` does; ConfigError also if pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ImportError:
+            raise ConfigError(
+                "pandas is not installed",
+                where="to_pandas",
+                next="pip install 'trak_dist[pandas]', or scores(targets), which is an array",
+            ) from None
+        scores = self.scores(targets)
+        train, columns = (pd.RangeIndex(n) for n in scores.shape)
+        return pd.DataFrame(scores, index=train.rename(TRAIN), columns=columns.rename(targets))
+
     def self_influence(self) -> NDArray[np.float32]:
         """The score of each train row against itself (n_train,) float32.
 

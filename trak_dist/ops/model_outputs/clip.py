@@ -108,7 +108,8 @@ class CLIP(BatchedModelOutput):
         self._batches = contrast_set.read(contrast)
         # Numbers and texts are what a plan pins of a model output.
         self.temperature, self.contrast_digest = temperature, contrast_set.digest(self._batches)
-        self.encoder = f"{encode.__module__}.{getattr(encode, '__qualname__', repr(encode))}"
+        named = encode if hasattr(encode, "__qualname__") else type(encode)
+        self.encoder = f"{named.__module__}.{named.__qualname__}"
         self._encode = encode
         self._contrast: Embeddings | None = None
 

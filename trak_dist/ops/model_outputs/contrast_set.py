@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,15 @@ def read(contrast: Iterable[Any]) -> tuple[Batch, ...]:
         (dict(b),) if isinstance(b, Mapping) else tuple(b) if isinstance(b, list | tuple) else (b,)
         for b in contrast
     )
-    if sum(examples_in(b) for b in batches) < 1:
+    for batch in batches:
+        sizes = {len(leaf) if leaf.ndim else 0 for _, leaf in _leaves(batch) if leaf is not None}
+        if len(sizes) != 1:
+            raise ConfigError(
+                f"a batch of contrast holds tensors of {sorted(sizes)} rows",
+                where="CLIP",
+                next="batches of pairs as collate gives them: tensors with the examples first",
+            )
+    if not sum(map(examples_in, batches)):
         raise ConfigError(
             "contrast holds no pairs",
             where="CLIP",
@@ -47,18 +55,27 @@ def read(contrast: Iterable[Any]) -> tuple[Batch, ...]:
 def digest(batches: Sequence[Batch]) -> str:
     """What identifies their content and order."""
     sha = hashlib.sha256()
-    for batch in batches:
-        leaves, structure = pytree.tree_flatten(batch)
-        sha.update(str(structure).encode())
-        for leaf in leaves:
-            if isinstance(leaf, Tensor):
-                sha.update(str((leaf.dtype, tuple(leaf.shape))).encode())
-                sha.update(
-                    leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-                )
-            else:
-                sha.update(repr(leaf).encode())
+    for name, leaf in _leaves(batches):
+        sha.update(f"{name} {leaf is None or (leaf.dtype, tuple(leaf.shape))}".encode())
+        if leaf is not None:
+            sha.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return truncated(sha)
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Tensor | None]]:
+    """The tensors of batches, and where they are; None where there is none."""
+    if isinstance(value, Mapping | list | tuple):
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, inner in items:
+            yield from _leaves(inner, f"{name}/{key}")
+    elif value is None or isinstance(value, Tensor):
+        yield name, value
+    else:
+        raise ConfigError(
+            f"a batch of contrast holds {type(value).__name__}, not tensors",
+            where="CLIP",
+            next="let collate give tensors, in tuples, lists or dicts",
+        )
 
 
 def copy_for(weights: Weights, batch: Batch) -> Batch:
