@@ -303,17 +303,19 @@ def test_adapters_of_two_configurations_are_refused(directory: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("what", ["prompts", "megatron"])
+@pytest.mark.parametrize("what", ["prompts", "others", "megatron"])
 def test_an_adapter_that_would_load_or_import_something_is_refused(
     what: str, directory: Path
 ) -> None:
     if what == "prompts":
         config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    elif what == "others":
+        config = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=8, adapters={"a": "some/hub"})
     else:
         config = peft.LoraConfig(task_type="CAUSAL_LM", megatron_config={"a": 1})
         config.megatron_core = "this_would_be_imported"
     config.save_pretrained(directory / "adapter")
-    with pytest.raises(ProblemError, match="are not built: what their configuration names would"):
+    with pytest.raises(ProblemError, match="are not built: what their configuration names could"):
         lm(directory, checkpoints=[str(directory / "adapter")])
 
 

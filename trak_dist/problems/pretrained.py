@@ -28,6 +28,8 @@ _NOT_COMPUTED = {
     *("use_cache", "id2label", "label2id", "problem_type", "finetuning_task"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "_num_labels", "torchscript"),
 }
+# Adapters that are built from their configuration alone.
+_BUILT = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "VERA", "HRA", "LN_TUNING")
 _NOT_OF_THE_ADAPTER = ("inference_mode", "base_model_name_or_path", "revision", "peft_version")
 
 
@@ -287,13 +289,14 @@ def _adapter(checkpoints: Sequence[str]) -> Path | None:
 def _with_adapter(base: nn.Module, directory: Path, missing: Sequence[str]) -> nn.Module:
     peft = package("peft", needed_for="an adapter")
     config = peft.PeftConfig.from_pretrained(str(directory))
-    if config.is_prompt_learning or getattr(config, "megatron_config", None):
+    kind = str(config.peft_type.value)
+    if kind not in _BUILT or getattr(config, "megatron_config", None):
         raise ProblemError(
-            f"adapters of {config.peft_type.value}"
-            f"{'' if config.is_prompt_learning else ' with a megatron_config'} are not built: what "
-            "their configuration names would be loaded or imported",
+            f"adapters of {kind}{' with a megatron_config' * (kind in _BUILT)} are not built: what "
+            "their configuration names could be loaded or imported",
             where=str(directory / ADAPTER),
-            next="make the model in a problem of your own (docs/your-problem.md)",
+            next=f"adapters of {', '.join(_BUILT)}; or make the model in a problem of your own "
+            "(docs/your-problem.md)",
         )
     replaced = tuple(config.modules_to_save or ()) if hasattr(config, "modules_to_save") else ()
     unknown = [name for name in missing if name.split(".")[-2] not in replaced]
