@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trak_dist.errors import ProblemError
 from trak_dist.ops.model_state import ModelStateGuard
@@ -85,4 +85,8 @@ def forget(model: nn.Module) -> None:
 
 def _versions(model: nn.Module) -> Versions:
     tensors = (*model.parameters(), *model.buffers())
-    return tuple((t.data_ptr(), t._version) for t in tensors)  # noqa: SLF001
+    return tuple((_address(t), t._version) for t in tensors)  # noqa: SLF001
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.data_ptr() if tensor.layout is torch.strided else id(tensor)
