@@ -597,13 +597,8 @@ def test_arguments_that_can_not_be_are_refused(
 
 
 def test_a_task_that_is_none_is_refused(tmp_path: Path) -> None:
-<<<<<<< HEAD
     with pytest.raises(ConfigError, match="task 'ranking' is none of image_classification"):
         TRAKer(model=small_cnn.net(), task="ranking", train_set_size=3, save_dir=tmp_path)
-=======
-    with pytest.raises(ConfigError, match="task 'segmentation' is none of image_classification"):
-        TRAKer(model=small_cnn.net(), task="segmentation", train_set_size=3, save_dir=tmp_path)
->>>>>>> clip
 
 
 def test_a_singular_gram_is_reported_with_a_lambda_to_try(checkpoints: str, tmp_path: Path) -> None:
