@@ -21,14 +21,10 @@ _LEADING = {
     *(F.linear, F.embedding, F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm),
     *(torch.matmul, Tensor.matmul, Tensor.__matmul__),
 }
-_BROADCAST = {
-    *(torch.add, Tensor.add, torch.sub, Tensor.sub),
-    *(torch.mul, Tensor.mul, torch.div, Tensor.div),
-}
 _JOINS = {torch.cat, torch.concat}
 
 
-def rewrite_call(  # noqa: PLR0911
+def rewrite_call(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, uses: bool
 ) -> Callable[[], Any] | None:
     """The same call by others, if it is one of those; what that gives is None if it can't be.
@@ -48,11 +44,6 @@ def rewrite_call(  # noqa: PLR0911
             return lambda: func(x[None], *others, **kwargs)[0]
         if found.dim and x.ndim > 1:
             return lambda: func(x.movedim(found.dim, 0), *others, **kwargs).movedim(0, found.dim)
-    if func in _BROADCAST and all(isinstance(t, Tensor) for t in args):
-        ndim = max(t.ndim for t in args)
-        dims = {ndim + f.dim - t.ndim for t in args if isinstance(f := axis_of(t), ExampleAxis)}
-        if len(dims) == 1 and (dim := dims.pop()) > 0:
-            return lambda: func(*(_turned(t, ndim, dim) for t in args), **kwargs).movedim(0, dim)
     if func in _JOINS and args:
         dims = {f.dim for t in args[0] if isinstance(f := axis_of(t), ExampleAxis)}
         along = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % args[0][0].ndim
@@ -60,10 +51,6 @@ def rewrite_call(  # noqa: PLR0911
             moved = along + 1 if along < dim else along
             return lambda: func([t.movedim(dim, 0) for t in args[0]], moved).movedim(0, dim)
     return None
-
-
-def _turned(tensor: Tensor, ndim: int, dim: int) -> Tensor:
-    return tensor.reshape(*[1] * (ndim - tensor.ndim), *tensor.shape).movedim(dim, 0)
 
 
 def multi_head_attention(  # noqa: PLR0913, PLR0917
