@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from trak_dist.errors import NotCovered
+from trak_dist.listing import first_few
 from trak_dist.ops import example_axis
 from trak_dist.ops.bundles import Bundles
 from trak_dist.ops.example_axis import ExampleAxis, RowsByExample, Untracked
@@ -64,9 +65,9 @@ class ParameterTracer(TorchFunctionMode):
         )
 
     def check_covered(self) -> None:
-        """Raise `NotCovered` naming every parameter with a use that has no rule."""
+        """Raise `NotCovered` naming the first parameters with a use that has no rule, and it."""
         if self._uncovered:
-            raise NotCovered(", ".join(f"{n} (in {by})" for n, by in self._uncovered.items()))
+            raise NotCovered(first_few([f"{n} (in {by})" for n, by in self._uncovered.items()], 2))
 
     def __torch_function__(
         self,

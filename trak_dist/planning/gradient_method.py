@@ -9,7 +9,10 @@ out-to-loss depends on other examples of the batch: those are refused.
 
 from __future__ import annotations
 
+import textwrap
+import traceback
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -143,7 +146,19 @@ def _reason_against(
 
 
 def _text(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    """What was raised, and by which line outside of torch, on one line of no great length."""
+    ours = (Path(torch.__file__).parent, Path(__file__).parents[1])
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not any(Path(frame.filename).is_relative_to(folder) for folder in ours)
+    ]
+    text = textwrap.shorten(f"{type(error).__name__}: {error}", 160, placeholder=" …")
+    if not frames:
+        return text
+    path = Path(frames[-1].filename)
+    hint = ', attn_implementation="eager" may help' if path.name == "masking_utils.py" else ""
+    return f"{text} (at {path.parent.name}/{path.name}:{frames[-1].lineno}{hint})"
 
 
 def _perturbed(model: nn.Module) -> nn.Module:
