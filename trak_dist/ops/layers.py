@@ -20,7 +20,7 @@ from trak_dist.ops import segments
 from trak_dist.ops.bundles import GROUPS, Bundles
 from trak_dist.ops.convolutions import convolution, per_channel, transposed_convolution
 from trak_dist.ops.parameter_use import ParameterUse, Rule, rows_of
-from trak_dist.ops.products import addmm, einsum, linear, matmul
+from trak_dist.ops.products import addmm, einsum, grouped, linear, matmul
 from trak_dist.ops.segments import Segments
 
 # Look-up --------------------------------------------------------------------------------------
@@ -207,6 +207,7 @@ RULES: dict[Any, Rule] = {
     torch.addmm: addmm,
     F.embedding: embedding,
     torch.einsum: einsum,
+    **{getattr(torch, name): grouped for name in ("_grouped_mm",) if hasattr(torch, name)},
     F.group_norm: group_norm,
     F.instance_norm: instance_norm,
     F.batch_norm: batch_norm,

@@ -50,7 +50,7 @@ class BroadcastDimension:
         from_end = axis.dim - first.ndim
         if any(f.dim - t.ndim != from_end or not f.has_same_examples(axis) for t, f in others):
             return None
-        if from_end >= -own or not first.ndim:
+        if from_end >= -own or not first.ndim or (own and any(t.ndim < own for t in tensors)):
             return None
         size = max(t.shape[from_end] for t in tensors if t.ndim >= -from_end)
         return cls(from_end, axis.ids.expand(size)) if len(axis.ids) in (1, size) else None

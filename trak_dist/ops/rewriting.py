@@ -15,16 +15,18 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from trak_dist.ops.example_axis import ExampleAxis, axis_of
+from trak_dist.ops.respelling import RESPELLED
 
+_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
 # Their first operand may have any dimensions before those that they work on.
 _LEADING = {
     *(F.linear, F.embedding, F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm),
-    *(torch.matmul, Tensor.matmul, Tensor.__matmul__),
+    *_PRODUCTS,
 }
 _JOINS = {torch.cat, torch.concat}
 
 
-def rewrite_call(
+def rewrite_call(  # noqa: PLR0911
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *, uses: bool
 ) -> Callable[[], Any] | None:
     """The same call by others, if it is one of those; what that gives is None if it can't be.
@@ -38,11 +40,13 @@ def rewrite_call(
         return lambda: multi_head_attention(*args, **kwargs)
     if not uses:
         return None
+    if func in RESPELLED and (respelled := RESPELLED[func](*args, **kwargs)):
+        return respelled
     if func in _LEADING and isinstance(found := axis_of(args[0]), ExampleAxis):
         x, *others = args
         if x.ndim == 1 and func is not F.embedding:
             return lambda: func(x[None], *others, **kwargs)[0]
-        if found.dim and x.ndim > 1:
+        if found.dim and x.ndim > 1 and (func not in _PRODUCTS or others[0].ndim == 2):
             return lambda: func(x.movedim(found.dim, 0), *others, **kwargs).movedim(0, found.dim)
     if func in _JOINS and args:
         dims = {f.dim for t in args[0] if isinstance(f := axis_of(t), ExampleAxis)}
