@@ -306,20 +306,22 @@ def test_parameters_of_functions_without_a_rule_are_named() -> None:
     assert_agree(found, by_vmap(model, batch, *covered), to=1e-10)
 
 
-class Recurrent(nn.Module):
+class Maxima(nn.Module):
+    """Tables whose use has no rule, and one whose use has."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.rnn, self.head = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, CLASSES)
+        self.bags = nn.ModuleList([nn.EmbeddingBag(11, CLASSES, mode="max") for _ in range(4)])
+        self.table = nn.Embedding(11, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.rnn(x)[0][:, -1])
+        return sum(bag(x) for bag in self.bags) + self.table(x).mean(1)
 
 
 def test_what_stands_in_the_way_is_said_on_one_line() -> None:
-    model = Recurrent().double().eval()
-    by = "torch.lstm"
-    assert refusal(model, (images(5, 3), LABELS)) == (
-        f"rnn.weight_ih_l0 (in {by}), rnn.weight_hh_l0 (in {by}) and 2 more"
+    by = "torch.nn.functional.embedding_bag"
+    assert refusal(Maxima().double(), (tokens(), LABELS)) == (
+        f"bags.0.weight (in {by}), bags.1.weight (in {by}) and 2 more"
     )
 
 

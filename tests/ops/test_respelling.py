@@ -70,6 +70,20 @@ def sequence_first(*, token: bool) -> Callable[[], Net]:
     return lambda: Net(forward, nn.TransformerEncoder(block, 2, enable_nested_tensor=False))
 
 
+def recurrent(
+    kind: type[nn.RNNBase], learned: bool = False, steps: int = TOKENS, **settings: object
+) -> Callable[[], Net]:
+    def forward(m: Net, h: Tensor) -> Tensor:
+        first, h = m.part.batch_first, h[:, :steps]
+        start = m.first.bias.expand(1, len(h), WIDTH) if learned else None
+        out, state = m.part(h if first else h.transpose(0, 1), start)
+        out = out if first else out.transpose(0, 1)
+        states = state if isinstance(state, tuple) else (state,)
+        return torch.cat([out.flatten(1), *(s.transpose(0, 1).flatten(1) for s in states)], 1)
+
+    return lambda: Net(forward, kind(WIDTH, WIDTH, **settings))
+
+
 NETS: dict[str, Callable[[], Net]] = {
     "bilinear": lambda: Net(lambda m, h: m.part(h, h.sin()), nn.Bilinear(WIDTH, WIDTH, 3)),
     "bilinear of rows": lambda: Net(
@@ -106,6 +120,15 @@ NETS: dict[str, Callable[[], Net]] = {
         lambda m, h: torch.cat([h, m.part.type_as(h).expand_as(h)], 1) ** 2, torch.randn(WIDTH)
     ),
     "sequences first": sequence_first(token=False),
+    "LSTM": recurrent(nn.LSTM, batch_first=True),
+    "LSTM, both ways": recurrent(nn.LSTM, num_layers=2, bidirectional=True, batch_first=True),
+    "LSTM, sequences first": recurrent(nn.LSTM, num_layers=2, bias=False),
+    "GRU": recurrent(nn.GRU, batch_first=True),
+    "GRU, both ways": recurrent(nn.GRU, num_layers=2, bidirectional=True),
+    "GRU from a learned state": recurrent(nn.GRU, learned=True, batch_first=True),
+    "LSTM of one step": recurrent(nn.LSTM, steps=1, batch_first=True),
+    "RNN": recurrent(nn.RNN, nonlinearity="tanh", batch_first=True),
+    "RNN, relu": recurrent(nn.RNN, nonlinearity="relu", num_layers=2),
 }  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from trak_dist.ops.example_axis import ExampleAxis, axis_of
+from trak_dist.ops.recurrence import RECURRENT
 from trak_dist.ops.respelling import RESPELLED
 
 _PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
@@ -40,7 +41,9 @@ def rewrite_call(  # noqa: PLR0911
         return lambda: multi_head_attention(*args, **kwargs)
     if not uses:
         return None
-    if func in RESPELLED and (respelled := RESPELLED[func](*args, **kwargs)):
+    if (respell := RESPELLED.get(func) or RECURRENT.get(func)) and (
+        respelled := respell(*args, **kwargs)
+    ):
         return respelled
     if func in _LEADING and isinstance(found := axis_of(args[0]), ExampleAxis):
         x, *others = args
