@@ -66,6 +66,13 @@ class Draw:
             self.found[id(values)] = found
         return values
 
+    def single(self, tensor: Tensor) -> Tensor:
+        """The same in float32."""
+        self.made[-1] = values = tensor.float()
+        if found := self.found.pop(id(tensor), None):
+            self.found[id(values)] = found
+        return values
+
     def to(self, high: int, *shape: int, fixed: bool = False) -> Tensor:
         """Indices below `high`."""
         tensor = self.x(*shape, kind="any", fixed=fixed)
@@ -135,7 +142,7 @@ def varied(tensor: Tensor, draw: Draw, example: int, generator: torch.Generator)
         scale = 0.2 + 0.7 * torch.rand(tensor.shape, generator=generator, dtype=torch.float64)
         unit = tensor.numel() and bool(((tensor > 0) & (tensor < 1)).all())
         other = tensor * scale if unit else tensor + 3 * (scale - 0.55)
-    return torch.where(theirs, other, tensor)
+    return torch.where(theirs, other.to(tensor.dtype), tensor)
 
 
 Call = Callable[[Draw], Arguments]
@@ -722,6 +729,12 @@ add(
     lambda d: call(d.x(3), d.w(2, 3)),
     lambda d: call(d.w(4, 3), d.x(2, 3)),
     lambda d: call(d.w(4, 3), d.w(2, 3), bias=d.x(2)),
+)
+OFFS = torch.tensor([1, 3, 4], dtype=torch.int32)
+add(
+    "_grouped_mm",
+    lambda d: call(d.single(d.x(4, 4)), d.single(d.w(3, 4, 4)), offs=OFFS),
+    lambda d: call(d.single(d.w(4, 4)), d.single(d.x(3, 4, 4)), offs=OFFS),
 )
 for equation in (
     "bi,ij->bj",

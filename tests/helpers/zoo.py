@@ -447,6 +447,48 @@ def _(m, h, keep):
     return torch.func.vmap(m.layer)(h)
 
 
+@block("a bias by position")
+def _(m, h, keep):
+    at = torch.arange(TOKENS)
+    bias = m.table.weight[(at[:, None] - at).abs()][..., 0].clone()
+    bias.mul_(2)
+    logits = torch.where(keep[:, None], h @ h.mT + bias[: h.shape[1], : h.shape[1]], -1e9)
+    return logits.softmax(-1) @ h
+
+
+@block("scaled in place")
+def _(m, h, keep):
+    found = m.layer(h)
+    found[:, :2].mul_(m.scale)
+    found.pow_(2).add_(m.scale[0])
+    return found
+
+
+@block("packed, and an exponent")
+def _(m, h, keep):
+    full = torch.zeros_like(h)
+    full[keep] = (1 + h[keep].abs()) ** m.scale
+    return full
+
+
+@block("a weight on the left")
+def _(m, h, keep):
+    order = keep.sum(1).argsort(stable=True)
+    return (m.layer.weight @ h[order].mT).mT[order.argsort()] + m.layer.bias
+
+
+@block("positions repeated for each example")
+def _(m, h, keep):
+    keys = m.norm(m.table.weight[: h.shape[1]])[None].repeat(len(h), 1, 1)
+    return torch.bmm(h, keys.mT).softmax(-1) @ h
+
+
+@block("a learned query")
+def _(m, h, keep):
+    query = m.layer(m.scale[None, None].expand(len(h), 1, -1))
+    return F.scaled_dot_product_attention(query, h, h, keep[:, None]) + h
+
+
 # Examples that depend on their companions -----------------------------------------------------
 
 

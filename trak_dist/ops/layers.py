@@ -19,8 +19,8 @@ from torch.nn import functional as F  # noqa: N812
 from trak_dist.ops import segments
 from trak_dist.ops.bundles import GROUPS, Bundles
 from trak_dist.ops.convolutions import convolution, per_channel, transposed_convolution
-from trak_dist.ops.parameter_use import Formula, ParameterUse, Rule
-from trak_dist.ops.products import addmm, einsum, linear, matmul
+from trak_dist.ops.parameter_use import ParameterUse, Rule, rows_of
+from trak_dist.ops.products import addmm, einsum, grouped, linear, matmul
 from trak_dist.ops.segments import Segments
 
 # Look-up --------------------------------------------------------------------------------------
@@ -179,57 +179,6 @@ def prelu(input: Tensor, weight: Tensor) -> Iterable[ParameterUse]:
     yield ParameterUse(weight, (input,), by_slope)
 
 
-def add(input: Any, other: Any, *, alpha: float = 1) -> Iterable[ParameterUse]:
-    """`a + b`."""
-    if alpha == 1:
-        yield from _broadcast(input, other, (), lambda g: g)
-        yield from _broadcast(other, input, (), lambda g: g)
-
-
-def subtract(input: Any, other: Any, *, alpha: float = 1) -> Iterable[ParameterUse]:
-    """`a − b`."""
-    if alpha == 1:
-        yield from _broadcast(input, other, (), lambda g: g)
-        yield from _broadcast(other, input, (), torch.neg)
-
-
-def multiply(input: Any, other: Any) -> Iterable[ParameterUse]:
-    """`a ⊙ b`."""
-    yield from _broadcast(input, other, (other,), torch.mul)
-    yield from _broadcast(other, input, (input,), torch.mul)
-
-
-def divide(input: Any, other: Any, *, rounding_mode: str | None = None) -> Iterable[ParameterUse]:
-    """`a / b`."""
-    if rounding_mode is None:
-        yield from _broadcast(input, other, (other,), torch.div)
-        yield from _broadcast(other, input, (input,), lambda g, x: -g * x / other.square())
-
-
-def _broadcast(
-    operand: Any, partner: Any, saved: tuple[Any, ...], derivative: Formula
-) -> Iterable[ParameterUse]:
-    """`operand`, that the function broadcasts to the shape of its result."""
-    if not (isinstance(operand, Tensor) and isinstance(partner, Tensor)):
-        return
-    shape = torch.broadcast_shapes(operand.shape, partner.shape)  # type: ignore[no-untyped-call]
-    values = tuple(t.expand(shape) for t in saved)
-    own = (*[1] * (len(shape) - operand.ndim), *operand.shape)
-
-    def one_for_all(g: Tensor, *values: Tensor) -> Tensor:
-        product = derivative(g, *values).sum(1)
-        return product.sum_to_size((len(g), *own[1:])).reshape(len(g), *operand.shape)
-
-    def row_by_row(g: Tensor, at: Tensor, *values: Tensor) -> Tensor:
-        product = derivative(g, *values)
-        return _rows_of(operand, product.sum_to_size((*g.shape[:2], *own[1:])), at)
-
-    if own[0] == 1:
-        yield ParameterUse(operand, values, one_for_all)
-    else:
-        yield ParameterUse(operand, (_positions(operand), *values), row_by_row)
-
-
 # Laying side by side --------------------------------------------------------------------------
 
 
@@ -246,20 +195,11 @@ def concatenate(tensors: Sequence[Tensor], dim: int = 0) -> Iterable[ParameterUs
 
 
 def _slice_rows(operand: Tensor, dim: int, start: int, stop: int, g: Tensor, at: Tensor) -> Tensor:
-    return _rows_of(operand, g.narrow(dim + 1, start, stop - start), at)
+    return rows_of(operand, g.narrow(dim + 1, start, stop - start), at)
 
 
 def _positions(operand: Tensor) -> Tensor:
     return torch.arange(len(operand), device=operand.device)
-
-
-def _rows_of(
-    operand: Tensor, values: Float[Tensor, "rows n ..."], at: Tensor
-) -> Float[Tensor, "rows size ..."]:
-    """Per-sample gradients of an operand with one row for each example: zero but in these."""
-    grads = values.new_zeros(len(values), *operand.shape)
-    grads[torch.arange(len(values), device=at.device)[:, None], at] = values
-    return grads
 
 
 RULES: dict[Any, Rule] = {
@@ -267,6 +207,7 @@ RULES: dict[Any, Rule] = {
     torch.addmm: addmm,
     F.embedding: embedding,
     torch.einsum: einsum,
+    **{getattr(torch, name): grouped for name in ("_grouped_mm",) if hasattr(torch, name)},
     F.group_norm: group_norm,
     F.instance_norm: instance_norm,
     F.batch_norm: batch_norm,
@@ -278,9 +219,5 @@ RULES: dict[Any, Rule] = {
         (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d), transposed_convolution
     ),
     **dict.fromkeys((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm), matmul),
-    **dict.fromkeys((torch.add, Tensor.add, Tensor.add_), add),
-    **dict.fromkeys((torch.sub, Tensor.sub, Tensor.sub_), subtract),
-    **dict.fromkeys((torch.mul, Tensor.mul), multiply),
-    **dict.fromkeys((torch.div, Tensor.div), divide),
     **dict.fromkeys((torch.cat, torch.concat), concatenate),
 }

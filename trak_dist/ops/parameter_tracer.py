@@ -4,45 +4,32 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from trak_dist.errors import NotCovered
+from trak_dist.listing import first_few
 from trak_dist.ops import example_axis
 from trak_dist.ops.bundles import Bundles
 from trak_dist.ops.example_axis import ExampleAxis, RowsByExample, Untracked
 from trak_dist.ops.gradients import GradientSink
 from trak_dist.ops.layers import RULES
+from trak_dist.ops.lifting import BroadcastDimension
 from trak_dist.ops.parameter_use import ParameterUse
 from trak_dist.ops.rewriting import rewrite_call
+from trak_dist.ops.traced_parameter import (
+    TracedParameter,
+    call_detached,
+    derive,
+    versions_of,
+)
 from trak_dist.ops.tracking import depend_on_examples, escapes_tracking, track_call
-from trak_dist.ops.tracking.call import name_of, tensors_in
-
-SampleGradientSink = Callable[[slice, Float[Tensor, "rows ..."]], None]
-
-
-@dataclass(frozen=True)
-class _TracedParameter:
-    """A parameter, or what was made of parameters alone; `tensor` keeps its id from being reused.
-
-    It requires gradients, so that what torch shows to nobody makes of it is found by its `grad_fn`;
-    functions get its stand-in `detached`, which doesn't.
-    `sink` takes its per-sample gradients, `elements` is the largest size on their way. With
-    `bundles`, which parameters alone have, `sink` takes them bundled too.
-    """
-
-    tensor: Tensor
-    detached: Tensor
-    names: tuple[str, ...]
-    elements: int
-    sink: SampleGradientSink
-    bundles: Bundles | None = None
+from trak_dist.ops.tracking.call import is_in_place, name_of, tensors_in
 
 
 @dataclass(frozen=True)
@@ -62,7 +49,7 @@ class ParameterTracer(TorchFunctionMode):
         self.roots: list[Tensor] = []
         self.escaped_by: str | None = None  # what took values of examples out of sight
         self._size, self._piece_elements = size, piece_elements
-        self._sources: dict[int, _TracedParameter] = {}
+        self._sources: dict[int, TracedParameter] = {}
         self._uncovered: dict[str, str] = {}
 
     def add_parameter(
@@ -73,14 +60,14 @@ class ParameterTracer(TorchFunctionMode):
         def sink_of_rows(rows: slice, grads: Tensor) -> None:
             sink(name, rows, grads)
 
-        self._sources[id(weight)] = _TracedParameter(
+        self._sources[id(weight)] = TracedParameter(
             weight, weight.detach(), (name,), weight.numel(), sink_of_rows, bundles
         )
 
     def check_covered(self) -> None:
-        """Raise `NotCovered` naming every parameter with a use that has no rule."""
+        """Raise `NotCovered` naming the first parameters with a use that has no rule, and it."""
         if self._uncovered:
-            raise NotCovered(", ".join(f"{n} (in {by})" for n, by in self._uncovered.items()))
+            raise NotCovered(first_few([f"{n} (in {by})" for n, by in self._uncovered.items()], 2))
 
     def __torch_function__(
         self,
@@ -92,13 +79,14 @@ class ParameterTracer(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         tensors = tensors_in((args, kwargs))
         sources = [self._sources[id(t)] for t in tensors if id(t) in self._sources]
+        changed = [s for s in sources if s.is_changed]
+        self._note_uncovered("a change in place by another name", changed)
         with_batch = depend_on_examples(tensors)
         if torch._C._are_functorch_transforms_active():  # noqa: SLF001
-            if sources:
-                self._note_uncovered("a transform of torch.func", sources)
+            self._note_uncovered("a transform of torch.func", sources)
             return func(*args, **kwargs)
         uses = bool(sources) and torch.is_grad_enabled() and func not in _DETACHING
-        if with_batch and (others := rewrite_call(func, args, kwargs, uses=uses)):
+        if with_batch and (others := self._other_calls(func, args, kwargs, sources, uses=uses)):
             with self:
                 out = others()
             if out is not None:
@@ -106,14 +94,16 @@ class ParameterTracer(TorchFunctionMode):
         made: _CallResult | None = None
         if escapes_tracking(func, tensors):
             self.escaped_by = name_of(func)
-        versions = [t._version for t in tensors]  # noqa: SLF001
+        versions = versions_of(tensors)
         if not uses:
             out = func(*args, **kwargs)
         elif with_batch:
             made = self._call_with_parameters(func, args, kwargs, sources)
             out = made.out
         else:
-            out = self._derive_parameter(func, args, kwargs, sources)
+            out, derived = derive(func, args, kwargs, sources)
+            self._note_uncovered(name_of(func), sources if derived is None else ())
+            self._sources |= {id(s.tensor): s for s in derived or ()}
         if func is Tensor.__iter__ and with_batch:  # its pieces are seen nowhere else
             pieces = tuple(out)
             track_call(Tensor.unbind, args, {}, pieces, versions)
@@ -124,40 +114,50 @@ class ParameterTracer(TorchFunctionMode):
             self._hook(made, name_of(func))
         return out
 
-    def _derive_parameter(
-        self, func: Any, args: Any, kwargs: Any, sources: Sequence[_TracedParameter]
-    ) -> Any:
-        """Call a function that no example goes into; what it gives is a source itself."""
-        before = _versions(args, kwargs)
-        out = _call_detached(func, args, kwargs, sources)
-        if before != _versions(args, kwargs):
-            self._note_uncovered(name_of(func), sources)
-            return out
-        several = isinstance(out, list | tuple)
-        for index, made in enumerate(out if several else [out]):
-            if not isinstance(made, Tensor) or id(made) in self._sources:
-                continue
-            if made.is_floating_point():
-                detached = made.detach()
-                made.requires_grad_()
-                sink = _pullback(func, args, kwargs, sources, index if several else None)
-                names = tuple(dict.fromkeys(n for s in sources for n in s.names))
-                elements = max(made.numel(), *(s.elements for s in sources))
-                self._sources[id(made)] = _TracedParameter(made, detached, names, elements, sink)
-        return out
+    def _other_calls(
+        self, func: Any, args: Any, kwargs: Any, sources: Sequence[TracedParameter], *, uses: bool
+    ) -> Callable[[], Any] | None:
+        """The same call by others, if there are better ones; what they give may be None."""
+        others = rewrite_call(func, args, kwargs, uses=uses)
+        return others or (self._lifted_call(func, args, kwargs, sources) if uses else None)
+
+    def _lifted_call(
+        self, func: Any, args: Any, kwargs: Any, sources: Sequence[TracedParameter]
+    ) -> Callable[[], Any] | None:
+        """The same call with a copy for each example of what has no rule, if it broadcasts them."""
+        if (where := BroadcastDimension.of(func, args, kwargs)) is None:
+            return None
+        ruled = {id(use.operand) for use in _uses(func, args, kwargs)}
+        lifted = {id(s.tensor): s for s in sources if id(s.tensor) not in ruled}
+        if not lifted or (id(args[0]) in lifted and is_in_place(func, kwargs)):
+            return None
+        copies: dict[int, Tensor] = {}
+        for key, source in lifted.items():
+            root = source.detached.detach().requires_grad_()
+            if (found := where.lift(root)) is None:
+                return None
+            copy, use = found
+            self.roots.append(root)
+            example_axis.record_axis(copy, ExampleAxis(0, where.ids))
+            of_source = [replace(use, operand=source.tensor)]
+            self._hook(_CallResult(copy, of_source, versions_of(use.saved)), name_of(func))
+            with self:
+                copies[key] = copy.movedim(0, where.from_end)
+        args, kwargs = pytree.tree_map_only(Tensor, lambda t: copies.get(id(t), t), (args, kwargs))
+        return lambda: func(*args, **kwargs)
 
     def _call_with_parameters(
-        self, func: Any, args: Any, kwargs: Any, sources: Sequence[_TracedParameter]
+        self, func: Any, args: Any, kwargs: Any, sources: Sequence[TracedParameter]
     ) -> _CallResult:
         """Call a function that examples and parameters go into."""
-        uses = list(RULES[func](*args, **kwargs)) if func in RULES else []
+        uses = _uses(func, args, kwargs)
         found = {id(use.operand) for use in uses}
         missing = [s for s in sources if id(s.tensor) not in found]
         traced_uses = [use for use in uses if id(use.operand) in self._sources]
-        versions = [t._version for use in traced_uses for t in use.saved]  # noqa: SLF001
-        before = _versions(args, kwargs)
-        out = _call_detached(func, args, kwargs, sources)
-        if missing and (tensors_in(out) or before != _versions(args, kwargs)):
+        versions = versions_of([use.saved for use in traced_uses])
+        before = versions_of(args, kwargs)
+        out = call_detached(func, args, kwargs, sources)
+        if missing and (tensors_in(out) or before != versions_of(args, kwargs)):
             self._note_uncovered(name_of(func), missing)
         if self._uncovered or not traced_uses:
             return _CallResult(out)
@@ -187,7 +187,7 @@ class ParameterTracer(TorchFunctionMode):
 
         def hook(grad: Tensor) -> None:
             names = ", ".join(name for s in sources for name in s.names)
-            if versions != [t._version for use in traced_uses for t in use.saved]:  # noqa: SLF001
+            if versions != versions_of([use.saved for use in traced_uses]):
                 raise NotCovered(f"{names} (its input was changed in place)")
             if rows.unowned_have_gradient(grad):
                 raise NotCovered(f"{names} (in {by}, on rows that are of no example)")
@@ -199,7 +199,7 @@ class ParameterTracer(TorchFunctionMode):
         out.register_hook(hook)
 
     def _emit_gradients(
-        self, use: ParameterUse, source: _TracedParameter, grad: Tensor, rows: RowsByExample
+        self, use: ParameterUse, source: TracedParameter, grad: Tensor, rows: RowsByExample
     ) -> None:
         tensors = [rows.group(t) for t in (grad, *use.saved)]
         formula, elements = use.formula, source.elements
@@ -212,49 +212,15 @@ class ParameterTracer(TorchFunctionMode):
             piece = slice(start, min(start + step, self._size))
             source.sink(piece, formula(*(t[piece] for t in tensors)))
 
-    def _note_uncovered(self, by: str, sources: Sequence[_TracedParameter]) -> None:
+    def _note_uncovered(self, by: str, sources: Sequence[TracedParameter]) -> None:
         for source in sources:
             for name in source.names:
                 self._uncovered.setdefault(name, by)
 
 
+def _uses(func: Any, args: Any, kwargs: Any) -> list[ParameterUse]:
+    return list(RULES[func](*args, **kwargs)) if func in RULES else []
+
+
 # Functions whose results are constants to autograd.
 _DETACHING = {Tensor.detach, torch.detach, Tensor.data.__get__}  # type: ignore[attr-defined]
-
-
-def _versions(*arguments: Any) -> list[int]:
-    return [t._version for t in tensors_in(arguments)]  # noqa: SLF001
-
-
-def _call_detached(func: Any, args: Any, kwargs: Any, sources: Sequence[_TracedParameter]) -> Any:
-    """Call a function with the stand-ins of parameters; where it gives one back, that parameter."""
-    detached = {id(s.tensor): s.detached for s in sources}
-    args, kwargs = pytree.tree_map_only(Tensor, lambda t: detached.get(id(t), t), (args, kwargs))
-    own = {id(s.detached): s.tensor for s in sources}
-    return pytree.tree_map_only(Tensor, lambda t: own.get(id(t), t), func(*args, **kwargs))
-
-
-def _pullback(
-    func: Any, args: Any, kwargs: Any, sources: Sequence[_TracedParameter], index: int | None
-) -> SampleGradientSink:
-    """What takes per-sample gradients of `func(*args, **kwargs)` on to those that it is made of."""
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    parents = list({id(s.tensor): s for s in sources}.values())
-    places = [[i for i, leaf in enumerate(leaves) if leaf is s.tensor] for s in parents]
-
-    def again(*values: Tensor) -> Tensor:
-        filled = list(leaves)
-        for value, at in zip(values, places, strict=True):
-            for i in at:
-                filled[i] = value
-        args, kwargs = pytree.tree_unflatten(filled, spec)
-        made = func(*args, **kwargs)
-        out: Tensor = made if index is None else made[index]
-        return out
-
-    def sink(rows: slice, grads: Tensor) -> None:
-        pull = torch.func.vjp(again, *(s.detached for s in parents))[1]
-        for source, values in zip(parents, torch.func.vmap(pull)(grads), strict=True):
-            source.sink(rows, values)
-
-    return sink

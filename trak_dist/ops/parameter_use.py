@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 Formula = Callable[..., Float[Tensor, "rows ..."]]
@@ -34,3 +35,13 @@ class ParameterUse:
 
 
 Rule = Callable[..., Iterable[ParameterUse]]
+
+
+def rows_of(
+    operand: Tensor, values: Float[Tensor, "rows n ..."], at: Int64[Tensor, "rows n"]
+) -> Float[Tensor, "rows size ..."]:
+    """Per-sample gradients of an operand with rows of single examples: zero but `at` these."""
+    grads = values.new_zeros(len(values), *operand.shape)
+    example = torch.arange(len(values), device=at.device)[:, None].expand_as(at)
+    # added, since what pads an example may be at one of its own
+    return grads.index_put_((example, at), values, accumulate=True)

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trak_dist.ops.bundles import GROUPS, Bundles
+from trak_dist.ops.example_axis import NO_EXAMPLE, RowsByExample
 from trak_dist.ops.parameter_use import ParameterUse
 
 
@@ -55,6 +56,27 @@ def einsum(equation: str, *operands: Any) -> Iterable[ParameterUse]:
             # In a formula's terms examples come before what the function saw.
             derivative = f"...{result},...{other}->...{own}"
             yield ParameterUse(operand, (partner,), functools.partial(torch.einsum, derivative))
+
+
+def grouped(
+    input: Tensor, mat2: Tensor, *, offs: Tensor | None = None, **_: Any
+) -> Iterable[ParameterUse]:
+    """`x W[e]`, where the rows before `offs[0]` are of expert e = 0, those up to `offs[1]` of 1."""
+    if input.ndim != 2 or mat2.ndim != 3 or offs is None:
+        return
+    size = len(mat2)
+    expert = torch.bucketize(torch.arange(len(input), device=offs.device), offs, right=True)
+
+    def by_weights(
+        g: Float[Tensor, "rows n o"], x: Float[Tensor, "rows n i"], expert: Tensor
+    ) -> Float[Tensor, "rows experts i o"]:
+        ids = size * torch.arange(len(g), device=expert.device)[:, None] + expert
+        ids = ids.masked_fill(expert == size, NO_EXAMPLE).flatten()  # rows after the last group
+        of_each = RowsByExample(ids.cpu(), size * len(g))
+        x, g = (of_each.group(t.flatten(0, 1)) for t in (x, g))
+        return torch.bmm(x.mT, g).view(-1, *mat2.shape)
+
+    yield ParameterUse(mat2, (input, expert), by_weights)
 
 
 def _outer(

@@ -15,15 +15,14 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from trak_dist.ops.example_axis import ExampleAxis, axis_of
+from trak_dist.ops.recurrence import RECURRENT
+from trak_dist.ops.respelling import RESPELLED
 
+_PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
 # Their first operand may have any dimensions before those that they work on.
 _LEADING = {
     *(F.linear, F.embedding, F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm),
-    *(torch.matmul, Tensor.matmul, Tensor.__matmul__),
-}
-_BROADCAST = {
-    *(torch.add, Tensor.add, torch.sub, Tensor.sub),
-    *(torch.mul, Tensor.mul, torch.div, Tensor.div),
+    *_PRODUCTS,
 }
 _JOINS = {torch.cat, torch.concat}
 
@@ -42,17 +41,16 @@ def rewrite_call(  # noqa: PLR0911
         return lambda: multi_head_attention(*args, **kwargs)
     if not uses:
         return None
+    if (respell := RESPELLED.get(func) or RECURRENT.get(func)) and (
+        respelled := respell(*args, **kwargs)
+    ):
+        return respelled
     if func in _LEADING and isinstance(found := axis_of(args[0]), ExampleAxis):
         x, *others = args
         if x.ndim == 1 and func is not F.embedding:
             return lambda: func(x[None], *others, **kwargs)[0]
-        if found.dim and x.ndim > 1:
+        if found.dim and x.ndim > 1 and (func not in _PRODUCTS or others[0].ndim == 2):
             return lambda: func(x.movedim(found.dim, 0), *others, **kwargs).movedim(0, found.dim)
-    if func in _BROADCAST and all(isinstance(t, Tensor) for t in args):
-        ndim = max(t.ndim for t in args)
-        dims = {ndim + f.dim - t.ndim for t in args if isinstance(f := axis_of(t), ExampleAxis)}
-        if len(dims) == 1 and (dim := dims.pop()) > 0:
-            return lambda: func(*(_turned(t, ndim, dim) for t in args), **kwargs).movedim(0, dim)
     if func in _JOINS and args:
         dims = {f.dim for t in args[0] if isinstance(f := axis_of(t), ExampleAxis)}
         along = (args[1] if len(args) > 1 else kwargs.get("dim", 0)) % args[0][0].ndim
@@ -60,10 +58,6 @@ def rewrite_call(  # noqa: PLR0911
             moved = along + 1 if along < dim else along
             return lambda: func([t.movedim(dim, 0) for t in args[0]], moved).movedim(0, dim)
     return None
-
-
-def _turned(tensor: Tensor, ndim: int, dim: int) -> Tensor:
-    return tensor.reshape(*[1] * (ndim - tensor.ndim), *tensor.shape).movedim(dim, 0)
 
 
 def multi_head_attention(  # noqa: PLR0913, PLR0917

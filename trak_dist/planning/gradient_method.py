@@ -9,25 +9,24 @@ batch gives another value than the example alone, as its out-to-loss: those are 
 
 from __future__ import annotations
 
+import textwrap
+import traceback
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from trak_dist.errors import ConfigError, NotCovered, ProblemError, TrakDistError
 from trak_dist.ops import audit
 from trak_dist.ops.batches import Batch, clone_batch, examples_in, rows_of
-from trak_dist.ops.gradients import GradientComputer, VmapGradients, select_params
-from trak_dist.ops.hooks import HookGradients
+from trak_dist.ops.gradients import select_params
 from trak_dist.ops.model_outputs import ModelOutput, out_to_loss, own_method, prepared
 from trak_dist.ops.model_state import ModelStateGuard, copy_model
-from trak_dist.ops.projection import CACHED_PIECE
+from trak_dist.planning.gradient_comparison import ROWS, difference_from_autograd
 from trak_dist.spacing import evenly_spaced
 
-ROWS = 4  # of each batch that are computed alone
 MEETING = 10  # tolerances by which an output in a batch may differ from that alone
-ROUNDING = 1e-2  # of the tolerance, of all gradients: where a parameter's are zero but for rounding
 VMAP_BYTES = 2**30  # what a batch's gradients may take here; a worker has its own memory
 
 
@@ -167,7 +166,7 @@ def _reason_against(
     for name, whole in batches.items():
         batch = whole if method == "hooks" else rows_of(whole, slice(max(2, VMAP_BYTES // (4 * p))))
         try:
-            why = _difference(model, output, batch, params, method)
+            why = difference_from_autograd(model, output, batch, params, method)
         except NotCovered as error:
             return error.what
         except Exception as error:  # whatever a rule, a trace, or the user's batched output does
@@ -177,80 +176,20 @@ def _reason_against(
     return ""
 
 
-def _difference(
-    model: nn.Module, output: ModelOutput, batch: Batch, params: Sequence[str], method: str
-) -> str:
-    shapes, size = select_params(model, params), examples_in(batch)
-    rows, weights = evenly_spaced(size, ROWS), audit.random_weights(size, seed=0)
-    if method == "hooks":
-        compute: GradientComputer = HookGradients(
-            model, output, params, piece_elements=CACHED_PIECE
-        )
-    else:
-        compute = VmapGradients(model, output, params)
-    grads, sums, f = audit.gradients_and_weighted_sum(compute, batch, rows, weights, shapes)
-    q = out_to_loss(output, model, batch, f)[rows]
-    single = audit.SingleExampleResults.of(model, output, params, batch, rows)
-    exact, tolerance = _exact(model, output, params, batch, rows, single), audit.tolerance(model)
-    if why := _mismatch(grads, exact, tolerance, single.grads, f"one by one in a batch of {size}"):
-        return why
-    if f is not None and not torch.allclose(
-        f[rows].double(), single.f.double(), tolerance, tolerance
-    ):
-        return f"the output of an example in a batch of {size} is another one than alone"
-    if not torch.allclose(q.double(), single.q.double(), tolerance, tolerance, equal_nan=True):
-        return "get_out_to_loss_from_output differs from get_out_to_loss_grad"
-    if method == "hooks":
-        whole = {n: torch.zeros(1, *shape, dtype=torch.float64) for n, shape in shapes.items()}
-
-        def sink(name: str, _: slice, values: Tensor) -> None:
-            whole[name] += values.cpu()
-
-        audit.weighted_sum_gradient(model, output, params, batch, weights, sink)
-        together = {n: values[None] for n, values in sums.items()}
-        return _mismatch(together, whole, tolerance, whole, f"autograd gives of a batch of {size}")
-    return ""
-
-
-def _exact(
-    model: nn.Module,
-    output: ModelOutput,
-    params: Sequence[str],
-    batch: Batch,
-    rows: Sequence[int],
-    single: audit.SingleExampleResults,
-) -> audit.Grads:
-    """Gradients of rows: those of the loop, but for weights of half precision in float64."""
-    if not any(p.dtype.itemsize < 4 for p in model.parameters() if p.is_floating_point()):
-        return single.grads
-    doubled: Batch = pytree.tree_map_only(
-        Tensor, lambda t: t.double() if t.is_floating_point() else t, batch
-    )
-    try:
-        return audit.SingleExampleResults.of(
-            copy_model(model).double(), output, params, doubled, rows
-        ).grads
-    except RuntimeError:  # a model that says itself in which types it computes
-        return single.grads
-
-
-def _mismatch(
-    found: audit.Grads, expected: audit.Grads, tolerance: float, loop: audit.Grads, than: str
-) -> str:
-    """The parameter whose gradients differ; they may be as far off as those of the loop."""
-    whole = sum(float(w.square().sum()) for w in expected.values()) ** 0.5
-    for name, reference in expected.items():
-        error, of_loop = (float((g[name] - reference).norm()) for g in (found, loop))
-        norm = float(reference.norm())
-        if not error <= max(tolerance * norm, 2 * of_loop) + tolerance * ROUNDING * whole:
-            return (
-                f"{name} has other gradients than {than} (difference {error:.1e}, norm {norm:.1e})"
-            )
-    return ""
-
-
 def _text(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    """What was raised, and by which line outside of torch, on one line of no great length."""
+    ours = (Path(torch.__file__).parent, Path(__file__).parents[1])
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not any(Path(frame.filename).is_relative_to(folder) for folder in ours)
+    ]
+    text = textwrap.shorten(f"{type(error).__name__}: {error}", 160, placeholder=" …")
+    if not frames:
+        return text
+    path = Path(frames[-1].filename)
+    hint = ', attn_implementation="eager" may help' if path.name == "masking_utils.py" else ""
+    return f"{text} (at {path.parent.name}/{path.name}:{frames[-1].lineno}{hint})"
 
 
 def _perturbed(model: nn.Module) -> nn.Module:

@@ -115,7 +115,9 @@ def _found(call: Call) -> AxisInfo | list[AxisInfo]:  # noqa: PLR0911
     rule = RULES.get(call.func)
     if rule is no_example:
         return None
-    chooses = call.get(INDEX_AT[call.func], "index", "indices") if call.func in INDEX_AT else ()
+    chooses = ()
+    if call.func in INDEX_AT:
+        chooses = call.get(INDEX_AT[call.func], "index", "indices", "offs")
     indices = Call(call.func, (chooses,), {}, None).tensors
     held = [(t, found) for t in call.tensors if (found := axis_of(t)) is not None]
     for tensor, one in held:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,6 +60,13 @@ Rule = Callable[[Call], AxisInfo | list[AxisInfo]]
 def name_of(func: Any) -> str:
     """A function's name, for people."""
     return str(resolve_name(func)) if resolve_name(func) else getattr(func, "__name__", str(func))
+
+
+def is_in_place(func: Any, kwargs: Mapping[str, Any]) -> bool:
+    """Whether a call changes its first operand, by its name or as it says: `add_`, `__iadd__`."""
+    name = name_of(func).rpartition(".")[2]
+    by_name = name.startswith("__i") or (name.endswith("_") and not name.endswith("__"))
+    return by_name or bool(kwargs.get("inplace"))
 
 
 def tensors_in(values: Any) -> list[Tensor]:

@@ -41,6 +41,13 @@ def added_product(call: Call) -> AxisInfo:
     return broadcast([(start, axis_of(start)), (like, product)], out.shape, call)
 
 
+def grouped(call: Call) -> AxisInfo:
+    """Rows times a matrix each; up to which row which one is for is a choice, as `if` and `for`."""
+    found, x = axis_of(call.first), call.first
+    plain = x.ndim == 2 and axis_of(call.args[1]) is None and call.kwargs.get("bias") is None
+    return found if isinstance(found, ExampleAxis) and not found.dim and plain else call.untracked()
+
+
 def _product(left: Tensor, right: Tensor, out: Tensor, call: Call) -> AxisInfo:
     """By dimensions from the end, of which the last of a is added up with the last but one of b."""
     a, b = axis_of(left), axis_of(right)

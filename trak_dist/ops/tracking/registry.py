@@ -137,6 +137,7 @@ RULES: dict[Any, Rule] = {
     **_of("matmul mm bmm mv __matmul__ __imatmul__", products.matmul),
     **_of("addmm baddbmm addmv", products.added_product),
     **_of("linear", products.linear),
+    **dict.fromkeys(_functions("_grouped_mm", in_place=False), products.grouped),
     **_of("einsum", products.einsum),
     **_of("scaled_dot_product_attention", products.attention),
     **_of("layer_norm rms_norm", products.layer_norm),
@@ -166,6 +167,7 @@ RULES: dict[Any, Rule] = {
 INDEX_AT: dict[Any, int] = {
     Tensor.__getitem__: 1,
     Tensor.__setitem__: 1,
+    **dict.fromkeys(_functions("_grouped_mm", in_place=False), 2),
     **dict.fromkeys(_functions("index_put"), 1),
     **dict.fromkeys(_functions("take_along_dim masked_select"), 1),
     **dict.fromkeys(
