@@ -210,6 +210,8 @@ def test_a_target_of_an_unknown_class_is_refused(directory: Path) -> None:
         ({"mean": [0.1, 0.2]}, ConfigError, r"mean \[0.1, 0.2\] and std"),
         ({"std": [0.0]}, ConfigError, "for 3 channels"),
         ({"size": -1}, ConfigError, "3 channels of -1 pixels a side"),
+        ({"std": 0.0}, ConfigError, r"std \[0.0\] for 3 channels"),
+        ({"targets": {"train": "pets"}}, ConfigError, "can't be called 'train'"),
         ({"train": "no/such"}, DatasetError, "there is no such folder"),
         ({"model": "no_such_module:net"}, ConfigError, "not given: problem.size, problem.mean"),
     ],

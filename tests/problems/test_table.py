@@ -172,6 +172,10 @@ def test_whole_numbers_are_classes_in_their_order_and_a_constant_column_stays(
         ("x,y\n1,a\n2,b\n", {"model": "net"}, ConfigError, "'net' is not of the form module:f"),
         ("x,y\n1,a\n2,b\n", {"target": None}, ConfigError, "not given: problem.target"),
         ("x,x,y\n1,1,a\n2,2,b\n", {}, DatasetError, "two columns have one name"),
+        ("x,y\n1,3\n2,4\n", {"columns": ["x", "y"]}, ConfigError, "y is a feature and what is p"),
+        ("x,y\n1,a\n2,b\n", {"target": "z"}, DatasetError, "there is no column z; there are x, y"),
+        ("x,y\n1,a\n2,b\n", {"targets": {"train": "val.csv"}}, ConfigError, "a target set"),
+        ("x,y\n1,a\n2,b\n", {"targets": "val.csv"}, ConfigError, "target sets have names, and "),
     ],
 )  # fmt: skip
 def test_tables_that_do_not_fit_are_refused(
@@ -179,6 +183,32 @@ def test_tables_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(kind) as raised:
         made(tmp_path, text, **settings)
+    assert str(raised.value).startswith(what)
+
+
+def test_one_column_one_width_and_one_checkpoint_need_no_list(tmp_path: Path) -> None:
+    text = "area,y,z\n1,a,5\n2,b,5\n"
+    problem = made(tmp_path, text, columns="area", hidden=3, checkpoints="net.pt")
+    assert problem.train[0][0].shape == (1,)
+    assert problem.model[0].out_features == 3
+    assert list(problem.checkpoints) == ["net.pt"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "what"),
+    [
+        (
+            '{"x": 1, "y": 0}\n{"x": 2, "y": 1}\n{"x": 3, "y": NaN}\n',
+            "column 'y' holds '' in row 2",
+        ),
+        (f'{{"x": 1{"0" * 400}, "y": 0}}\n{{"x": 2, "y": 1}}\n', f"column 'x' holds 1{'0' * 59}, "),
+    ],
+    ids=["a class that is NaN", "a number that no float holds"],
+)
+def test_numbers_of_json_that_are_none_are_refused(rows: str, what: str, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text(rows)
+    with pytest.raises(DatasetError) as raised:
+        table.problem(train=str(tmp_path / "train.jsonl"), targets={}, target="y")
     assert str(raised.value).startswith(what)
 
 

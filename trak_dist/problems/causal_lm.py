@@ -8,6 +8,7 @@ from trak_dist.errors import ConfigError
 from trak_dist.ops.model_outputs import LanguageModeling
 from trak_dist.problem import Problem
 from trak_dist.problems import pretrained
+from trak_dist.problems.given import target_files
 from trak_dist.problems.records import read
 from trak_dist.problems.texts import (
     CausalTexts,
@@ -60,6 +61,7 @@ def problem(  # noqa: PLR0913 -- these are settings
         If settings do not fit, or model or data can't be read.
     """
     pretrained.required(model=model, train=train)
+    files = target_files(targets)
     columns = TextColumns(text, prompt, completion)
     if packing and prompt:
         raise ConfigError(
@@ -81,9 +83,7 @@ def problem(  # noqa: PLR0913 -- these are settings
         texts = CausalTexts(records, columns, words, length, words.eos_token_id if end else None)
         return PackedTexts(texts, length, records) if packing else texts
 
-    datasets = {
-        name: dataset(file, f"problem.targets.{name}") for name, file in targets.items() if file
-    }
+    datasets = {name: dataset(file, f"problem.targets.{name}") for name, file in files.items()}
     train_set = dataset(train, "problem.train")
 
     def notes() -> Iterator[str]:

@@ -12,6 +12,7 @@ from trak_dist.errors import ConfigError
 from trak_dist.ops.model_outputs import ImageClassification
 from trak_dist.problem import Problem, is_import_path
 from trak_dist.problems import pretrained
+from trak_dist.problems.given import several, target_files
 from trak_dist.problems.own_models import own_model
 from trak_dist.problems.pictures import PictureFolder, Pictures, class_folders, picture_renderer
 
@@ -26,8 +27,8 @@ def problem(  # noqa: PLR0913 -- these are settings
     *,
     size: int | None = None,
     resize: str = "stretch",
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: Sequence[float] | float | None = None,
+    std: Sequence[float] | float | None = None,
     channels: int | None = None,
 ) -> Problem:
     """The margin of a picture's class.
@@ -69,20 +70,25 @@ def problem(  # noqa: PLR0913 -- these are settings
         config = pretrained.read_config(model)
         pretrained.check_classes(config, model)
         stated, unread = pretrained.picture_settings(model, config)
-    given = {"size": size, "mean": mean, "std": std, "channels": channels}
+    given = {
+        "size": size,
+        "mean": several(mean) or None,
+        "std": several(std) or None,
+        "channels": channels,
+    }
     chosen = {**stated, **{name: value for name, value in given.items() if value is not None}}
     chosen.setdefault("channels", 3)
     pretrained.required(**{name: chosen.get(name) for name in given})
     pictures = Pictures(**chosen, crop=resize == "crop")
 
-    folders = {"train": train, **{name: path for name, path in targets.items() if path}}
+    folders = {"train": train, **target_files(targets)}
     found = {
         name: class_folders(path, "problem.train" if name == "train" else f"problem.targets.{name}")
         for name, path in folders.items()
     }
     numbers, why = _class_numbers(list(found["train"].classes), config)
     datasets = {name: PictureFolder(one, numbers, pictures) for name, one in found.items()}
-    weights = list(checkpoints or ()) if own else pretrained.given_checkpoints(model, checkpoints)
+    weights = several(checkpoints) if own else pretrained.given_checkpoints(model, checkpoints)
 
     def notes() -> Iterator[str]:
         yield f"pictures: {pictures}"

@@ -13,6 +13,7 @@ from trak_dist.errors import ConfigError
 from trak_dist.listing import first_few
 from trak_dist.ops.model_outputs import ImageClassification, Regression
 from trak_dist.problem import Problem, Rendered, is_import_path
+from trak_dist.problems.given import several, target_files
 from trak_dist.problems.own_models import own_model
 from trak_dist.problems.pretrained import required
 from trak_dist.problems.records import Records, read
@@ -27,12 +28,12 @@ def problem(  # noqa: PLR0913 -- these are settings
     targets: Mapping[str, str | None],
     target: str,
     model: str | None = None,
-    checkpoints: Sequence[str] | None = None,
+    checkpoints: Sequence[str] | str | None = None,
     *,
     task: str = "classification",
-    columns: Sequence[str] | None = None,
+    columns: Sequence[str] | str | None = None,
     standardise: bool = True,
-    hidden: Sequence[int] = (64, 64),
+    hidden: Sequence[int] | int = (64, 64),
     epochs: int = 30,
     batch_size: int = 64,
     learning_rate: float = 0.02,
@@ -78,15 +79,23 @@ def problem(  # noqa: PLR0913 -- these are settings
             where="problem.model",
             next="problem.model=my_module:make_model, importable from where you launch",
         )
-    wanted = [*columns, target] if columns else []
+    files, chosen = target_files(targets), several(columns)
+    if target in chosen:
+        raise ConfigError(
+            f"{target} is a feature and what is predicted",
+            where="problem.columns, problem.target",
+            next=f"leave {target} out of problem.columns",
+        )
+    wanted = [*chosen, target] if chosen else []
     records = {
         name: read(path, wanted, setting=f"problem.{at}")
         for name, path, at in (
             ("train", train, "train"),
-            *((name, path, f"targets.{name}") for name, path in targets.items() if path),
+            *((name, path, f"targets.{name}") for name, path in files.items()),
         )
     }
-    names = list(columns or (name for name in records["train"].columns if name != target))
+    _column(records["train"], target)
+    names = chosen or [name for name in records["train"].columns if name != target]
     features = {name: _numbers(one, names) for name, one in records.items()}
     classes: list[str] = []
     if task == "classification":
@@ -104,9 +113,11 @@ def problem(  # noqa: PLR0913 -- these are settings
             y = y if classes else (y - value_center) / value_scale
         return TensorDataset(x.float(), y if classes else y.float())
 
+    widths = several(hidden)
+
     def made() -> nn.Module:
         outputs = len(classes) or 1
-        return own_model(model, len(names), outputs) if model else _mlp(len(names), hidden, outputs)
+        return own_model(model, len(names), outputs) if model else _mlp(len(names), widths, outputs)
 
     datasets = {name: dataset(name) for name in records}
 
@@ -120,7 +131,7 @@ def problem(  # noqa: PLR0913 -- these are settings
         model_output=ImageClassification() if classes else Regression(),
         train=datasets["train"],
         targets={name: one for name, one in datasets.items() if name != "train"},
-        checkpoints=list(checkpoints or ()),
+        checkpoints=several(checkpoints),
         render=_renderer(names, target, classes),
         train_checkpoint=classifier_trainer(
             made,
@@ -138,7 +149,7 @@ def _column(records: Records, name: str) -> Sequence[object]:
     if name not in records.columns:
         raise records.error(
             f"there is no column {name}; there are {first_few(list(records.columns), 30)}",
-            "problem.target=… of them",
+            "the same columns in all files, as problem.target and problem.columns name them",
         )
     return records.columns[name]
 
@@ -151,8 +162,8 @@ def _numbers(records: Records, names: Sequence[str]) -> Tensor:
         bad = [row for row, value in enumerate(values) if not math.isfinite(value)]
         if bad:
             raise records.error(
-                f"column {name!r} holds {records.columns[name][bad[0]]!r}, which is no finite "
-                f"number, in row{'s' if len(bad) > 1 else ''} {first_few(bad)}",
+                f"column {name!r} holds {repr(records.columns[name][bad[0]])[:60]}, which is no "
+                f"finite number, in row{'s' if len(bad) > 1 else ''} {first_few(bad)}",
                 "fill it in or leave the rows out; or leave the column out: "
                 "'problem.columns=[NAME,…]'",
             )
@@ -165,7 +176,7 @@ def _numbers(records: Records, names: Sequence[str]) -> Tensor:
 def _number(value: object) -> float:
     try:
         return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return math.nan
 
 
@@ -176,7 +187,8 @@ def _classes(values: Sequence[object]) -> list[str]:
 
 
 def _name(value: object) -> str:
-    return "" if value is None else str(value).strip()
+    missing = value is None or value != value  # noqa: PLR0124 -- as NaN alone does
+    return "" if missing else str(value).strip()
 
 
 def _is_whole(text: str) -> bool:

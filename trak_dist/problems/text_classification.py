@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from trak_dist.ops.model_outputs import TextClassification
 from trak_dist.problem import Problem
 from trak_dist.problems import pretrained
+from trak_dist.problems.given import target_files
 from trak_dist.problems.records import read
 from trak_dist.problems.texts import (
     ClassifiedTexts,
@@ -46,6 +47,7 @@ def problem(  # noqa: PLR0913 -- these are settings
         If settings do not fit, or model or data can't be read.
     """
     pretrained.required(model=model, train=train)
+    files = target_files(targets)
     config = pretrained.read_config(model)
     pretrained.check_classes(config, model)
     check_length(length, config)
@@ -60,9 +62,7 @@ def problem(  # noqa: PLR0913 -- these are settings
         classes = class_numbers(records, label, config.label2id, config.num_labels)
         return ClassifiedTexts(records, text, classes, words, length)
 
-    datasets = {
-        name: dataset(file, f"problem.targets.{name}") for name, file in targets.items() if file
-    }
+    datasets = {name: dataset(file, f"problem.targets.{name}") for name, file in files.items()}
     train_set = dataset(train, "problem.train")
 
     def notes() -> Iterator[str]:
