@@ -242,3 +242,40 @@ def test_texts_without_a_token_that_counts_are_refused() -> None:
         trak_dist.EachToken([{"input_ids": torch.ones(1)}] * 2)
     with pytest.raises(DatasetError, match="example 0 is tuple without input_ids"):
         trak_dist.EachToken([(torch.ones(1), 2)])
+
+
+@pytest.mark.parametrize("way", ["hooks", "vmap", "loop"])
+@pytest.mark.parametrize("name", ["causal", "masked", "segmentation", "many labels"])
+def test_a_label_that_is_none_has_a_gradient_of_nan_and_its_row_alone(name: str, way: str) -> None:
+    """By each method: with Q = 1 there is nothing else to see it by."""
+    made = case(name)
+    batch = torch.utils._pytree.tree_map(torch.clone, batch_of(made))
+    labels = batch[0]["labels"] if isinstance(batch[0], dict) else batch[1]
+    labels[1] = torch.where(labels[1] == -100, -100, 99)
+    compute = {
+        "hooks": lambda: HookGradients(made.model, made.output, ["*"], piece_elements=10**6),
+        "vmap": lambda: VmapGradients(made.model, made.output, ["*"]),
+        "loop": lambda: LoopGradients(made.model, made.output, ["*"]),
+    }
+    found = gathered(compute[way](), made.model, batch)
+    finite = [
+        all(bool(grads[row].isfinite().all()) for grads in found.values())
+        for row in range(len(made.examples))
+    ]
+    assert finite == [row != 1 for row in range(len(made.examples))]
+
+
+def test_masks_of_8_bits_are_classes() -> None:
+    made = case("segmentation")
+    images, labels = batch_of(made)
+    weights = dict(made.model.named_parameters())
+    wanted = made.output.get_batch_output(made.model, weights, {}, (images, labels))
+    found = made.output.get_batch_output(made.model, weights, {}, (images, labels.byte()))
+    assert torch.equal(found, wanted)
+
+
+def test_a_prompt_that_is_apart_is_refused() -> None:
+    made = case("preference")
+    batch = ({**batch_of(made)[0], "prompt_input_ids": torch.ones(2, 3)},)
+    with pytest.raises(ProblemError, match="the prompt is apart"):
+        made.output.get_batch_output(made.model, {}, {}, batch)

@@ -66,6 +66,14 @@ def numbers_of(found: Any) -> Tensor:
     return logits.float() if logits.dtype.itemsize < 4 else logits
 
 
+def nan_unless(valid: Tensor, values: Tensor) -> Tensor:
+    """Values, NaN with a gradient of NaN where they are not valid: found, and the row named.
+
+    A label that is none must not pass for one. By `torch.where` the gradient would be 0.
+    """
+    return values * torch.where(valid, 1.0, torch.nan)
+
+
 def check_shapes(labels: Tensor, wanted: torch.Size, found: Tensor) -> None:
     """Raise `ProblemError` if labels do not have the shape that goes with what was `found`."""
     if labels.shape != wanted:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from trak_dist.ops import draws
-from trak_dist.ops.model_outputs.calls import check_shapes, predicted, with_labels
+from trak_dist.ops.model_outputs.calls import check_shapes, nan_unless, predicted, with_labels
 from trak_dist.ops.model_outputs.negative_loss import NegativeLoss
 from trak_dist.ops.model_outputs.protocol import Weights
 
@@ -82,7 +82,7 @@ class MultiLabelClassification(_ManyLabels):
         check_shapes(labels, logits.shape, logits)
         labels = labels.to(logits.dtype)
         each = -F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-        each = torch.where((labels >= 0) & (labels <= 1), each, torch.nan)
+        each = nan_unless((labels >= 0) & (labels <= 1), each)
         return each.flatten(1), torch.ones_like(each.flatten(1)[:, 0])
 
     def _draw(self, logits: Tensor, labels: Tensor, uniform: draws.Uniform) -> Tensor:
@@ -106,14 +106,16 @@ class Segmentation(_ManyLabels):
         self, logits: Tensor, labels: Tensor
     ) -> tuple[Float[Tensor, "batch labels"], Float[Tensor, " batch"]]:
         check_shapes(labels, logits[:, 0].shape, logits)
+        labels = labels.long()
         classes = labels.clamp(0, logits.shape[1] - 1)
         each = logits.log_softmax(1).gather(1, classes[:, None])[:, 0]
         counted = labels != self.ignore_index
-        each = torch.where(classes == labels, each, torch.nan)
-        each = torch.where(counted, each, 0).flatten(1)
+        none = ~counted.flatten(1).any(1)[:, None, None]
+        each = nan_unless((classes == labels) | ~(counted | none), each)
+        each = torch.where(counted | none, each, 0).flatten(1)
         return each, counted.flatten(1).sum(1).to(each.dtype)
 
     def _draw(self, logits: Tensor, labels: Tensor, uniform: draws.Uniform) -> Tensor:
         u = uniform(labels[0].numel()).view(labels.shape)
         drawn = draws.categorical(logits.movedim(1, -1), u)
-        return torch.where(labels == self.ignore_index, self.ignore_index, drawn)
+        return torch.where(labels == self.ignore_index, labels.long(), drawn)

@@ -14,7 +14,12 @@ from torch.func import functional_call
 from trak_dist.errors import ProblemError
 from trak_dist.ops import draws
 from trak_dist.ops.batches import Batch
-from trak_dist.ops.model_outputs.calls import inputs_and_labels, numbers_of, with_labels
+from trak_dist.ops.model_outputs.calls import (
+    inputs_and_labels,
+    nan_unless,
+    numbers_of,
+    with_labels,
+)
 from trak_dist.ops.model_outputs.negative_loss import NegativeLoss
 from trak_dist.ops.model_outputs.protocol import Weights
 
@@ -48,8 +53,7 @@ class _Tokens(NegativeLoss, ABC):
         size = logits.shape[-1]
         tokens = labels.clamp(0, size - 1)
         found = logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
-        # A label that is no token must not pass for one: NaN is found, and its row named.
-        found = torch.where(tokens == labels, found, torch.nan)
+        found = nan_unless((tokens == labels) | (labels == IGNORED), found)
         return torch.where(labels == IGNORED, 0, found).sum(1)
 
     def draw_labels(

@@ -54,9 +54,16 @@ class Preference(BatchedModelOutput):
                 next="one mapping with chosen_ and rejected_ input_ids, attention_mask and labels, "
                 "and ref_chosen_logps and ref_rejected_logps",
             )
+        if "prompt_input_ids" in inputs:
+            raise ProblemError(
+                "the prompt is apart, in prompt_input_ids",
+                where="the batch",
+                next="put it before both answers, in chosen_ and rejected_input_ids, and label it "
+                "−100",
+            )
         chosen, rejected = (
             LanguageModeling().get_batch_output(model, weights, buffers, (_of(side, inputs),))
-            - inputs[f"ref_{side}_logps"]
+            - inputs[f"ref_{side}_logps"].reshape(-1)
             for side in SIDES
         )
         margin: Tensor = self.beta * (chosen - rejected)
