@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import Subset
 
-from trak_dist import ImageClassification
+from trak_dist import ImageClassification, building
 from trak_dist import problem as problems
 from trak_dist.errors import ProblemError, UnreadableRow
 from trak_dist.plan import digest
@@ -128,7 +128,7 @@ def test_what_is_drawn_when_a_problem_is_built_is_the_same_in_every_process(
         before = torch.get_rng_state(), random.getstate(), numpys()
         sys.modules.pop("draws", None)
         spec = {"_target_": "draws.problem", "directory": str(tmp_path)}
-        problem, _ = problems.build(spec, import_root=str(tmp_path))
+        problem, _ = building.build(spec, import_root=str(tmp_path))
         drawn.append([np.asarray(d).tolist() for d in problem.model.drawn])
         assert torch.equal(torch.get_rng_state(), before[0])
         assert (random.getstate(), numpys()) == before[1:]

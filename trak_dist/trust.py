@@ -17,8 +17,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
-from trak_dist import commands, in_process
-from trak_dist import problem as problems
+from trak_dist import building, commands, in_process
 from trak_dist import source as sources
 from trak_dist.errors import UnreadableProblem, UntrustedProblem
 from trak_dist.plan import Plan, digest
@@ -39,7 +38,7 @@ def record_trust(spec: Mapping[str, Any], import_root: str) -> str:
     """Record that this user trusts the problem; returns why that failed, if it did."""
     if is_always_trusted(spec):
         return ""
-    file = find(problems.code(spec), import_root)
+    file = find(building.code(spec), import_root)
     record = {"problem": dict(spec), "import_root": import_root, "file": str(file)}
     content = _digest(file)
     try:
@@ -68,7 +67,7 @@ def check_trusted(plan: Plan, run_dir: Path) -> None:
     spec, source = plan.spec.problem, plan.source
     if is_always_trusted(spec):
         return
-    file = find(problems.code(spec), source.import_root)
+    file = find(building.code(spec), source.import_root)
     now = _digest(file)
     if _is_recorded(spec, source, now):
         return
@@ -77,7 +76,7 @@ def check_trusted(plan: Plan, run_dir: Path) -> None:
     origin = f"{file} of {_owner(file)}, digest {now}" if file else "there is no file of it here"
     command = commands.launch(run_dir, "stage=plan", "trust=true")
     raise UntrustedProblem(
-        f"resuming this run executes {problems.code(spec)} as you, a problem that you have not "
+        f"resuming this run executes {building.code(spec)} as you, a problem that you have not "
         f"planned: {origin}, imported from {source.import_root}",
         where=f"{run_dir} of {_owner(run_dir)}",
         next=f"read the file and what it imports; if you trust them: {command} (recorded until the "
@@ -89,7 +88,7 @@ def is_always_trusted(spec: Mapping[str, Any]) -> bool:
     """Whether a problem is shipped with the package, or is not executed at all."""
     if spec["_target_"] == in_process.TARGET or dict(spec) == STREAMED_PROBLEM:
         return True
-    return problems.is_shipped(problems.code(spec))
+    return building.is_shipped(building.code(spec))
 
 
 def find(target: str, import_root: str) -> Path | None:

@@ -14,8 +14,7 @@ import pytest
 import tiny
 from command_result import Ended, Launch
 
-from trak_dist import TRAKer, trust, worker
-from trak_dist import problem as problems
+from trak_dist import TRAKer, building, trust, worker
 from trak_dist import source as sources
 from trak_dist.cells import FeaturizeCell, of_stage
 from trak_dist.errors import UntrustedProblem
@@ -313,7 +312,7 @@ def test_a_shipped_problem_needs_no_trust_and_imports_nothing_from_where_it_was_
     assert not trust.is_always_trusted({"_target_": "trak_dist.problems.mnist.mnist_data"})
     assert not trust.is_always_trusted({"_target_": "trak_dist.TRAKer", "save_dir": "x"})
     monkeypatch.setattr(sys, "path", [*sys.path])
-    problems.locate(target, import_root=str(tmp_path / "theirs"))
+    building.locate(target, import_root=str(tmp_path / "theirs"))
     assert str(tmp_path / "theirs") not in sys.path
 
 

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from trak_dist.building import fixed_seeds
 from trak_dist.errors import ProblemError
 from trak_dist.listing import first_few
 from trak_dist.ops.gradients import LoopGradients
 from trak_dist.ops.model_outputs import ModelOutput, out_to_loss
 from trak_dist.plan_inputs import Source
-from trak_dist.problem import fixed_seeds
 
 log = logging.getLogger(__name__)
 

@@ -216,7 +216,7 @@ def _extended(resolved: Resolved, run: Run | None, plan: Plan | None, note: Note
 
 
 def _with_problem(resolved: Resolved, run: Run | None, plan: Plan | None, note: Note) -> Plan:
-    from trak_dist import planning
+    from trak_dist import building, planning
     from trak_dist import problem as problems
 
     invocation, config = resolved.invocation, resolved.config
@@ -230,7 +230,7 @@ def _with_problem(resolved: Resolved, run: Run | None, plan: Plan | None, note: 
     if plan and not plan.has_problem:
         _check_needs_no_problem(invocation, config)
         return plan
-    problem, source = problems.build(spec, import_root=import_root)
+    problem, source = building.build(spec, import_root=import_root)
     problem = problems.with_random_policy(problem, config.spec.featurize.random)
     if plan is None:
         for found in problems.notes(problem):

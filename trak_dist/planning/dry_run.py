@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from trak_dist import datasets
+from trak_dist import building, datasets
 from trak_dist import problem as problems
 from trak_dist.checkpoints.featurizer import (
     batch_in,
@@ -78,7 +78,7 @@ def trial_rate(plan: Plan) -> float:
 
     The first pass, which also allocates and draws, is not counted.
     """
-    problem = problems.rebuild(plan.spec.problem, plan.source)
+    problem = building.rebuild(plan.spec.problem, plan.source)
     problem = problems.with_random_policy(problem, plan.spec.featurize.random)
     torch.set_num_threads(plan.spec.featurize.threads)
     compute_in = plan.spec.featurize.compute

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import nn
 
+from trak_dist.building import is_import_path
 from trak_dist.errors import ConfigError
 from trak_dist.ops.model_outputs import ImageClassification
-from trak_dist.problem import Problem, is_import_path
+from trak_dist.problem import Problem
 from trak_dist.problems import pretrained
 from trak_dist.problems.given import several, target_files
 from trak_dist.problems.own_models import own_model

@@ -14,7 +14,7 @@ def own_model(name: str, *sizes: int) -> nn.Module:
     """What `module:function` returns for classes, or for features and outputs; in `eval()`.
 
     The module was imported, and the user's trust asked for, before the problem is built
-    (`trak_dist.problem.code`).
+    (`trak_dist.building.code`).
 
     Raises
     ------

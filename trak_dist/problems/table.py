@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from trak_dist.building import is_import_path
 from trak_dist.errors import ConfigError
 from trak_dist.listing import first_few
 from trak_dist.ops.model_outputs import ImageClassification, Regression
-from trak_dist.problem import Problem, Rendered, is_import_path
+from trak_dist.problem import Problem, Rendered
 from trak_dist.problems.given import several, target_files
 from trak_dist.problems.own_models import own_model
 from trak_dist.problems.pretrained import required

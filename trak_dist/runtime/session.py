@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from trak_dist import datasets
+from trak_dist import building, datasets
 from trak_dist import problem as problems
 from trak_dist.checkpoints import digests
 from trak_dist.checkpoints.featurizer import CheckpointFeaturizer, batch_in, model_in
@@ -60,7 +60,7 @@ class Session:
                 where=str(self.run.layout.run_dir),
                 next="restore the plan, or use another run_dir",
             )
-        problem = problems.rebuild(plan.spec.problem, plan.source)
+        problem = building.rebuild(plan.spec.problem, plan.source)
         problem = problems.with_random_policy(problem, plan.spec.featurize.random)
         pinned_model.check_unsaved(plan.source, problem.model, what=what)
         for split in (plan.train, *plan.targets):

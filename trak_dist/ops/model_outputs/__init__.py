@@ -14,7 +14,7 @@ from trak_dist.ops.model_outputs.language import (
     MaskedLanguageModeling,
     SequenceToSequence,
 )
-from trak_dist.ops.model_outputs.negative_loss import LossOutput
+from trak_dist.ops.model_outputs.losses import LossOutput
 from trak_dist.ops.model_outputs.preference import Preference
 from trak_dist.ops.model_outputs.preparation import forget, prepared
 from trak_dist.ops.model_outputs.protocol import (

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from trak_dist.errors import ProblemError
 from trak_dist.ops import draws
 from trak_dist.ops.model_outputs.calls import predicted, with_labels
-from trak_dist.ops.model_outputs.protocol import BatchedModelOutput, Weights
+from trak_dist.ops.model_outputs.losses import LogisticLoss
+from trak_dist.ops.model_outputs.protocol import Weights
 
 State = tuple[dict[str, Tensor], dict[str, Tensor]]
 
@@ -24,14 +25,12 @@ TEXT_FIELDS = {
 }
 
 
-class _Classification(BatchedModelOutput, ABC):
+class _Classification(LogisticLoss, ABC):
     """The margin f = log(p / (1 − p)) of the true class.
 
     Park et al. 2023, "TRAK: Attributing Model Behavior at Scale", section 3.3: with cross-entropy
-    ℓ = log(1 + exp(−f)), −∂ℓ/∂f = 1 − p.
+    ℓ = log(1 + exp(−f)), −∂ℓ/∂f = 1 − p = sigmoid(−f).
     """
-
-    loss = "logistic"  # as a function of f: what its curvature is
 
     @abstractmethod
     def _logits(
@@ -45,20 +44,6 @@ class _Classification(BatchedModelOutput, ABC):
         """F of each example, from one forward pass."""
         return _margins(*self._logits(model, (dict(weights), dict(buffers)), batch))
 
-    def get_out_to_loss_from_output(
-        self,
-        output: Float[Tensor, " batch"],
-        batch: Sequence[Any],  # noqa: ARG002
-    ) -> Float[Tensor, " batch"]:
-        """1 − p of each example, from its margin."""
-        return torch.sigmoid(-output)
-
-    def get_out_to_loss_grad(
-        self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
-    ) -> Float[Tensor, " batch"]:
-        """1 − p = sigmoid(−f), which keeps small values that 1 − p would cancel."""
-        return torch.sigmoid(-self.get_batch_output(model, weights, buffers, batch))
-
     def draw_labels(
         self,
         model: nn.Module,
@@ -69,7 +54,7 @@ class _Classification(BatchedModelOutput, ABC):
     ) -> Sequence[Any]:
         """The batch with labels drawn from the model's own prediction (`ops.curvature`)."""
         logits, _ = self._logits(model, (dict(weights), dict(buffers)), batch)
-        return self._with_labels(batch, draws.categorical(logits, uniform(1)[:, 0]))
+        return with_labels(batch, draws.categorical(logits, uniform(1)[:, 0]))
 
     def get_batch_log_likelihood(
         self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
@@ -77,10 +62,6 @@ class _Classification(BatchedModelOutput, ABC):
         """Log p of each example's label."""
         logits, labels = self._logits(model, (dict(weights), dict(buffers)), batch)
         return -nn.functional.cross_entropy(logits.float(), labels, reduction="none")
-
-    @abstractmethod
-    def _with_labels(self, batch: Sequence[Any], labels: Int64[Tensor, " batch"]) -> Sequence[Any]:
-        """The batch with other labels."""
 
 
 class ImageClassification(_Classification):
@@ -90,9 +71,6 @@ class ImageClassification(_Classification):
         self, model: nn.Module, state: State, batch: Sequence[Any]
     ) -> tuple[Float[Tensor, "batch classes"], Int64[Tensor, " batch"]]:
         return predicted(model, *state, batch)
-
-    def _with_labels(self, batch: Sequence[Any], labels: Int64[Tensor, " batch"]) -> Sequence[Any]:
-        return with_labels(batch, labels)
 
 
 class TextClassification(_Classification):
@@ -115,9 +93,6 @@ class TextClassification(_Classification):
                 "attention_mask, labels), or one mapping of the model's arguments and `labels`",
             )
         return predicted(model, *state, (inputs,))
-
-    def _with_labels(self, batch: Sequence[Any], labels: Int64[Tensor, " batch"]) -> Sequence[Any]:
-        return with_labels(batch, labels)
 
 
 def attention_mask(batch: Sequence[Any]) -> Tensor | None:

@@ -2,73 +2,17 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from trak_dist.ops import draws
-from trak_dist.ops.model_outputs.calls import check_shapes, nan_unless, predicted, with_labels
-from trak_dist.ops.model_outputs.negative_loss import NegativeLoss
-from trak_dist.ops.model_outputs.protocol import Weights
+from trak_dist.ops.model_outputs.calls import check_shapes, nan_unless
+from trak_dist.ops.model_outputs.many_labels import ManyLabels
 
 
-class _ManyLabels(NegativeLoss, ABC):
-    """F = Σ or mean of log p(label | input); Fisher rows by labels drawn from the prediction."""
-
-    @abstractmethod
-    def _log_likelihoods(
-        self, logits: Tensor, labels: Tensor
-    ) -> tuple[Float[Tensor, "batch labels"], Float[Tensor, " batch"]]:
-        """Of each label, 0 of one that does not count; and what their sum is divided by."""
-
-    @abstractmethod
-    def _draw(self, logits: Tensor, labels: Tensor, uniform: draws.Uniform) -> Tensor:
-        """Labels drawn from the prediction, where labels count."""
-
-    def get_batch_output(
-        self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
-    ) -> Float[Tensor, " batch"]:
-        """F of each example, from one forward pass.
-
-        Raises
-        ------
-        ProblemError
-            If the labels' shape is not that of the predictions.
-        """
-        each, count = self._log_likelihoods(*predicted(model, weights, buffers, batch))
-        return each.sum(1) / count
-
-    def draw_labels(
-        self,
-        model: nn.Module,
-        weights: Weights,
-        buffers: Weights,
-        batch: Sequence[Any],
-        uniform: draws.Uniform,
-    ) -> Sequence[Any]:
-        """The batch with labels drawn from the model's own prediction (`ops.curvature`)."""
-        with torch.no_grad():
-            logits, labels = predicted(model, weights, buffers, batch)
-        return with_labels(batch, self._draw(logits, labels, uniform))
-
-    def get_batch_log_likelihood(
-        self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
-    ) -> Float[Tensor, " batch"]:
-        """Σ log p(label) ÷ √count: of drawn labels E[u uᵀ] is then the loss's curvature.
-
-        The loss is the sum ÷ count, whose curvature is Σ (that of a label) ÷ count; drawn labels
-        are independent, so the products of different ones vanish in the mean.
-        """
-        each, count = self._log_likelihoods(*predicted(model, weights, buffers, batch))
-        return each.sum(1) / count.sqrt()
-
-
-class MultiLabelClassification(_ManyLabels):
+class MultiLabelClassification(ManyLabels):
     """F = Σ y log p + (1 − y) log(1 − p), p = sigmoid(logit): minus the binary cross-entropy.
 
     A batch is (inputs, …, labels) or a mapping of the model's arguments and `labels`, (batch,
@@ -90,7 +34,7 @@ class MultiLabelClassification(_ManyLabels):
         return (u < logits.double().sigmoid()).to(labels.dtype)
 
 
-class Segmentation(_ManyLabels):
+class Segmentation(ManyLabels):
     """F = the mean of log p(class of a pixel) over an image's pixels: minus the cross-entropy.
 
     A batch is (images, labels) or a mapping of the model's arguments and `labels`, (batch, height,

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from trak_dist.errors import ConfigError, ProblemError
 from trak_dist.ops import draws
-from trak_dist.ops.model_outputs.negative_loss import NegativeLoss
+from trak_dist.ops.model_outputs.losses import NegativeLoss
 from trak_dist.ops.model_outputs.protocol import Weights
 
 

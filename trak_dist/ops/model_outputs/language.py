@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import ABC
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,71 +14,35 @@ from torch.func import functional_call
 from trak_dist.errors import ProblemError
 from trak_dist.ops import draws
 from trak_dist.ops.batches import Batch
-from trak_dist.ops.model_outputs.calls import (
-    inputs_and_labels,
-    nan_unless,
-    numbers_of,
-    with_labels,
-)
-from trak_dist.ops.model_outputs.negative_loss import NegativeLoss
+from trak_dist.ops.model_outputs.calls import inputs_and_labels, nan_unless, numbers_of
+from trak_dist.ops.model_outputs.many_labels import ManyLabels
 from trak_dist.ops.model_outputs.protocol import Weights
 
 IGNORED = -100  # a label that does not count, as torch and Hugging Face have it
 
 
-class _Tokens(NegativeLoss, ABC):
+class _Tokens(ManyLabels, ABC):
     """F = Σ log p(label) over the labels of a text that count: minus its cross-entropy, summed."""
 
-    @abstractmethod
-    def _logits_and_labels(
-        self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
-    ) -> tuple[Float[Tensor, "batch labels vocabulary"], Int64[Tensor, "batch labels"]]:
-        """The logits, and the label that each is for."""
-
-    @abstractmethod
-    def _with_labels(self, batch: Sequence[Any], labels: Int64[Tensor, "batch labels"]) -> Batch:
-        """The batch with other labels, and inputs as they are."""
-
-    def get_batch_output(
-        self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
-    ) -> Float[Tensor, " batch"]:
-        """F of each text, from one forward pass.
-
-        Raises
-        ------
-        ProblemError
-            If the shapes of logits and labels do not go together.
-        """
-        logits, labels = self._logits_and_labels(model, weights, buffers, batch)
-        size = logits.shape[-1]
-        tokens = labels.clamp(0, size - 1)
+    def _log_likelihoods(
+        self,
+        logits: Float[Tensor, "batch labels vocabulary"],
+        labels: Int64[Tensor, "batch labels"],
+    ) -> tuple[Float[Tensor, "batch labels"], Float[Tensor, " batch"]]:
+        tokens = labels.clamp(0, logits.shape[-1] - 1)
         found = logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
         found = nan_unless((tokens == labels) | (labels == IGNORED), found)
-        return torch.where(labels == IGNORED, 0, found).sum(1)
+        return torch.where(labels == IGNORED, 0, found), torch.ones_like(found.sum(1))
 
-    def draw_labels(
+    def _draw(
         self,
-        model: nn.Module,
-        weights: Weights,
-        buffers: Weights,
-        batch: Sequence[Any],
+        logits: Float[Tensor, "batch labels vocabulary"],
+        labels: Int64[Tensor, "batch labels"],
         uniform: draws.Uniform,
-    ) -> Sequence[Any]:
-        """The batch with each label that counts drawn from the model's prediction of it.
-
-        The inputs stay as they are, so the tokens of a text are drawn each given the true ones.
-        One number of each text is used for each position.
-        """
-        with torch.no_grad():
-            logits, labels = self._logits_and_labels(model, weights, buffers, batch)
+    ) -> Int64[Tensor, "batch labels"]:
+        """One number of each text is used for each position."""
         drawn = draws.categorical(logits, uniform(labels.shape[1]))
-        return self._with_labels(batch, torch.where(labels == IGNORED, IGNORED, drawn))
-
-    def get_batch_log_likelihood(
-        self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
-    ) -> Float[Tensor, " batch"]:
-        """Log p(labels | inputs) of each text: f itself."""
-        return self.get_batch_output(model, weights, buffers, batch)
+        return torch.where(labels == IGNORED, IGNORED, drawn)
 
 
 class LanguageModeling(_Tokens):
@@ -121,9 +85,6 @@ class MaskedLanguageModeling(_Tokens):
     ) -> tuple[Float[Tensor, "batch labels vocabulary"], Int64[Tensor, "batch labels"]]:
         arguments, keywords, labels = inputs_and_labels(batch)
         return _logits(model, weights, buffers, arguments, keywords, labels), labels
-
-    def _with_labels(self, batch: Sequence[Any], labels: Int64[Tensor, "batch labels"]) -> Batch:
-        return tuple(with_labels(batch, labels))
 
 
 class SequenceToSequence(MaskedLanguageModeling):

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from trak_dist.errors import ProblemError
 from trak_dist.ops.model_outputs.language import LanguageModeling
-from trak_dist.ops.model_outputs.protocol import BatchedModelOutput, Weights
+from trak_dist.ops.model_outputs.losses import LogisticLoss
+from trak_dist.ops.model_outputs.protocol import Weights
 
 SIDES = ("chosen", "rejected")
 
 
-class Preference(BatchedModelOutput):
+class Preference(LogisticLoss):
     """F = β [log π(chosen) − log π(rejected) − (the same of the reference model)].
 
     Rafailov et al. 2023, "Direct Preference Optimization", equation 7: the loss is
@@ -28,8 +28,6 @@ class Preference(BatchedModelOutput):
     them; and `ref_chosen_logps` and `ref_rejected_logps` (batch,), the reference model's
     log-likelihoods of the same labels.
     """
-
-    loss = "logistic"
 
     def __init__(self, beta: float = 0.1) -> None:
         self.beta = beta
@@ -68,20 +66,6 @@ class Preference(BatchedModelOutput):
         )
         margin: Tensor = self.beta * (chosen - rejected)
         return margin
-
-    def get_out_to_loss_from_output(
-        self,
-        output: Float[Tensor, " batch"],
-        batch: Sequence[Any],  # noqa: ARG002
-    ) -> Float[Tensor, " batch"]:
-        """Q = sigmoid(−f) of each pair."""
-        return torch.sigmoid(-output)
-
-    def get_out_to_loss_grad(
-        self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
-    ) -> Float[Tensor, " batch"]:
-        """The same, from forward passes."""
-        return torch.sigmoid(-self.get_batch_output(model, weights, buffers, batch))
 
 
 def _of(side: str, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Model outputs whose f is minus the loss."""
+"""Model outputs by how the loss depends on f: minus f, or log(1 + exp(−f))."""
 
 from __future__ import annotations
 
@@ -37,6 +37,26 @@ class NegativeLoss(BatchedModelOutput):
         """Ones, which need no forward pass."""
         first = next(leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor))
         return torch.ones(examples_in(batch), device=first.device)
+
+
+class LogisticLoss(BatchedModelOutput):
+    """The loss is log(1 + exp(−f)), so Q = sigmoid(−f), and its curvature by f is Q(1 − Q)."""
+
+    loss = "logistic"  # as a function of f: what its curvature is
+
+    def get_out_to_loss_from_output(
+        self,
+        output: Float[Tensor, " batch"],
+        batch: Sequence[Any],  # noqa: ARG002
+    ) -> Float[Tensor, " batch"]:
+        """Q of each example, which keeps small values that 1 − sigmoid(f) would cancel."""
+        return torch.sigmoid(-output)
+
+    def get_out_to_loss_grad(
+        self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
+    ) -> Float[Tensor, " batch"]:
+        """The same, from a forward pass."""
+        return torch.sigmoid(-self.get_batch_output(model, weights, buffers, batch))
 
 
 class LossOutput(NegativeLoss):
