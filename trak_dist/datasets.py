@@ -10,7 +10,6 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import Subset, default_collate
@@ -18,6 +17,7 @@ from torch.utils.data import Subset, default_collate
 from trak_dist.configuration.config import Spec
 from trak_dist.errors import DatasetError, ProblemError, UnreadableRow
 from trak_dist.hashing import truncated
+from trak_dist.ops.batches import content
 from trak_dist.plan_inputs import ProbedDataset, Split, Streamed
 from trak_dist.problem import MapDataset, Problem, Rendered, user_code_errors
 from trak_dist.spacing import evenly_spaced
@@ -131,7 +131,7 @@ def content_bytes(batch: Any, *, where: str) -> Iterator[bytes | memoryview]:
     for leaf in pytree.tree_leaves(batch):
         if isinstance(leaf, Tensor):
             yield str((leaf.dtype, tuple(leaf.shape))).encode()
-            yield leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            yield content(leaf)
         elif leaf is None or isinstance(leaf, bool | int | float | str):
             yield repr(leaf).encode()
         else:  # its repr may be shortened, or hold an address

@@ -6,13 +6,13 @@ import hashlib
 import json
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 
 from trak_dist import decoding
 from trak_dist.checkpoints import state_dicts
 from trak_dist.errors import CheckpointError
 from trak_dist.hashing import truncated
+from trak_dist.ops.batches import content
 from trak_dist.plan_inputs import Checkpoint
 from trak_dist.store import atomic
 from trak_dist.store.run import Run
@@ -22,9 +22,9 @@ def content_digest(state: Mapping[str, Tensor]) -> str:
     """Digest of names, dtypes, shapes and bytes, in order of name."""
     sha = hashlib.sha256()
     for name in sorted(state):
-        tensor = state[name].detach().cpu().contiguous()
+        tensor = state[name]
         sha.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        sha.update(content(tensor))
     return truncated(sha)
 
 

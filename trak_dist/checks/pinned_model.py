@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from trak_dist.building import fixed_seeds
 from trak_dist.errors import ProblemError
 from trak_dist.listing import first_few
+from trak_dist.ops.batches import content
 from trak_dist.ops.gradients import LoopGradients
 from trak_dist.ops.model_outputs import ModelOutput, out_to_loss
 from trak_dist.plan_inputs import Source
@@ -180,7 +181,7 @@ def _signature(value: Tensor | np.ndarray[Any, Any]) -> str | Numbers:
     if value.is_floating_point() or value.is_complex():
         return _numbers([value])
     sha = hashlib.sha256(str((value.dtype, tuple(value.shape))).encode())
-    sha.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    sha.update(content(value))
     return sha.hexdigest()[:16]
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
@@ -27,6 +26,7 @@ from trak_dist.errors import DatasetError, MissingInputs, MixedRun, ModelIDExcep
 from trak_dist.hashing import digest_of
 from trak_dist.listing import first_few
 from trak_dist.ops import rows as row_format
+from trak_dist.ops.batches import content
 from trak_dist.ops.model_outputs import IGNORED, attention_mask
 from trak_dist.runtime.cell_result import CellResult, grads_facts
 from trak_dist.store import contents, parts
@@ -146,7 +146,7 @@ def row_digests(batch: Sequence[Any], size: int) -> NDArray[np.uint8]:
                 filled = counts.reshape(-1, value.shape[-1]).any(0).nonzero()
                 value = value[..., : int(filled[-1]) + 1 if len(filled) else 0].contiguous()
             sha.update(str((value.dtype, tuple(value.shape))).encode())
-            sha.update(value.reshape(-1).view(torch.uint8).numpy().data)
+            sha.update(content(value))
         found[row] = np.frombuffer(sha.digest()[:INPUT_DIGEST_BYTES], np.uint8)
     return found
 

@@ -34,6 +34,11 @@ def examples_in(batch: Sequence[Any]) -> int:
     )
 
 
+def content(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor's values, in its own type, for a digest."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
 def clone_batch(batch: Sequence[Any]) -> tuple[Any, ...]:
     """A copy of a batch's tensors, for a model that may change its input in place."""
     copied: tuple[Any, ...] = pytree.tree_map_only(Tensor, torch.clone, tuple(batch))

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from trak_dist.ops.batches import batch_of_one, examples_in, rows_of
+from trak_dist.ops.batches import batch_of_one, content, examples_in, rows_of
 from trak_dist.ops.model_outputs import ModelOutput, Weights, prepared
 
 
@@ -91,7 +91,7 @@ def _seed(example: Sequence[Any]) -> None:
     sha = hashlib.sha256()
     for leaf in pytree.tree_leaves(tuple(example)):
         if isinstance(leaf, Tensor):
-            sha.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            sha.update(content(leaf))
     seed = int.from_bytes(sha.digest()[:4], "little")
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
+from trak_dist.coordinates import TRAIN
 from trak_dist.errors import ConfigError
 from trak_dist.ops.model_outputs import LanguageModeling
 from trak_dist.problem import Problem
 from trak_dist.problems import pretrained
-from trak_dist.problems.given import target_files
+from trak_dist.problems.given import files_of
 from trak_dist.problems.records import read
 from trak_dist.problems.texts import (
     CausalTexts,
@@ -16,6 +18,7 @@ from trak_dist.problems.texts import (
     TextColumns,
     check_length,
     padded_batch,
+    text_notes,
     text_renderer,
 )
 
@@ -61,7 +64,7 @@ def problem(  # noqa: PLR0913 -- these are settings
         If settings do not fit, or model or data can't be read.
     """
     pretrained.required(model=model, train=train)
-    files = target_files(targets)
+    files = files_of(train, targets)
     columns = TextColumns(text, prompt, completion)
     if packing and prompt:
         raise ConfigError(
@@ -83,19 +86,12 @@ def problem(  # noqa: PLR0913 -- these are settings
         texts = CausalTexts(records, columns, words, length, words.eos_token_id if end else None)
         return PackedTexts(texts, length, records) if packing else texts
 
-    datasets = {name: dataset(file, f"problem.targets.{name}") for name, file in files.items()}
-    train_set = dataset(train, "problem.train")
-
-    def notes() -> Iterator[str]:
-        yield from pretrained.missing_tokens(config, words)
-        yield from pretrained.differing_configs(model, given)
-        for name, found in {"train": train_set, **datasets}.items():
-            yield from found.notes(name)
-
+    datasets = {name: dataset(*named) for name, named in files.items()}
+    notes = partial(text_notes, model, config, words, given, {**datasets})
     return Problem(
         model=pretrained.build(model, config, "AutoModelForCausalLM", given),
         model_output=LanguageModeling(),
-        train=train_set,
+        train=datasets.pop(TRAIN),
         targets=datasets,
         checkpoints=given,
         collate=padded_batch(pretrained.pad_token(config, words)),

@@ -11,8 +11,8 @@ from trak_dist.errors import ConfigError
 T = TypeVar("T", str, int, float)
 
 
-def target_files(targets: Mapping[str, str | None]) -> dict[str, str]:
-    """The files of target sets by their names, without those that are null.
+def files_of(train: str, targets: Mapping[str, str | None]) -> dict[str, tuple[str, str]]:
+    """By split, the train rows first: a file, and the setting that names it; none that are null.
 
     Raises
     ------
@@ -31,7 +31,8 @@ def target_files(targets: Mapping[str, str | None]) -> dict[str, str]:
             where=f"problem.targets.{TRAIN}",
             next="give it another name; self_influence=true scores the train rows themselves",
         )
-    return {name: file for name, file in targets.items() if file}
+    named = {name: (file, f"problem.targets.{name}") for name, file in targets.items() if file}
+    return {TRAIN: (train, f"problem.{TRAIN}"), **named}
 
 
 def several(value: Sequence[T] | T | None) -> list[T]:

@@ -9,11 +9,12 @@ from typing import Any
 from torch import nn
 
 from trak_dist.building import is_import_path
+from trak_dist.coordinates import TRAIN
 from trak_dist.errors import ConfigError
 from trak_dist.ops.model_outputs import ImageClassification
 from trak_dist.problem import Problem
 from trak_dist.problems import pretrained
-from trak_dist.problems.given import several, target_files
+from trak_dist.problems.given import files_of, several
 from trak_dist.problems.own_models import own_model
 from trak_dist.problems.pictures import PictureFolder, Pictures, class_folders, picture_renderer
 
@@ -82,12 +83,8 @@ def problem(  # noqa: PLR0913 -- these are settings
     pretrained.required(**{name: chosen.get(name) for name in given})
     pictures = Pictures(**chosen, crop=resize == "crop")
 
-    folders = {"train": train, **target_files(targets)}
-    found = {
-        name: class_folders(path, "problem.train" if name == "train" else f"problem.targets.{name}")
-        for name, path in folders.items()
-    }
-    numbers, why = _class_numbers(list(found["train"].classes), config)
+    found = {name: class_folders(*named) for name, named in files_of(train, targets).items()}
+    numbers, why = _class_numbers(list(found[TRAIN].classes), config)
     datasets = {name: PictureFolder(one, numbers, pictures) for name, one in found.items()}
     weights = several(checkpoints) if own else pretrained.given_checkpoints(model, checkpoints)
 
@@ -102,8 +99,8 @@ def problem(  # noqa: PLR0913 -- these are settings
     return Problem(
         model=_built(model, len(numbers), config, weights),
         model_output=ImageClassification(),
-        train=datasets["train"],
-        targets={name: one for name, one in datasets.items() if name != "train"},
+        train=datasets.pop(TRAIN),
+        targets=datasets,
         checkpoints=weights,
         render=picture_renderer(pictures, {number: name for name, number in numbers.items()}),
         notes=notes,

@@ -6,31 +6,27 @@ float32 and `eval()`; `featurize.compute` says in which type gradients are compu
 
 from __future__ import annotations
 
-import json
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from trak_dist import decoding
 from trak_dist.errors import CheckpointError, ConfigError, ProblemError
 from trak_dist.listing import first_few
+from trak_dist.problems.adapters import find_adapter, with_adapter
 from trak_dist.problems.extras import package
+from trak_dist.problems.given import several
+from trak_dist.problems.model_files import config_file, files_named, read_json
 
 LOCAL = {"local_files_only": True, "trust_remote_code": False}
-ADAPTER = "adapter_config.json"
 # What a training changes in config.json, and what has no effect on what the model computes.
 _NOT_COMPUTED = {
     *("transformers_version", "_name_or_path", "architectures", "dtype", "torch_dtype"),
     *("use_cache", "id2label", "label2id", "problem_type", "finetuning_task"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "_num_labels", "torchscript"),
 }
-# Adapters that are built from their configuration alone.
-_BUILT = ("LORA", "ADALORA", "IA3", "LOHA", "LOKR", "OFT", "BOFT", "VERA", "HRA", "LN_TUNING")
-_NOT_OF_THE_ADAPTER = ("inference_mode", "base_model_name_or_path", "revision", "peft_version")
 
 
 def required(**settings: object) -> None:
@@ -53,7 +49,7 @@ def read_config(model: str) -> Any:
         If it is not there, or of no kind that the installed transformers knows.
     """
     transformers = package("transformers", needed_for="a Hugging Face model")
-    file = _config_file(model)
+    file = config_file(model)
     if not file.is_file():
         raise ProblemError(
             "there is no config.json of a Hugging Face model",
@@ -89,7 +85,7 @@ def build(model: str, config: Any, auto: str, checkpoints: Sequence[str]) -> nn.
     """
     transformers = package("transformers", needed_for="a Hugging Face model")
     kind = getattr(transformers, auto)
-    adapter = _adapter(checkpoints)
+    adapter = find_adapter(checkpoints)
     if hasattr(config, "use_cache"):
         config.use_cache = False  # of generation; it would be computed for nothing
     try:
@@ -98,14 +94,14 @@ def build(model: str, config: Any, auto: str, checkpoints: Sequence[str]) -> nn.
         else:
             transformers.utils.logging.disable_progress_bar()
             made, found = kind.from_pretrained(
-                str(_config_file(model).parent),
+                str(config_file(model).parent),
                 config=config,
                 dtype=torch.float32,
                 use_safetensors=True,
                 output_loading_info=True,
                 **LOCAL,
             )
-            made = _with_adapter(made, adapter, sorted(found["missing_keys"]))
+            made = with_adapter(made, adapter, sorted(found["missing_keys"]))
     except (ProblemError, CheckpointError):
         raise
     except Exception as error:  # of transformers and peft, many types
@@ -175,7 +171,7 @@ def check_classes(config: Any, model: str) -> None:
         raise ProblemError(
             f"no classifier of one class of several: {config.num_labels} labels, problem_type "
             f"{kind}",
-            where=str(_config_file(model)),
+            where=str(config_file(model)),
             next="of a regression, or of several labels, write a problem of your own "
             "(docs/your-problem.md)",
         )
@@ -186,9 +182,9 @@ def picture_settings(model: str, config: Any) -> tuple[dict[str, Any], list[str]
 
     They are of config.json and preprocessor_config.json.
     """
-    size, file = getattr(config, "image_size", None), _config_file(model)
+    size, file = getattr(config, "image_size", None), config_file(model)
     file = file.with_name("preprocessor_config.json")
-    stated = _read_json(file) if file.is_file() else {}
+    stated = read_json(file) if file.is_file() else {}
     found = {
         "size": size if isinstance(size, int) else None,
         "channels": config.num_channels,
@@ -214,7 +210,7 @@ def given_checkpoints(model: str, checkpoints: Sequence[str] | str | None) -> li
         If it has no weights.
     """
     if checkpoints:
-        return [checkpoints] if isinstance(checkpoints, str) else [str(c) for c in checkpoints]
+        return [str(checkpoint) for checkpoint in several(checkpoints)]
     path = Path(model).expanduser()
     if path.is_dir() and any(path.glob("*.safetensors")):
         return [str(path)]
@@ -225,94 +221,15 @@ def given_checkpoints(model: str, checkpoints: Sequence[str] | str | None) -> li
     )
 
 
-def missing_tokens(config: Any, tokenizer: Any) -> Iterator[str]:
-    """A note if the tokenizer has tokens that the model has not."""
-    if len(tokenizer) > config.vocab_size:
-        yield (
-            f"tokenizer: {len(tokenizer)} tokens, the model has {config.vocab_size}: a text with "
-            "one of the others can't be computed"
-        )
-
-
 def differing_configs(model: str, checkpoints: Sequence[str]) -> Iterator[str]:
     """A note for each checkpoint whose config.json says something else than the model's."""
-    wanted = _read_json(_config_file(model))
-    for file in _files("config.json", checkpoints):
-        now = _read_json(file)
+    wanted = read_json(config_file(model))
+    for file in files_named("config.json", checkpoints):
+        now = read_json(file)
         keys = sorted((wanted.keys() & now.keys()) - _NOT_COMPUTED)
         other = [f"{k} {now[k]!r}, not {wanted[k]!r}" for k in keys if now[k] != wanted[k]]
         if other:
-            yield f"checkpoints: {file} says {first_few(other, 5)} as {_config_file(model)}"
-
-
-def _config_file(model: str) -> Path:
-    path = Path(model).expanduser()
-    return path / "config.json" if path.is_dir() else path
-
-
-def _files(name: str, checkpoints: Sequence[str]) -> list[Path]:
-    """Files of a name in checkpoints, or in what `Trainer` wrote below them."""
-    paths = [Path(c).expanduser() for c in checkpoints]
-    return [f for p in paths for at in ("", "checkpoint-*/") for f in sorted(p.glob(at + name))]
-
-
-def _read_json(file: Path) -> Mapping[str, Any]:
-    try:
-        return decoding.mapping(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"not readable as JSON: {error}", where=str(file), next="save the checkpoint anew"
-        ) from None
-
-
-def _adapter(checkpoints: Sequence[str]) -> Path | None:
-    """The directory of the first adapter among the checkpoints; all are of one configuration."""
-    files = _files(ADAPTER, checkpoints)
-    if not files:
-        return None
-    first, *others = (
-        {k: v for k, v in _read_json(f).items() if k not in _NOT_OF_THE_ADAPTER} for f in files
-    )
-    for file, now in zip(files[1:], others, strict=True):
-        keys = sorted(k for k in first.keys() | now.keys() if first.get(k) != now.get(k))
-        if keys:
-            key = keys[0]
-            raise CheckpointError(
-                f"adapters of other configurations: {key} is {json.dumps(first.get(key))} in "
-                f"{files[0]}, {json.dumps(now.get(key))} here",
-                where=str(file),
-                next="adapters of one configuration in a run",
-            )
-    return files[0].parent
-
-
-def _with_adapter(base: nn.Module, directory: Path, missing: Sequence[str]) -> nn.Module:
-    peft = package("peft", needed_for="an adapter")
-    config = peft.PeftConfig.from_pretrained(str(directory))
-    kind = str(config.peft_type.value)
-    if kind not in _BUILT or getattr(config, "megatron_config", None):
-        raise ProblemError(
-            f"adapters of {kind}{' with a megatron_config' * (kind in _BUILT)} are not built: what "
-            "their configuration names could be loaded or imported",
-            where=str(directory / ADAPTER),
-            next=f"adapters of {', '.join(_BUILT)}; or make the model in a problem of your own "
-            "(docs/your-problem.md)",
-        )
-    replaced = tuple(config.modules_to_save or ()) if hasattr(config, "modules_to_save") else ()
-    unknown = [name for name in missing if name.split(".")[-2] not in replaced]
-    if unknown:
-        raise CheckpointError(
-            f"neither the base model nor the adapter has {first_few(unknown, 3)}",
-            where=str(directory),
-            next="problem.model=… the model that the adapter was trained on",
-        )
-    config.inference_mode = False  # in which PEFT freezes what is to be attributed
-    config.base_model_name_or_path = None
-    with warnings.catch_warnings():  # of names that transformers will leave behind
-        warnings.simplefilter("ignore", FutureWarning)
-        made = peft.get_peft_model(base, config)
-    assert isinstance(made, nn.Module)
-    return made
+            yield f"checkpoints: {file} says {first_few(other, 5)} as {config_file(model)}"
 
 
 def _one_line(error: Exception) -> str:

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from trak_dist.building import is_import_path
+from trak_dist.coordinates import TRAIN
 from trak_dist.errors import ConfigError
 from trak_dist.listing import first_few
 from trak_dist.ops.model_outputs import ImageClassification, Regression
 from trak_dist.problem import Problem, Rendered
-from trak_dist.problems.given import several, target_files
+from trak_dist.problems.given import files_of, several
 from trak_dist.problems.own_models import own_model
 from trak_dist.problems.pretrained import required
 from trak_dist.problems.records import Records, read
@@ -80,7 +81,7 @@ def problem(  # noqa: PLR0913 -- these are settings
             where="problem.model",
             next="problem.model=my_module:make_model, importable from where you launch",
         )
-    files, chosen = target_files(targets), several(columns)
+    files, chosen = files_of(train, targets), several(columns)
     if target in chosen:
         raise ConfigError(
             f"{target} is a feature and what is predicted",
@@ -88,24 +89,18 @@ def problem(  # noqa: PLR0913 -- these are settings
             next=f"leave {target} out of problem.columns",
         )
     wanted = [*chosen, target] if chosen else []
-    records = {
-        name: read(path, wanted, setting=f"problem.{at}")
-        for name, path, at in (
-            ("train", train, "train"),
-            *((name, path, f"targets.{name}") for name, path in files.items()),
-        )
-    }
-    _column(records["train"], target)
-    names = chosen or [name for name in records["train"].columns if name != target]
+    records = {n: read(path, wanted, setting=setting) for n, (path, setting) in files.items()}
+    _column(records[TRAIN], target)
+    names = chosen or [name for name in records[TRAIN].columns if name != target]
     features = {name: _numbers(one, names) for name, one in records.items()}
     classes: list[str] = []
     if task == "classification":
-        classes = _classes(_column(records["train"], target))
+        classes = _classes(_column(records[TRAIN], target))
         values = {name: _class_numbers(one, target, classes) for name, one in records.items()}
     else:
         values = {name: _numbers(one, [target]) for name, one in records.items()}
-    center, scale = _moments(features["train"])
-    value_center, value_scale = _moments(values["train"]) if not classes else (0.0, 1.0)
+    center, scale = _moments(features[TRAIN])
+    value_center, value_scale = _moments(values[TRAIN]) if not classes else (0.0, 1.0)
 
     def dataset(name: str) -> TensorDataset:
         x, y = features[name], values[name]
@@ -130,8 +125,8 @@ def problem(  # noqa: PLR0913 -- these are settings
     return Problem(
         model=made(),
         model_output=ImageClassification() if classes else Regression(),
-        train=datasets["train"],
-        targets={name: one for name, one in datasets.items() if name != "train"},
+        train=datasets.pop(TRAIN),
+        targets=datasets,
         checkpoints=several(checkpoints),
         render=_renderer(names, target, classes),
         train_checkpoint=classifier_trainer(

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
+from trak_dist.coordinates import TRAIN
 from trak_dist.ops.model_outputs import TextClassification
 from trak_dist.problem import Problem
 from trak_dist.problems import pretrained
-from trak_dist.problems.given import target_files
+from trak_dist.problems.given import files_of
 from trak_dist.problems.records import read
 from trak_dist.problems.texts import (
     ClassifiedTexts,
     check_length,
     class_numbers,
     padded_batch,
+    text_notes,
     text_renderer,
 )
 
@@ -47,7 +50,7 @@ def problem(  # noqa: PLR0913 -- these are settings
         If settings do not fit, or model or data can't be read.
     """
     pretrained.required(model=model, train=train)
-    files = target_files(targets)
+    files = files_of(train, targets)
     config = pretrained.read_config(model)
     pretrained.check_classes(config, model)
     check_length(length, config)
@@ -62,19 +65,12 @@ def problem(  # noqa: PLR0913 -- these are settings
         classes = class_numbers(records, label, config.label2id, config.num_labels)
         return ClassifiedTexts(records, text, classes, words, length)
 
-    datasets = {name: dataset(file, f"problem.targets.{name}") for name, file in files.items()}
-    train_set = dataset(train, "problem.train")
-
-    def notes() -> Iterator[str]:
-        yield from pretrained.missing_tokens(config, words)
-        yield from pretrained.differing_configs(model, given)
-        for name, found in {"train": train_set, **datasets}.items():
-            yield from found.notes(name)
-
+    datasets = {name: dataset(*named) for name, named in files.items()}
+    notes = partial(text_notes, model, config, words, given, {**datasets})
     return Problem(
         model=pretrained.build(model, config, "AutoModelForSequenceClassification", given),
         model_output=TextClassification(),
-        train=train_set,
+        train=datasets.pop(TRAIN),
         targets=datasets,
         checkpoints=given,
         collate=padded_batch(pad, words.pad_token_type_id),

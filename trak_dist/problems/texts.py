@@ -16,10 +16,11 @@ from torch import Tensor
 
 from trak_dist.errors import ConfigError, DatasetError
 from trak_dist.listing import first_few
+from trak_dist.ops.model_outputs import IGNORED
 from trak_dist.problem import Rendered
+from trak_dist.problems import pretrained
 from trak_dist.problems.records import Records
 
-IGNORED = -100  # a label that does not count
 SHOWN_CHARACTERS = 600
 _AT_ONCE = 1000  # texts that are tokenised in one call
 
@@ -203,6 +204,24 @@ class ClassifiedTexts:
         if nothing:
             raise self._records.error(f"texts without a token: rows {first_few(nothing)}")
         yield from cut_note(name, cut, len(self), self._length)
+
+
+def text_notes(
+    model: str,
+    config: Any,
+    tokenizer: Any,
+    checkpoints: Sequence[str],
+    datasets: Mapping[str, CausalTexts | PackedTexts | ClassifiedTexts],
+) -> Iterator[str]:
+    """What is worth saying of texts and their model: tokens and settings that differ, cuts."""
+    if len(tokenizer) > config.vocab_size:
+        yield (
+            f"tokenizer: {len(tokenizer)} tokens, the model has {config.vocab_size}: a text with "
+            "one of the others can't be computed"
+        )
+    yield from pretrained.differing_configs(model, checkpoints)
+    for name, found in datasets.items():
+        yield from found.notes(name)
 
 
 def cut_note(name: str, cut: int, rows: int, length: int) -> Iterator[str]:

@@ -6,14 +6,13 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import Dataset
 
 from trak_dist.errors import ConfigError
 from trak_dist.hashing import truncated
-from trak_dist.ops.batches import Batch, clone_batch, examples_in
+from trak_dist.ops.batches import Batch, clone_batch, content, examples_in
 from trak_dist.ops.model_outputs.protocol import Weights
 
 
@@ -58,7 +57,7 @@ def digest(batches: Sequence[Batch]) -> str:
     for name, leaf in _leaves(batches):
         sha.update(f"{name} {leaf is None or (leaf.dtype, tuple(leaf.shape))}".encode())
         if leaf is not None:
-            sha.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            sha.update(content(leaf))
     return truncated(sha)
 
 
