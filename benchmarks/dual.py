@@ -23,8 +23,8 @@ from torch import Tensor
 from trak_dist.cells import GramCell, KernelCell, PreconditionCell
 from trak_dist.configuration.config import ReduceConfig, Spec
 from trak_dist.ops import dual, kernel, rows
-from trak_dist.plan import Plan, planned_cell_rows
-from trak_dist.plan_inputs import Source, Split, Streamed
+from trak_dist.plan import Plan
+from trak_dist.plan_inputs import Source, Split, Streamed, planned_cell_rows
 
 TARGETS = 100
 CASES = [("primal", 2048, 1024), ("dual", 2048, 1024), ("primal", 8192, 4096)]

@@ -14,13 +14,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trak_dist import plan_file
-from trak_dist.cells import Cell, FeaturizeCell, KernelCell, TrainCell, of_run
+from trak_dist.cells import (
+    Cell,
+    FeaturizeCell,
+    GramCell,
+    GramPartCell,
+    KernelCell,
+    TrainCell,
+    of_run,
+)
 from trak_dist.configuration.config import ReduceConfig, Spec
 from trak_dist.configuration.dotted import differences
 from trak_dist.coordinates import Rows
 from trak_dist.errors import PlanMismatch
-from trak_dist.plan import CHUNK_BYTES, Plan, cell_rows, digest
-from trak_dist.plan_inputs import Checkpoint, ProbedDataset, Source, Split, Streamed
+from trak_dist.plan import GRAM_PRODUCTS, Plan, digest
+from trak_dist.plan_inputs import (
+    CHUNK_BYTES,
+    Checkpoint,
+    ProbedDataset,
+    Source,
+    Split,
+    Streamed,
+    cell_rows,
+)
 from trak_dist.store.layout import Layout
 
 PLAN = Plan(
@@ -53,6 +69,7 @@ def plans(draw: st.DrawFn) -> Plan:
         fisher_draws=draw(st.integers(1, 3)),
         fisher_rows=draw(st.integers(0, train.rows)),
         kernel_form=draw(st.sampled_from(["auto", "primal", "dual"])),
+        gram_rows=draw(st.sampled_from([0, 7, 100])),
     )
     stored = dim * draw(st.integers(1, 3))
     return replace(
@@ -279,6 +296,22 @@ def test_a_kernel_of_a_large_dimension_needs_memory_for_its_square() -> None:
     assert dual.dual
     assert KernelCell.memory(dual) < 2**28
     assert Rows(0, 4) < Rows(4, 8)
+
+
+@pytest.mark.parametrize("dim", [2048, 4096, 16384])
+def test_the_gram_of_ten_million_rows_is_summed_in_parts(dim: int) -> None:
+    train = Split("train", 10**7, 2048, ProbedDataset("d"))
+    plan = replace(PLAN, spec=replace(PLAN.spec, proj_dim=dim, store_dim=dim), train=train)
+    parts = list(GramPartCell.of_checkpoint(plan, 0))
+    covered = [row for part in parts for row in part.sources(plan)]
+    assert covered == (list(range(train.cells)) if parts else [])
+    most = max((len(part.sources(plan)) for part in parts), default=train.cells)
+    assert most * train.cell_rows * dim**2 <= 1.1 * GRAM_PRODUCTS
+    assert set(GramCell(0).dependencies(plan, ())) >= set(parts)
+    earlier = json.loads(plan_file.dump(plan))
+    del earlier["spec"]["reduce"]["gram_rows"], earlier["digest"]
+    text = json.dumps({**earlier, "digest": digest(earlier)}).encode()
+    assert plan_file.load(text, where="").gram_parts == 0
 
 
 def test_other_settings_cut_cells_only_where_grads_are_others() -> None:

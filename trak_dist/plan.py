@@ -23,15 +23,17 @@ from trak_dist.configuration.config import (
 from trak_dist.configuration.dotted import non_default_settings
 from trak_dist.coordinates import TRAIN
 from trak_dist.hashing import digest_of
-from trak_dist.plan_inputs import Checkpoint, ImportedTruth, Source, Split
+from trak_dist.plan_inputs import Checkpoint, ImportedTruth, Source, Split, planned_cell_rows
 
 SCHEMA = 1
-CHUNK_BYTES = 64 * 2**20
-MIN_CELLS = 8  # a small split is still cut into about so many cells, to lose little at a kill
+GRAM_PRODUCTS = 2**45  # of rows with themselves in one task: about 15 minutes of a CPU core
 REDUCE_KEYS = ("proj_dim", "reduce.", "checkpoints.use")
 GRADIENTS_KEY = "featurize.gradients"
 # What is asked for; what became of it enters digests by itself.
-REQUESTS = (GRADIENTS_KEY, "reduce.curvature", "reduce.kernel_form", "reduce.fisher_")
+REQUESTS = (
+    *(GRADIENTS_KEY, "reduce.curvature", "reduce.kernel_form", "reduce.fisher_"),
+    "reduce.gram_rows",
+)
 SWEEP_KEYS = (
     *("proj_dim", "store_dim", "projection.", "checkpoints.use"),
     # not reduce.threads: they set the bits of the shared Gram
@@ -123,6 +125,15 @@ class Plan:
         """Whether UUᵀ is factorised in place of UᵀU."""
         form = self.spec.reduce.kernel_form
         return form == "dual" or (form == "auto" and self.curvature_rows < self.proj_dim)
+
+    @property
+    def gram_parts(self) -> int:
+        """How many tasks sum the UᵀU of one checkpoint; 0 if its Gram cell does."""
+        if self.dual or self.train.streamed:
+            return 0
+        rows = self.spec.reduce.gram_rows or GRAM_PRODUCTS // self.proj_dim**2
+        rows = max(rows, self.train.cell_rows)  # a part is of whole cells
+        return -(-self.curvature_rows // rows) if rows < self.curvature_rows else 0
 
     @property
     def model_ids(self) -> tuple[int, ...]:
@@ -231,9 +242,14 @@ class Plan:
 
     @cached_property
     def gram_id(self) -> str:
-        """Names one matrix that kernels are made of: `2048`, `2048-output`, `8192-fisher4-dual`."""
+        """Names one matrix that kernels are made of: `2048`, `8192-fisher4-dual`, `4096-2parts`."""
         own = [] if self.curvature == "none" else [self.curvature_id]
-        return "-".join([str(self.proj_dim), *own, *(["dual"] if self.dual else [])])
+        return "-".join([str(self.proj_dim), *own, *self._form])
+
+    @property
+    def _form(self) -> list[str]:
+        parts = [f"{self.gram_parts}parts"] if self.gram_parts else []
+        return ["dual"] if self.dual else parts
 
     @property
     def curvature_id(self) -> str:
@@ -331,18 +347,3 @@ def digest(value: Any) -> str:
     """Digest of a JSON-able value, independent of the order of its keys."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return digest_of(text.encode())
-
-
-def cell_rows(rows: int, *, row_bytes: int, batch_rows: int) -> int:
-    """Rows of a cell: a multiple of `batch_rows` that fills no more than `CHUNK_BYTES`."""
-    cap = max(1, CHUNK_BYTES // row_bytes // batch_rows)
-    target_rows = -(-rows // (MIN_CELLS * batch_rows))
-    return max(1, min(cap, target_rows)) * batch_rows
-
-
-def planned_cell_rows(rows: int, spec: Spec, dim: int) -> int:
-    """Rows of a cell of grads with `dim` columns: as set, or what fits."""
-    row_bytes = dim * (2 if spec.featurize.dtype == "float16" else 4)
-    return spec.featurize.cell_rows or cell_rows(
-        rows, row_bytes=row_bytes, batch_rows=spec.featurize.batch_rows
-    )

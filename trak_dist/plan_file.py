@@ -18,7 +18,8 @@ from trak_dist.errors import ConfigError, PlanMismatch
 from trak_dist.plan import SCHEMA, Plan, digest
 from trak_dist.plan_inputs import ImportedTruth, ProbedDataset, Split, Streamed
 
-UNSAID = {"curvature": "none", "kernel_form": "primal"}  # of `reduce`, in earlier versions' plans
+# Of `reduce`, in earlier versions' plans: the Gram was one sum.
+UNSAID = {"curvature": "none", "kernel_form": "primal", "gram_rows": 2**63 - 1}
 MAX_CELLS = 10**7  # what a command that lists them gets through
 
 

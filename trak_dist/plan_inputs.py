@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from trak_dist.configuration.config import Spec
 from trak_dist.coordinates import Rows, check_name
+
+CHUNK_BYTES = 64 * 2**20
+MIN_CELLS = 8  # a small split is still cut into about so many cells, to lose little at a kill
 
 
 @dataclass(frozen=True)
@@ -124,3 +128,18 @@ class ImportedTruth:
 
     digest: str
     targets: str
+
+
+def cell_rows(rows: int, *, row_bytes: int, batch_rows: int) -> int:
+    """Rows of a cell: a multiple of `batch_rows` that fills no more than `CHUNK_BYTES`."""
+    cap = max(1, CHUNK_BYTES // row_bytes // batch_rows)
+    target_rows = -(-rows // (MIN_CELLS * batch_rows))
+    return max(1, min(cap, target_rows)) * batch_rows
+
+
+def planned_cell_rows(rows: int, spec: Spec, dim: int) -> int:
+    """Rows of a cell of grads with `dim` columns: as set, or what fits."""
+    row_bytes = dim * (2 if spec.featurize.dtype == "float16" else 4)
+    return spec.featurize.cell_rows or cell_rows(
+        rows, row_bytes=row_bytes, batch_rows=spec.featurize.batch_rows
+    )

@@ -57,6 +57,7 @@ class Setting:
     kernel_scale: str
     draws: int = 1
     sample: int = 0
+    gram_rows: int = 0
 
 
 def wanted(path: Path, setting: Setting) -> list[oracle.Member]:
@@ -82,10 +83,10 @@ def wanted(path: Path, setting: Setting) -> list[oracle.Member]:
     "setting",
     [
         Setting("none", "dual", "sjlt", "mean_abs"),
-        Setting("output", "primal", "sjlt", "mean_abs"),
+        Setting("output", "primal", "sjlt", "mean_abs", gram_rows=20),
         Setting("output", "dual", "identity", "none"),
         Setting("fisher", "primal", "identity", "mean_abs"),
-        Setting("fisher", "primal", "sjlt", "none", draws=3),
+        Setting("fisher", "primal", "sjlt", "none", draws=3, gram_rows=40),
         Setting("fisher", "dual", "sjlt", "mean_abs", draws=2, sample=21),
     ],
     ids=lambda s: f"{s.curvature}{s.draws}-{s.form}-{s.projection}",
@@ -103,7 +104,9 @@ def test_scores_agree_with_a_float64_oracle(
         *(f"reduce.{name}={value}" for name, value in settings.items()),
         *(f"reduce.curvature={setting.curvature}", f"reduce.kernel_form={setting.form}"),
         *(f"reduce.fisher_draws={setting.draws}", f"reduce.fisher_rows={setting.sample}"),
+        f"reduce.gram_rows={setting.gram_rows}",
     )
+    assert bool(plan_of(tmp_path / "run").gram_parts) == bool(setting.gram_rows)
     members = wanted(tmp_path, setting)
     expected, _ = oracle.scores(members, **settings)
     assert oracle.column_errors(found, expected).max() < 1e-4

@@ -17,6 +17,7 @@ from trak_dist.cells.evaluate import EvaluateCell
 from trak_dist.cells.featurize import FeaturizeCell
 from trak_dist.cells.fisher import FisherCell
 from trak_dist.cells.gram import GramCell
+from trak_dist.cells.gram_part import GramPartCell
 from trak_dist.cells.kernel import KernelCell
 from trak_dist.cells.margins import MarginsCell
 from trak_dist.cells.precondition import PreconditionCell
@@ -34,6 +35,7 @@ __all__ = [
     "FeaturizeCell",
     "FisherCell",
     "GramCell",
+    "GramPartCell",
     "KernelCell",
     "MarginsCell",
     "PreconditionCell",

@@ -20,7 +20,7 @@ from trak_dist.plan import Plan
 STAGE_STEPS: dict[str, tuple[str, ...]] = {
     "train": ("train",),
     "featurize": ("featurize",),
-    "reduce": ("kernel", "score"),
+    "reduce": ("gram", "kernel", "score"),
     "evaluate": ("counterfactual", "evaluate"),
     "report": ("report",),
 }

@@ -9,8 +9,9 @@ from typing import Self
 from trak_dist.cells.cell import Cell
 from trak_dist.cells.featurize import FeaturizeCell, largest_cell, of_checkpoint
 from trak_dist.cells.fisher import FisherCell
-from trak_dist.cells.ownership import ArraySpec, OwnedRows
-from trak_dist.plan import CHUNK_BYTES, Plan, cached_on_plan, digest
+from trak_dist.cells.gram_part import GramPartCell, gram_identity, square
+from trak_dist.cells.ownership import OwnedRows
+from trak_dist.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class GramCell(Cell):
 
     kind = "gram"
     step = "kernel"
-    depends_on = (FeaturizeCell, FisherCell)
+    depends_on = (GramPartCell, FeaturizeCell, FisherCell)
     run = "trak_dist.stages.reduce:gram"
     gpu = False
     runs_problem = False
@@ -48,6 +49,7 @@ class GramCell(Cell):
         return plan.projection_id, plan.gram_id
 
     def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
+        yield from GramPartCell.of_checkpoint(plan, self.model_id)
         yield from all_grads(plan, self.model_id)
 
     @property
@@ -57,7 +59,7 @@ class GramCell(Cell):
     def arrays(self, plan: Plan) -> Mapping[str, OwnedRows]:
         """`gram` (d, d) float64, of `kernel_dim`."""
         path = f"{of_checkpoint(plan, self.model_id)}/gram/{plan.gram_id}"
-        return {"gram": OwnedRows(path, square(plan), 0, kernel_dim(plan))}
+        return {"gram": OwnedRows(path, square(kernel_dim(plan)), 0, kernel_dim(plan))}
 
     @classmethod
     def one_per_array(cls, plan: Plan) -> Iterator[Self]:
@@ -65,8 +67,13 @@ class GramCell(Cell):
 
     @classmethod
     def memory(cls, plan: Plan) -> int:
-        """The sum; a cell's rows as stored, in float32 and in float64, of the dual two cells'."""
-        return 8 * kernel_dim(plan) ** 2 + (24 if plan.dual else 16) * largest_cell(plan)
+        """The sum; a cell's rows as stored, in float32 and in float64, of the dual two cells'.
+
+        In parts: the sum and a part.
+        """
+        matrix = 8 * kernel_dim(plan) ** 2
+        blocks = (24 if plan.dual else 16) * largest_cell(plan)
+        return 2 * matrix if plan.gram_parts else matrix + blocks
 
 
 def all_grads(plan: Plan, model_id: int) -> Iterator[FeaturizeCell | FisherCell]:
@@ -79,17 +86,3 @@ def all_grads(plan: Plan, model_id: int) -> Iterator[FeaturizeCell | FisherCell]
 def kernel_dim(plan: Plan) -> int:
     """Rows of what is factorised: k of UᵀU, or in the dual those of U."""
     return plan.curvature_rows if plan.dual else plan.proj_dim
-
-
-def square(plan: Plan) -> ArraySpec:
-    """An array (d, d) float64, of `kernel_dim`."""
-    d = kernel_dim(plan)
-    chunk = max(1, min(d, CHUNK_BYTES // (8 * d)))
-    return ArraySpec(shape=(d, d), chunks=(chunk, d), dtype="float64")
-
-
-@cached_on_plan
-def gram_identity(plan: Plan) -> str:
-    """Digest of what determines every UᵀU of the run."""
-    threads = plan.settings_of("reduce.threads")
-    return digest([plan.fingerprint, plan.proj_dim, threads, *plan.other_gram])

@@ -9,7 +9,8 @@ from typing import Self
 from trak_dist.cells.cell import Cell
 from trak_dist.cells.featurize import FeaturizeCell, largest_cell, of_checkpoint
 from trak_dist.cells.fisher import FisherCell
-from trak_dist.cells.gram import GramCell, all_grads, gram_identity, kernel_dim, square
+from trak_dist.cells.gram import GramCell, all_grads, kernel_dim
+from trak_dist.cells.gram_part import gram_identity, square
 from trak_dist.cells.ownership import OwnedRows
 from trak_dist.configuration.config import EXACT_SCALE_DIM, SCALE_ROWS
 from trak_dist.plan import Plan, cached_on_plan, digest
@@ -57,7 +58,7 @@ class KernelCell(Cell):
     def arrays(self, plan: Plan) -> Mapping[str, OwnedRows]:
         """`kernel` (d, d) float64, a lower triangle, of `kernel_dim`."""
         path = f"{of_kernel(plan, self.model_id)}/kernel"
-        return {"kernel": OwnedRows(path, square(plan), 0, kernel_dim(plan))}
+        return {"kernel": OwnedRows(path, square(kernel_dim(plan)), 0, kernel_dim(plan))}
 
     @classmethod
     def one_per_array(cls, plan: Plan) -> Iterator[Self]:

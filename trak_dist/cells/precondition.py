@@ -12,7 +12,8 @@ from trak_dist.cells.fisher import FisherCell
 from trak_dist.cells.gram import all_grads, kernel_dim
 from trak_dist.cells.kernel import KernelCell, kernel_identity, of_kernel
 from trak_dist.cells.ownership import ArraySpec, OwnedRows
-from trak_dist.plan import CHUNK_BYTES, Plan, cached_on_plan, digest
+from trak_dist.plan import Plan, cached_on_plan, digest
+from trak_dist.plan_inputs import CHUNK_BYTES
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from trak_dist.cells.kernel import KernelCell, kernel_identity
 from trak_dist.cells.ownership import ArraySpec, OwnedRows
 from trak_dist.cells.precondition import PreconditionCell
 from trak_dist.coordinates import TRAIN, Rows
-from trak_dist.plan import CHUNK_BYTES, Plan, cached_on_plan, digest
-from trak_dist.plan_inputs import Split
+from trak_dist.plan import Plan, cached_on_plan, digest
+from trak_dist.plan_inputs import CHUNK_BYTES, Split
 from trak_dist.spacing import evenly_spaced
 
 HALVES_TARGETS = 64  # of each target set, for which scores of halves of the ensemble are kept

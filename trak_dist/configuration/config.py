@@ -65,7 +65,8 @@ class FeaturizeConfig:
 class ReduceConfig:
     """The kernel: the curvature that it inverts, its regularisation, scale and form.
 
-    `fisher_draws` labels are drawn for each of `fisher_rows` train rows (0: all).
+    `fisher_draws` labels are drawn for each of `fisher_rows` train rows (0: all). `gram_rows` rows
+    are summed by one task (0: as many as take about a quarter of an hour).
     """
 
     curvature: str = field(default="auto", metadata={"choices": CURVATURES})
@@ -77,6 +78,7 @@ class ReduceConfig:
     )
     kernel_scale: str = field(default="mean_abs", metadata={"choices": ("mean_abs", "none")})
     kernel_form: str = field(default="auto", metadata={"choices": ("auto", "primal", "dual")})
+    gram_rows: int = field(default=0, metadata={"min": 0})
     threads: int = field(default=1, metadata={"min": 1})
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from trak_dist.configuration.config import Spec
 from trak_dist.coordinates import TRAIN, check_name
 from trak_dist.errors import ConfigError, PlanMismatch
-from trak_dist.plan import Plan, planned_cell_rows
-from trak_dist.plan_inputs import Checkpoint, Source, Split, Streamed
+from trak_dist.plan import Plan
+from trak_dist.plan_inputs import Checkpoint, Source, Split, Streamed, planned_cell_rows
 from trak_dist.store.run import Run
 
 

@@ -120,7 +120,8 @@ def description(run: Run) -> str:
 def _kernel(plan: Plan) -> str:
     """What the kernel inverts, where that is not XᵀX."""
     curvature = "" if plan.curvature == "none" else f"curvature {plan.curvature_id}, "
-    return curvature + (f"dual of {plan.curvature_rows} rows, " if plan.dual else "")
+    parts = f"Gram in {plan.gram_parts} parts, " if plan.gram_parts else ""
+    return curvature + (f"dual of {plan.curvature_rows} rows, " if plan.dual else parts)
 
 
 def mebibytes(size: int) -> str:

@@ -8,8 +8,7 @@ from trak_dist.configuration.config import Spec
 from trak_dist.coordinates import TRAIN, check_name
 from trak_dist.datasets import apply_limit, probe
 from trak_dist.errors import ConfigError, DatasetError
-from trak_dist.plan import planned_cell_rows
-from trak_dist.plan_inputs import Split
+from trak_dist.plan_inputs import Split, planned_cell_rows
 from trak_dist.planning.dry_run import dry_run
 from trak_dist.problem import Problem
 

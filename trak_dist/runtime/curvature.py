@@ -10,12 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trak_dist.cells import Cell, FeaturizeCell, FisherCell, KernelCell
-from trak_dist.coordinates import TRAIN
+from trak_dist.cells.gram_part import curvature_cells
 from trak_dist.errors import CorruptChunk
 from trak_dist.ops import curvature, projection
 from trak_dist.ops.dual import Dual
 from trak_dist.ops.kernel import Primal
-from trak_dist.plan import Plan
 from trak_dist.runtime.inputs import read_grads, require
 from trak_dist.runtime.session import Session
 from trak_dist.store import contents
@@ -35,7 +34,7 @@ class CurvatureRows:
 
     def __init__(self, session: Session, model_id: int, dim: int) -> None:
         self._session, self._dim = session, dim
-        self._cells = sources(session.run.plan, model_id)
+        self._cells = curvature_cells(session.run.plan, model_id)
 
     def __len__(self) -> int:
         return len(self._cells)
@@ -71,13 +70,6 @@ class CurvatureRows:
                 next="reduce.curvature=none, for a model output of another loss",
             )
         return curvature.row_weights(q).to(self._session.device)
-
-
-def sources(plan: Plan, model_id: int) -> list[FeaturizeCell | FisherCell]:
-    """The cells whose rows U is made of, in order."""
-    if plan.curvature == "fisher":
-        return list(FisherCell.of_checkpoint(plan, model_id))
-    return list(FeaturizeCell.of_split(plan, model_id, TRAIN))
 
 
 def open_kernel(session: Session, cell: KernelCell, *, needed_by: Cell) -> Primal | Dual:

@@ -8,9 +8,11 @@ from __future__ import annotations
 import functools
 
 import torch
+from torch import Tensor
 
 from trak_dist import commands
-from trak_dist.cells import FeaturizeCell, GramCell, KernelCell, PreconditionCell
+from trak_dist.cells import FeaturizeCell, GramCell, GramPartCell, KernelCell, PreconditionCell
+from trak_dist.cells.gram_part import curvature_cells
 from trak_dist.checks import gradient_audit
 from trak_dist.coordinates import TRAIN
 from trak_dist.errors import NonFiniteGram, SingularGram
@@ -20,6 +22,23 @@ from trak_dist.runtime.cell_result import CellResult
 from trak_dist.runtime.inputs import check_same_origin, read_grads, require
 from trak_dist.runtime.session import Session
 from trak_dist.store import contents, parts
+
+
+def gram_part(session: Session, cell: GramPartCell) -> CellResult:
+    """Sum UᵀU over some of a checkpoint's rows.
+
+    Raises
+    ------
+    MissingInputs, MixedRun
+        If their cells are not all done, or were not made from the same things.
+    """
+    plan, sources = session.run.plan, cell.sources(session.run.plan)
+    _revoke_what_failed(session, cell.model_id)
+    cells = curvature_cells(plan, cell.model_id)[sources.start : sources.stop]
+    check_same_origin(require(session.run, cells, needed_by=cell))
+    blocks = curvature.CurvatureRows(session, cell.model_id, plan.proj_dim)
+    total = kernel.sum_gram(map(blocks.__getitem__, sources), plan.proj_dim, session.device)
+    return CellResult(contents.write(session.run, cell, {"part": total[None].cpu().numpy()}))
 
 
 def gram(session: Session, cell: GramCell) -> CellResult:
@@ -34,17 +53,11 @@ def gram(session: Session, cell: GramCell) -> CellResult:
     """
     plan = session.run.plan
     cells = list(FeaturizeCell.of_split(plan, cell.model_id, TRAIN))
-    if session.run.receipts.audit_failure(cell.model_id):  # also what was published since
-        gradient_audit.revoke_stale_cells(session.run, cell.model_id)
-    summed = curvature.sources(plan, cell.model_id)
+    _revoke_what_failed(session, cell.model_id)
+    summed = curvature_cells(plan, cell.model_id)
     receipts = require(session.run, list(dict.fromkeys([*cells, *summed])), needed_by=cell)
     check_same_origin(receipts)
-    blocks = curvature.CurvatureRows(session, cell.model_id, plan.proj_dim)
-    total = (
-        dual.sum_gram(blocks, plan.curvature_rows, session.device)
-        if plan.dual
-        else kernel.sum_gram(blocks, plan.proj_dim, session.device)
-    )
+    total = _summed(session, cell)
     if plan.curvature == "output" and not total.diagonal().any():
         raise SingularGram(
             "the weight Q(1 − Q) of every train row is zero: the model is certain of all labels",
@@ -58,6 +71,24 @@ def gram(session: Session, cell: GramCell) -> CellResult:
         session.run.receipts.consolidate(cell.model_id)
     digest = next(iter(receipts.values())).fact("checkpoint_digest", str)
     return CellResult(digests, {"checkpoint_digest": digest})
+
+
+def _revoke_what_failed(session: Session, model_id: int) -> None:
+    """Also what was published since the audit."""
+    if session.run.receipts.audit_failure(model_id):
+        gradient_audit.revoke_stale_cells(session.run, model_id)
+
+
+def _summed(session: Session, cell: GramCell) -> Tensor:
+    plan = session.run.plan
+    if parts := list(GramPartCell.of_checkpoint(plan, cell.model_id)):
+        require(session.run, parts, needed_by=cell)
+        read = (torch.from_numpy(contents.read(session.run, p, "part")[0]) for p in parts)
+        return functools.reduce(Tensor.add_, read)
+    blocks = curvature.CurvatureRows(session, cell.model_id, plan.proj_dim)
+    if plan.dual:
+        return dual.sum_gram(blocks, plan.curvature_rows, session.device)
+    return kernel.sum_gram(blocks, plan.proj_dim, session.device)
 
 
 def factorise(session: Session, cell: KernelCell) -> CellResult:

@@ -8,7 +8,8 @@ from typing import Self
 
 from trak_dist.cells.cell import Cell
 from trak_dist.cells.featurize import of_checkpoint
-from trak_dist.cells.gram import GramCell, gram_identity
+from trak_dist.cells.gram import GramCell
+from trak_dist.cells.gram_part import gram_identity
 from trak_dist.cells.ownership import ArraySpec, OwnedRows
 from trak_dist.plan import Plan, digest
 
