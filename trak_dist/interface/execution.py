@@ -156,7 +156,8 @@ class _Execution:
 
     def run_stage(self, stage: str) -> Outcome:
         run = self.run
-        steps = [graph.tasks(run.plan, step) for step in STAGE_STEPS[stage]]
+        made = (graph.tasks(run.plan, step) for step in STAGE_STEPS[stage])
+        steps = [tasks for tasks in made if tasks]
         outcome = Outcome(run.layout.run_dir, stage)
         for number, step in enumerate(steps, 1):
             done = run.receipts.done([cell for task in step for cell in task])
