@@ -44,14 +44,14 @@ def first_found(values: NDArray[Any], positive: NDArray[np.bool_]) -> dict[str, 
     return {f"{share:g}": float(positive[rows].sum() / total) for share, rows in cut.items()}
 
 
-def overlaps(a: NDArray[Any], b: NDArray[Any], count: int) -> NDArray[np.float64]:
-    """The share of the `count` largest rows of each column that `a` and `b` have in common.
+def overlaps(a: NDArray[np.int64], b: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The share of the rows of a column's top that `a` and `b` have in common (columns,).
 
     Parameters
     ----------
-    a, b : (rows, columns)
-        Two rankings of the same rows.
+    a, b : (columns, count)
+        The rows of the tops of two rankings.
     """
-    tops = [np.argpartition(-values, count - 1, axis=0)[:count] for values in (a, b)]
-    shared = [len(np.intersect1d(x, y)) for x, y in zip(*(t.T for t in tops), strict=True)]
-    return np.array(shared) / count
+    shared = [len(np.intersect1d(x, y)) for x, y in zip(a, b, strict=True)]
+    found: NDArray[np.float64] = np.array(shared) / a.shape[1]
+    return found

@@ -104,14 +104,14 @@ def _stability(session: Session, targets: str) -> dict[str, Any]:
     run = session.run
     if not halves_targets(run.plan, targets):
         return {}
-    halves = Results(run).halves(targets)
-    counts = [count for count in TOP_COUNTS if 2 * count <= len(halves)]
-    shared = {n: ranking.overlaps(halves[:, 0], halves[:, 1], n) for n in counts}
+    counts = [count for count in TOP_COUNTS if 2 * count <= run.plan.train.rows]
+    tops = Results(run).top_of_halves(targets, max(counts, default=1))
+    shared = {n: ranking.overlaps(*tops[:, :, :n]) for n in counts}
     half = len({run.plan.checkpoint(model_id) for model_id in halves_of(run.plan)[0]})
     return {
         str(n): {
             **asdict(lds.interval(values, minimum=0.0)),
-            "chance": n / len(halves),
+            "chance": n / run.plan.train.rows,
             "checkpoints": half,
         }
         for n, values in shared.items()
