@@ -94,22 +94,36 @@ def test_scores_are_those_of_the_formula(save_dir: Path, tmp_path: Path) -> None
 
 @pytest.mark.filterwarnings("ignore:::trak")
 def test_scores_are_those_of_the_package(tmp_path: Path) -> None:
-    import parity
+    import torch
+    from torch import nn
     from trak import TRAKer
+    from trak.gradient_computers import IterativeGradientComputer
 
-    case, targets = parity.image(), parity.TARGETS
-    made = parity.arguments(case, str(tmp_path / "trak"))
-    traker = TRAKer(proj_dim=16, logging_level=logging.ERROR, **made)
-    for model_id, state in enumerate(case.states[:2]):
+    torch.manual_seed(0)
+    states = [nn.Linear(6, 3).state_dict() for _ in range(MODELS)]
+    train, targets = ((torch.randn(n, 6), torch.randint(3, (n,))) for n in (N, TARGETS))
+    traker = TRAKer(
+        nn.Linear(6, 3),
+        "iterative_image_classification",
+        N,
+        str(tmp_path / "trak"),
+        device="cpu",
+        gradient_computer=IterativeGradientComputer,
+        proj_dim=16,
+        use_half_precision=False,
+        lambda_reg=LAMBDA,
+        logging_level=logging.ERROR,
+    )
+    for model_id, state in enumerate(states):
         traker.load_checkpoint(state, model_id=model_id)
-        traker.featurize(batch=case.train, num_samples=parity.TRAIN)
+        traker.featurize(batch=train, num_samples=N)
     traker.finalize_features()
-    for model_id, state in enumerate(case.states[:2]):
-        traker.start_scoring_checkpoint("val", state, model_id, num_targets=targets)
-        traker.score(batch=case.targets, num_samples=targets)
+    for model_id, state in enumerate(states):
+        traker.start_scoring_checkpoint("val", state, model_id, num_targets=TARGETS)
+        traker.score(batch=targets, num_samples=TARGETS)
     theirs = np.array(traker.finalize_scores(exp_name="val"))
     import_trak(tmp_path / "trak", tmp_path / "run")
-    assert_equal(scores(tmp_path / "run", parity.LAMBDA), theirs, 1e-4)
+    assert_equal(scores(tmp_path / "run", LAMBDA), theirs, 1e-4)
 
 
 def test_an_import_goes_on_where_it_ended(
