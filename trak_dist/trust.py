@@ -25,7 +25,9 @@ from trak_dist.plan_inputs import Source
 from trak_dist.store import atomic
 
 # of a run whose rows are streamed or imported: nothing is built from it
-WITHOUT_PROBLEM = [{"_target_": f"trak_dist.{name}"} for name in ("TRAKer", "import_trak")]
+WITHOUT_PROBLEM = [
+    {"_target_": f"trak_dist.{name}"} for name in ("TRAKer", "import_trak", "import_bergson")
+]
 
 
 def is_planned_here(spec: Mapping[str, Any], plan: Plan) -> bool:
