@@ -18,6 +18,8 @@ if TYPE_CHECKING:
         ProjectionType,
     )
     from trak_dist.errors import ModelIDException
+    from trak_dist.interchange.bergson import import_bergson
+    from trak_dist.interchange.trak import import_trak
     from trak_dist.interface.execution import Outcome
     from trak_dist.interface.planned_run import PlannedRun, plan_run
     from trak_dist.interface.progress import Progress
@@ -75,6 +77,8 @@ __all__ = [
     "Summary",
     "TRAKer",
     "TextClassification",
+    "import_bergson",
+    "import_trak",
     "open_run",
     "plan_run",
 ]
@@ -116,6 +120,8 @@ _EXPORTED_FROM = {
     "Results": "trak_dist.store.results",
     "Summary": "trak_dist.interface.summary",
     "TRAKer": "trak_dist.traker",
+    "import_bergson": "trak_dist.interchange.bergson",
+    "import_trak": "trak_dist.interchange.trak",
     "open_run": "trak_dist.store.results",
     "plan_run": "trak_dist.interface.planned_run",
 }

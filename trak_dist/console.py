@@ -206,7 +206,9 @@ def verification(run: Run, found: Verification) -> None:
     if found.damaged and found.repaired:
         again = commands.launch(run.layout.run_dir)
         if found.streamed:
-            again = "stream the rows of these cells again, by the same calls of TRAKer"
+            again = (
+                f"stream the rows of these cells again, by the same calls of {run.plan.rows_from}"
+            )
         print(f"the damaged cells are queued again\nnext: {again}")
     elif found.damaged:
         print(f"next: {commands.launch(run.layout.run_dir, 'stage=verify', 'repair=true')}")

@@ -159,6 +159,18 @@ class GroundTruthNotFound(UnreadableGroundTruth, FileNotFoundError):
     """A file of the ground truth is missing."""
 
 
+class InterchangeError(TrakDistError, ValueError):
+    """What another package wrote is unfinished, damaged, or not what it says it is."""
+
+
+class UnreadableInterchange(InterchangeError, OSError):
+    """The file system refuses to read what another package wrote."""
+
+
+class InterchangeNotFound(UnreadableInterchange, FileNotFoundError):
+    """A file of another package is missing."""
+
+
 class MixedRun(TrakDistError, ValueError):
     """Cells that belong together were made from different inputs."""
 

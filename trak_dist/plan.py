@@ -80,8 +80,14 @@ class Plan:
 
     @property
     def has_problem(self) -> bool:
-        """Whether data and checkpoints come from a problem, rather than from calls of `TRAKer`."""
+        """Whether data and checkpoints come from a problem, rather than from `rows_from`."""
         return not self.train.streamed
+
+    @property
+    def rows_from(self) -> str:
+        """What of this package gave the rows that no problem has: `TRAKer`, or a function."""
+        called = str(self.spec.problem["_target_"]).removeprefix("trak_dist.")
+        return called if called.startswith("import_") else "TRAKer"
 
     @property
     def store_dim(self) -> int:

@@ -24,8 +24,10 @@ from trak_dist.plan import Plan, digest
 from trak_dist.plan_inputs import Source
 from trak_dist.store import atomic
 
-# of a run whose rows are streamed: nothing is built from it
-STREAMED_PROBLEM = {"_target_": "trak_dist.TRAKer"}
+# of a run whose rows are streamed or imported: nothing is built from it
+WITHOUT_PROBLEM = [
+    {"_target_": f"trak_dist.{name}"} for name in ("TRAKer", "import_trak", "import_bergson")
+]
 
 
 def is_planned_here(spec: Mapping[str, Any], plan: Plan) -> bool:
@@ -86,7 +88,7 @@ def check_trusted(plan: Plan, run_dir: Path) -> None:
 
 def is_always_trusted(spec: Mapping[str, Any]) -> bool:
     """Whether a problem is shipped with the package, or is not executed at all."""
-    if spec["_target_"] == in_process.TARGET or dict(spec) == STREAMED_PROBLEM:
+    if spec["_target_"] == in_process.TARGET or dict(spec) in WITHOUT_PROBLEM:
         return True
     return building.is_shipped(building.code(spec))
 

@@ -257,7 +257,8 @@ def _sources(paths: Sequence[Path], cell: FeaturizeCell) -> NDArray[np.int64]:
             f"{len(missing)} of {size} rows of {cell.split!r} are not featurized for model_id "
             f"{cell.model_id}: {format_ranges(missing)}",
             where=cell.id,
-            next="featurize them: TRAKer.featurize, or score for targets",
+            next="featurize them: TRAKer.featurize, or score for targets; of imported rows "
+            "import them again",
         )
     return source
 

@@ -228,7 +228,7 @@ def _with_problem(resolved: Resolved, run: Run | None, plan: Plan | None, note: 
     elif why := trust.record_trust(spec, import_root):
         note(why)
     if plan and not plan.has_problem:
-        _check_needs_no_problem(invocation, config)
+        _check_needs_no_problem(invocation, config, plan.rows_from)
         return plan
     problem, source = building.build(spec, import_root=import_root)
     problem = problems.with_random_policy(problem, config.spec.featurize.random)
@@ -268,14 +268,14 @@ def _ground_truths(run: Run | None) -> list[GroundTruth]:
     return [Run.open(run_dir).plan.ground_truth for run_dir in run.layout.run_dirs()]
 
 
-def _check_needs_no_problem(invocation: Invocation, config: Config) -> None:
+def _check_needs_no_problem(invocation: Invocation, config: Config, rows_from: str) -> None:
     sections = ("ground_truth", "counterfactuals", "targets", "checkpoints.train")
     requested = [key for key in sorted(invocation.explicit) if key.startswith(sections)]
     if requested:
         raise ConfigError(
             f"{', '.join(requested)}: this run has no problem to take it from",
             where=config.run_dir,
-            next="the rows of this run come from TRAKer: add checkpoints and targets there",
+            next=f"the rows of this run come from {rows_from}: add checkpoints and targets there",
         )
 
 

@@ -97,9 +97,11 @@ def check_curvature(plan: Plan) -> None:
     if not offered and not plan.has_problem and plan.curvature != "none":
         raise ConfigError(
             f"{plan.curvature} is not known to suit the model output of this run, whose rows come "
-            "from TRAKer",
+            f"from {plan.rows_from}",
             where=WHERE,
-            next="TRAKer(…, curvature='output'), which checks it, or reduce.curvature=none",
+            next="TRAKer(…, curvature='output'), which checks it, or reduce.curvature=none"
+            if plan.rows_from == "TRAKer"
+            else "reduce.curvature=none",
         )
     if offered and plan.curvature not in offered:
         needed = {

@@ -83,6 +83,32 @@ class Results:
         train, columns = (pd.RangeIndex(n) for n in scores.shape)
         return pd.DataFrame(scores, index=train.rename(TRAIN), columns=columns.rename(targets))
 
+    def to_dataset(self, targets: str) -> Any:
+        """The scores as a Hugging Face `datasets.Dataset`, beside the train set's own columns.
+
+        A row for each train row; its one column, called as the target set, holds a list of float32.
+
+        Raises
+        ------
+        MissingInputs, ConfigError
+            As `scores` does; ConfigError also if datasets is not installed.
+        """
+        try:
+            import pyarrow as pa
+            from datasets import Dataset
+        except ImportError as error:
+            raise ConfigError(
+                f"{error.name} is not installed",
+                where="to_dataset",
+                next="pip install 'trak_dist[hf]', or scores(targets), which is an array",
+            ) from None
+        self._check_not_train(targets)
+        rows = [
+            pa.FixedSizeListArray.from_arrays(block.ravel(), block.shape[1])
+            for _, block in self._blocks(targets)
+        ]
+        return Dataset(pa.table({targets: pa.chunked_array(rows)}))
+
     def self_influence(self) -> NDArray[np.float32]:
         """The score of each train row against itself (n_train,) float32.
 
