@@ -31,8 +31,14 @@ class _Tokens(ManyLabels, ABC):
     ) -> tuple[Float[Tensor, "batch labels"], Float[Tensor, " batch"]]:
         tokens = labels.clamp(0, logits.shape[-1] - 1)
         found = logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
-        found = nan_unless((tokens == labels) | (labels == IGNORED), found)
+        found = nan_unless(self._is_label(logits, labels), found)
         return torch.where(labels == IGNORED, 0, found), torch.ones_like(found.sum(1))
+
+    def _is_label(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return ((labels >= 0) & (labels < logits.shape[-1])) | (labels == IGNORED)
+
+    def _labels_are(self, logits: Tensor) -> str:
+        return f"the model has {logits.shape[-1]} logits"
 
     def _draw(
         self,
