@@ -211,7 +211,14 @@ class StreamedRun:
         what = f"checkpoint {loaded.model_id}"
         with worker.cell_numerics(self._device):
             q = loaded.featurize(batch, grads)
-            check_finite(grads, q, rows=rows.tolist(), split=split, what=what)
+            check_finite(
+                grads,
+                q,
+                rows=rows.tolist(),
+                split=split,
+                what=what,
+                bad_label=lambda at: loaded.bad_label(rows_of(batch, slice(at, at + 1))),
+            )
             if checks:
                 checks.check(loaded, batch, grads, q, lambda at: f"row {rows[at]} of {split!r}")
         return grads, q

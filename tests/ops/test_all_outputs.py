@@ -24,7 +24,7 @@ from trak_dist.ops.batches import rows_of
 from trak_dist.ops.curvature import LogLikelihood, check_logistic, offered
 from trak_dist.ops.gradients import LoopGradients, VmapGradients
 from trak_dist.ops.hooks import HookGradients
-from trak_dist.ops.model_outputs import out_to_loss
+from trak_dist.ops.model_outputs import bad_label, out_to_loss
 
 OFFERED = {
     **dict.fromkeys(("regression", "regression of two", "loss"), ("none",)),
@@ -217,6 +217,28 @@ def test_labels_that_are_none_give_nan_and_ignored_ones_do_not() -> None:
     inputs, marks = rows_of(batch_of(made), slice(0, 2))
     found = made.output.get_batch_output(made.model, {}, {}, (inputs, marks * 2))
     assert found.isnan().tolist() == [bool(row.any()) for row in marks]
+
+
+BAD = {
+    "causal": (99, "label 99 of row 1 of 'val', the model has 9 logits"),
+    "masked": (-7, "label -7 of row 1 of 'val', the model has 9 logits"),
+    "sequence": (9, "label 9 of row 1 of 'val', the model has 9 logits"),
+    "preference": (99, "label 99 of row 1 of 'val', the model has 9 logits"),
+    "segmentation": (3, "label 3 of row 1 of 'val', the model has 3 logits"),
+    "many labels": (2, "label 2 of row 1 of 'val', which is not between 0 and 1"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_label_that_is_none_is_named(name: str) -> None:
+    made, (label, says) = case(name), BAD[name]
+    batch = torch.utils._pytree.tree_map(torch.clone, batch_of(made))
+    inputs = batch[0] if isinstance(batch[0], dict) else {"labels": batch[1]}
+    assert bad_label(made.output, made.model, batch) is None
+    inputs["rejected_labels" if name == "preference" else "labels"][1][-1] = label
+    found = bad_label(made.output, made.model, batch)
+    assert found
+    assert found.of(found.at, "val") == says
 
 
 def test_each_token_is_a_row_and_they_add_up_to_the_text() -> None:

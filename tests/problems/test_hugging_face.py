@@ -337,6 +337,21 @@ def test_what_is_cut_is_told_when_a_run_is_planned_and_not_again(
     assert max(len(lm(directory, length=8).train[row]["input_ids"]) for row in range(ROWS)) == 8
 
 
+def test_a_target_set_that_is_added_later_is_checked_whole(launch: Launch, directory: Path) -> None:
+    more = directory / "more.jsonl"
+    wanted = [*command(directory), f"+problem.targets.more={more}", "stage=plan", "proj_dim=16"]
+    write_rows(more, TARGETS, 2)
+    assert launch(*wanted, "targets=val").code == 0
+    texts = tiny.texts(60, 3)
+    for row in (5, 41):  # which are none of those that planning tries
+        texts[row] = "w1"
+    tiny.write_lines(more, [{"text": text} for text in texts])
+    ended = launch(*wanted, "targets=more")
+    assert ended.code == 2
+    assert "no token to predict within 24 tokens in rows 5, 41: each" in ended.err
+    assert [split.name for split in open_run(directory / "run").plan.targets] == ["val"]
+
+
 def test_a_checkpoint_with_another_configuration_is_told(launch: Launch, directory: Path) -> None:
     tiny.write_model(directory / "model-1", "gpt2", seed=1, activation_function="relu")
     ended = launch(*command(directory, "causal_lm", both(directory), "stage=plan", "proj_dim=16"))

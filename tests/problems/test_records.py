@@ -84,6 +84,22 @@ def test_a_damaged_line_is_named(
     assert raised.value.where == f"{path}, line {line}"
 
 
+@pytest.mark.parametrize("mark", [";", "\t", "|"])
+def test_a_file_with_another_separator_is_refused_by_it(mark: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(f"text{mark}label\n1,5{mark}2\n")
+    for columns in ((), ("label",)):
+        with pytest.raises(DatasetError) as raised:
+            found(path, columns)
+        assert str(raised.value) == (
+            f"columns are separated by {mark!r}, not by commas: {f'text{mark}label'!r}\n"
+            f"  where: {path}, line 1\n"
+            "  next:  save it with commas between columns, and points in numbers"
+        )
+    path.write_text(f"text{mark}label\n15{mark}2\n")
+    assert len(found(path, (f"text{mark}label",))) == 1
+
+
 def test_empty_texts_are_refused_with_their_rows(tmp_path: Path) -> None:
     path = tmp_path / "rows.txt"
     path.write_text("one\n\ntwo\n  \n")

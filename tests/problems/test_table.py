@@ -216,3 +216,34 @@ def test_a_target_of_a_class_that_is_not_trained_on_is_refused(tmp_path: Path) -
     (tmp_path / "val.csv").write_text("x,y\n1,c\n")
     with pytest.raises(DatasetError, match="column 'y' holds 'c' in row 0, no class of the train"):
         made(tmp_path, "x,y\n1,a\n2,b\n", targets={"val": str(tmp_path / "val.csv")})
+
+
+def test_numbers_that_are_not_whole_are_no_classes(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError) as raised:
+        made(tmp_path, "x,y\n1,2\n2,0.25\n3,1\n")
+    assert str(raised.value) == (
+        "column 'y' holds numbers that are not whole, such as 0.25: values, not classes\n"
+        f"  where: {tmp_path / 'train.csv'}\n"
+        "  next:  problem.task=regression; or, of classes, names that are no numbers"
+    )
+    assert len(made(tmp_path, "x,y\n1,2.0\n2,1.0\n").targets) == 0
+    assert made(tmp_path, "x,y\n1,0.5\n2,half\n").model[-1].out_features == 2
+    assert made(tmp_path, "x,y\n1,2\n2,0.25\n", task="regression").model[-1].out_features == 1
+
+
+@pytest.mark.parametrize("index", ["", "Unnamed: 0", "__index_level_0__"])
+def test_an_index_without_a_name_is_no_feature_unless_it_is_named(
+    index: str, tmp_path: Path
+) -> None:
+    text = f"{index},x,y\n0,5,a\n1,6,b\n"
+    problem = made(tmp_path, text)
+    assert problem.train[0][0].shape == (1,)
+    assert problem.notes
+    assert list(problem.notes()) == [
+        "table: 1 features, x; y is predicted, of 2 classes",
+        f"table: column {index!r} is left out, as an index: problem.columns may name it",
+    ]
+    both = made(tmp_path, text, columns=[index, "x"])
+    assert both.train[0][0].shape == (2,)
+    assert both.notes
+    assert len(list(both.notes())) == 1

@@ -25,7 +25,7 @@ from trak_dist.ops.gradients import (
     select_params,
 )
 from trak_dist.ops.hooks import HookGradients
-from trak_dist.ops.model_outputs import ModelOutput, out_to_loss, prepared
+from trak_dist.ops.model_outputs import BadLabel, ModelOutput, bad_label, out_to_loss, prepared
 from trak_dist.ops.model_state import ModelStateGuard, copy_model
 from trak_dist.ops.projection import Projector, make_projector
 from trak_dist.plan import Plan
@@ -88,6 +88,12 @@ class CheckpointFeaturizer:
         output = prepared(cast(FisherModelOutput, self.model_output), self.model)
         with torch.no_grad(), self._state_guard.preserve():
             return tuple(output.draw_labels(self.model, *state, clone_batch(batch), uniform))
+
+    def bad_label(self, batch: Batch) -> BadLabel | None:
+        """The first label of a batch on the device that the model can't have."""
+        batch = batch_in(self.plan.spec.featurize.compute, batch)
+        with self._state_guard.preserve():
+            return bad_label(self.model_output, self.model, batch)
 
     @property
     def shapes(self) -> dict[str, torch.Size]:

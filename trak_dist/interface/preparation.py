@@ -232,6 +232,7 @@ def _with_problem(resolved: Resolved, run: Run | None, plan: Plan | None, note: 
         return plan
     problem, source = building.build(spec, import_root=import_root)
     problem = problems.with_random_policy(problem, config.spec.featurize.random)
+    known = plan.targets if plan else ()
     if plan is None:
         for found in problems.notes(problem):
             note(found)
@@ -247,6 +248,8 @@ def _with_problem(resolved: Resolved, run: Run | None, plan: Plan | None, note: 
             train=config.checkpoints.train if more else trained,
             accept_source=config.accept_source,
         )
+        for found in problems.notes(problem) if len(plan.targets) > len(known) else ():
+            note(found)
     if run and run.plan.spec.featurize != plan.spec.featurize:
         plan = planning.with_gradients(plan, problem)
     if config.stage != "report":

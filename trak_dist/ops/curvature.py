@@ -111,7 +111,7 @@ def check_logistic(model: nn.Module, model_output: ModelOutput, batch: Batch) ->
     f = torch.stack([output.reshape(()) for output in outputs]).float()
     q = out_to_loss(model_output, model, batch, None).float()
     expected = torch.sigmoid(-f)
-    if not torch.allclose(q, expected, rtol=CLOSE, atol=CLOSE):
+    if not torch.allclose(q, expected, rtol=CLOSE, atol=CLOSE, equal_nan=True):
         at = int((q - expected).abs().nan_to_num(torch.inf).argmax())
         raise ProblemError(
             f"it declares the logistic loss, but out-to-loss of a train row is {float(q[at]):.6g}, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,12 +19,13 @@ from trak_dist.checkpoints.featurizer import (
 )
 from trak_dist.configuration.config import FeaturizeConfig
 from trak_dist.coordinates import TRAIN
-from trak_dist.errors import ProblemError
-from trak_dist.ops.batches import examples_in
+from trak_dist.errors import DatasetError, ProblemError, TrakDistError
+from trak_dist.ops.batches import Batch, examples_in
 from trak_dist.ops.gradients import LoopGradients
-from trak_dist.ops.model_outputs import prepared
+from trak_dist.ops.model_outputs import bad_label, prepared
+from trak_dist.ops.model_state import ModelStateGuard
 from trak_dist.plan import Plan
-from trak_dist.problem import MapDataset, Problem
+from trak_dist.problem import MapDataset, Problem, user_code_errors
 
 
 def first_batch(problem: Problem, dataset: MapDataset, *, name: str) -> tuple[Any, ...]:
@@ -56,6 +58,9 @@ def dry_run(problem: Problem, name: str, dataset: MapDataset, spec: FeaturizeCon
         ready = prepared(problem.model_output, model)
         with torch.no_grad():
             q = ready.get_out_to_loss_grad(model, weights, buffers, batch)
+    except TrakDistError as error:
+        where = ", ".join(filter(None, (error.where, f"the first examples of {name!r}")))
+        raise type(error)(error.what, where=where, next=error.next) from error
     except Exception as error:  # user code may raise anything
         text = " ".join(str(error).split())
         raise ProblemError(
@@ -71,6 +76,21 @@ def dry_run(problem: Problem, name: str, dataset: MapDataset, spec: FeaturizeCon
             next="it must give one value for each example: no mean over the batch",
         )
     datasets.render_row(problem, name, 0)
+
+
+def check_labels(
+    problem: Problem, name: str, rows: Sequence[int], batch: Batch, spec: FeaturizeConfig
+) -> None:
+    """Raise `DatasetError` if a label of these rows is none that the model can have."""
+    model = model_in(spec.compute, problem.model.eval())
+    with user_code_errors(f"computing examples of {name!r}"), ModelStateGuard(model).preserve():
+        found = bad_label(problem.model_output, model, batch_in(spec.compute, batch))
+    if found:
+        raise DatasetError(
+            found.of(rows[found.at], name),
+            where="problem",
+            next="correct the label, leave the row out, or give the model that it is for",
+        )
 
 
 def trial_rate(plan: Plan) -> float:

@@ -23,7 +23,7 @@ from trak_dist.planning import gradient_method
 from trak_dist.planning.checkpoints import held_names, planned_checkpoints
 from trak_dist.planning.curvature import check_fisher_rows, with_curvatures
 from trak_dist.planning.dropout import check_dropout, featurized_model
-from trak_dist.planning.dry_run import first_batch
+from trak_dist.planning.dry_run import check_labels, first_batch
 from trak_dist.planning.splits import planned_split, target_names
 from trak_dist.problem import Problem
 from trak_dist.runtime.session import built_signature
@@ -199,10 +199,11 @@ def _whole_batches(problem: Problem, split: Split, spec: Spec) -> dict[str, Batc
         split.rows, min(spec.featurize.batch_rows, max(2, PLANNING_BYTES // max(1, held)))
     )
     others = [row if i % 2 else min(row + 1, split.rows - 1) for i, row in enumerate(rows)]
-    return {
-        name: datasets.batch(problem, dataset, some, name=split.name)
-        for name, some in ((split.name, rows), (f"{split.name}, turned", others[::-1]))
-    }
+    batches = {}
+    for name, some in ((split.name, rows), (f"{split.name}, turned", others[::-1])):
+        batches[name] = datasets.batch(problem, dataset, some, name=split.name)
+        check_labels(problem, split.name, some, batches[name], spec.featurize)
+    return batches
 
 
 def _built_signature(

@@ -144,6 +144,7 @@ def _read_csv(path: Path, columns: Sequence[str]) -> dict[str, list[Any]]:
     rows = csv.reader((f"{line}\n" for _, line in _lines(path)), strict=True)
     try:
         header = next(rows, [])
+        _check_separator(path, header, columns)
         if len(set(header)) < len(header):
             raise DatasetError("two columns have one name", where=str(path), next="rename one")
         _check_columns(path, columns, header)
@@ -163,6 +164,17 @@ def _read_csv(path: Path, columns: Sequence[str]) -> dict[str, list[Any]]:
             f"not CSV: {error}", where=f"{path}, line {rows.line_num}", next="fix the line"
         ) from None
     return dict(zip(columns or header, values, strict=True))
+
+
+def _check_separator(path: Path, header: Sequence[str], columns: Sequence[str]) -> None:
+    """Raise `DatasetError` if the one column of a file looks like several, and is not asked for."""
+    found = next((mark for mark in ";\t|" if len(header) == 1 and mark in header[0]), None)
+    if found and header[0] not in columns:
+        raise DatasetError(
+            f"columns are separated by {found!r}, not by commas: {header[0][:60]!r}",
+            where=f"{path}, line 1",
+            next="save it with commas between columns, and points in numbers",
+        )
 
 
 def _read_text(path: Path, columns: Sequence[str]) -> dict[str, list[Any]]:

@@ -22,6 +22,7 @@ from trak_dist.problems.records import Records, read
 from trak_dist.problems.training import classifier_trainer, half_squared_error
 
 TASKS = ("classification", "regression")
+INDEX = ("", "Unnamed: 0", "__index_level_0__")  # as pandas writes one that has no name
 Row = tuple[Tensor, Tensor]
 
 
@@ -58,7 +59,7 @@ def problem(  # noqa: PLR0913 -- these are settings
     task : str
         `classification`, or `regression` by the squared error.
     columns : sequence of str, optional
-        The features; all other columns where left out.
+        The features; where left out all other columns, but for an index without a name.
     standardise : bool
         Whether mean and deviation of the train rows are taken out of features, and of the values
         of a regression.
@@ -91,10 +92,11 @@ def problem(  # noqa: PLR0913 -- these are settings
     wanted = [*chosen, target] if chosen else []
     records = {n: read(path, wanted, setting=setting) for n, (path, setting) in files.items()}
     _column(records[TRAIN], target)
-    names = chosen or [name for name in records[TRAIN].columns if name != target]
+    names = chosen or [n for n in records[TRAIN].columns if n not in (target, *INDEX)]
     features = {name: _numbers(one, names) for name, one in records.items()}
     classes: list[str] = []
     if task == "classification":
+        _check_not_continuous(records[TRAIN], target)
         classes = _classes(_column(records[TRAIN], target))
         values = {name: _class_numbers(one, target, classes) for name, one in records.items()}
     else:
@@ -121,6 +123,9 @@ def problem(  # noqa: PLR0913 -- these are settings
         yield f"table: {len(names)} features, {first_few(names)}; {target} is predicted" + (
             f", of {len(classes)} classes" if classes else ""
         )
+        unused = records[TRAIN].columns.keys() - {*names, target}
+        for name in (name for name in INDEX if name in unused):
+            yield f"table: column {name!r} is left out, as an index: problem.columns may name it"
 
     return Problem(
         model=made(),
@@ -174,6 +179,18 @@ def _number(value: object) -> float:
         return float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError, OverflowError):
         return math.nan
+
+
+def _check_not_continuous(records: Records, target: str) -> None:
+    """Raise `DatasetError` if a column of classes holds numbers, some of which are not whole."""
+    values = [_number(value) for value in records.columns[target] if _name(value)]
+    broken = [value for value in values if not value.is_integer()]
+    if broken and all(map(math.isfinite, values)):
+        raise records.error(
+            f"column {target!r} holds numbers that are not whole, such as {broken[0]:g}: values, "
+            "not classes",
+            "problem.task=regression; or, of classes, names that are no numbers",
+        )
 
 
 def _classes(values: Sequence[object]) -> list[str]:

@@ -11,12 +11,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trak_dist.cells import FeaturizeCell, FisherCell
+from trak_dist.checkpoints.featurizer import CheckpointFeaturizer
 from trak_dist.checks import gradient_audit
 from trak_dist.checks.input_digests import InputDigests
 from trak_dist.errors import NonFiniteGradient, ProblemError, WrongGradient
 from trak_dist.listing import first_few
 from trak_dist.ops.batches import examples_in
 from trak_dist.ops.curvature import uniform_of_rows
+from trak_dist.ops.model_outputs import BadLabel
 from trak_dist.runtime.cell_result import grads_facts
 from trak_dist.runtime.session import Session
 
@@ -92,6 +94,7 @@ def compute_rows(
         rows=rows,
         split=split,
         what=f"checkpoint {plan.named_model(cell.model_id)} ({path})",
+        bad_label=lambda at: _bad_label(session, featurizer, split, rows[at]),
         where=cell.id,
     )
     check_not_all_zero(grads, where=cell.id)
@@ -106,6 +109,14 @@ def compute_rows(
         **checks.facts(),
     }
     return ComputedRows(grads, out_to_loss, shown, facts)
+
+
+def _bad_label(
+    session: Session, featurizer: CheckpointFeaturizer, split: str, row: int
+) -> BadLabel | None:
+    """The label of a row that is none, if it has one."""
+    (batch,) = session.batches(split, [row])
+    return featurizer.bad_label(session.to_device(batch))
 
 
 def _names(split: str, rows: Sequence[int]) -> Callable[[int], str]:
@@ -136,22 +147,31 @@ def or_by_loop(session: Session, cell: FeaturizeCell | FisherCell, compute: Call
     return compute()
 
 
-def check_finite(
+def check_finite(  # noqa: PLR0913 -- what an error says
     grads: Float[Tensor, "rows k"],
     out_to_loss: Float[Tensor, " rows"],
     *,
     rows: Sequence[int],
     split: str,
     what: str,
+    bad_label: Callable[[int], BadLabel | None],
     where: str = "",
 ) -> None:
-    """Raise `NonFiniteGradient` if a gradient or an out-to-loss is not finite, naming the rows."""
+    """Raise `NonFiniteGradient` if a gradient or an out-to-loss is not finite, naming the rows.
+
+    Parameters
+    ----------
+    bad_label : callable
+        What is wrong with the label of the row at a place in `rows`, asked if it is not finite.
+    """
     bad = ~(grads.isfinite().all(1) & out_to_loss.isfinite())
     if bad.any():
-        found = [rows[at] for at in bad.nonzero().flatten().tolist()]
+        places = bad.nonzero().flatten().tolist()
+        found, none = [rows[at] for at in places], bad_label(places[0])
+        label = f"{none.of(found[0], split)}; " if none else ""
         raise NonFiniteGradient(
             f"non-finite gradient or out-to-loss in {len(found)} of {len(rows)} rows of "
-            f"{split!r}: {first_few(found)}; {what}",
+            f"{split!r}: {first_few(found)}; {label}{what}",
             where=where,
             next="look there for NaN, and for labels that are no class, then run it again",
         )

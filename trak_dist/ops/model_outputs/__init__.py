@@ -8,6 +8,7 @@ from trak_dist.ops.model_outputs.classification import (
 from trak_dist.ops.model_outputs.clip import CLIP
 from trak_dist.ops.model_outputs.dense import MultiLabelClassification, Segmentation
 from trak_dist.ops.model_outputs.diffusion import Diffusion, NoisedRows
+from trak_dist.ops.model_outputs.labels import BadLabel, bad_label
 from trak_dist.ops.model_outputs.language import (
     IGNORED,
     LanguageModeling,
@@ -30,6 +31,7 @@ from trak_dist.ops.model_outputs.tokens import EachToken
 __all__ = [
     "CLIP",
     "IGNORED",
+    "BadLabel",
     "BatchedModelOutput",
     "Diffusion",
     "EachToken",
@@ -47,6 +49,7 @@ __all__ = [
     "TextClassification",
     "Weights",
     "attention_mask",
+    "bad_label",
     "forget",
     "out_to_loss",
     "own_method",

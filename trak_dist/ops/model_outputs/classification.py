@@ -7,16 +7,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 
 from trak_dist.errors import ProblemError
 from trak_dist.ops import draws
 from trak_dist.ops.model_outputs.calls import predicted, with_labels
+from trak_dist.ops.model_outputs.labels import KnownLabels
 from trak_dist.ops.model_outputs.losses import LogisticLoss
 from trak_dist.ops.model_outputs.protocol import Weights
-
-State = tuple[dict[str, Tensor], dict[str, Tensor]]
 
 # What the tensors of a batch are, by their number; four as TRAK's batches have them.
 TEXT_FIELDS = {
@@ -25,7 +24,7 @@ TEXT_FIELDS = {
 }
 
 
-class _Classification(LogisticLoss, ABC):
+class _Classification(KnownLabels, LogisticLoss, ABC):
     """The margin f = log(p / (1 − p)) of the true class.
 
     Park et al. 2023, "TRAK: Attributing Model Behavior at Scale", section 3.3: with cross-entropy
@@ -33,8 +32,8 @@ class _Classification(LogisticLoss, ABC):
     """
 
     @abstractmethod
-    def _logits(
-        self, model: nn.Module, state: State, batch: Sequence[Any]
+    def _logits_and_labels(
+        self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
     ) -> tuple[Float[Tensor, "batch classes"], Int64[Tensor, " batch"]]:
         """The logits of a batch, and its labels."""
 
@@ -42,7 +41,7 @@ class _Classification(LogisticLoss, ABC):
         self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
     ) -> Float[Tensor, " batch"]:
         """F of each example, from one forward pass."""
-        return _margins(*self._logits(model, (dict(weights), dict(buffers)), batch))
+        return _margins(*self._logits_and_labels(model, weights, buffers, batch))
 
     def draw_labels(
         self,
@@ -53,24 +52,30 @@ class _Classification(LogisticLoss, ABC):
         uniform: draws.Uniform,
     ) -> Sequence[Any]:
         """The batch with labels drawn from the model's own prediction (`ops.curvature`)."""
-        logits, _ = self._logits(model, (dict(weights), dict(buffers)), batch)
+        logits, _ = self._logits_and_labels(model, weights, buffers, batch)
         return with_labels(batch, draws.categorical(logits, uniform(1)[:, 0]))
 
     def get_batch_log_likelihood(
         self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
     ) -> Float[Tensor, " batch"]:
         """Log p of each example's label."""
-        logits, labels = self._logits(model, (dict(weights), dict(buffers)), batch)
+        logits, labels = self._logits_and_labels(model, weights, buffers, batch)
         return -nn.functional.cross_entropy(logits.float(), labels, reduction="none")
+
+    def _is_label(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return _one_hot(logits, labels).any(1)
+
+    def _labels_are(self, logits: Tensor) -> str:
+        return f"the model has {logits.shape[1]} logits"
 
 
 class ImageClassification(_Classification):
     """The margin log(p / (1 − p)) of the true class; batches of (images, labels)."""
 
-    def _logits(
-        self, model: nn.Module, state: State, batch: Sequence[Any]
+    def _logits_and_labels(
+        self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
     ) -> tuple[Float[Tensor, "batch classes"], Int64[Tensor, " batch"]]:
-        return predicted(model, *state, batch)
+        return predicted(model, weights, buffers, batch)
 
 
 class TextClassification(_Classification):
@@ -81,8 +86,8 @@ class TextClassification(_Classification):
     model's arguments and `labels`. What the model returns has `logits`, or is them.
     """
 
-    def _logits(
-        self, model: nn.Module, state: State, batch: Sequence[Any]
+    def _logits_and_labels(
+        self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
     ) -> tuple[Float[Tensor, "batch classes"], Int64[Tensor, " batch"]]:
         inputs = batch[0] if len(batch) == 1 else _named(batch)
         if not inputs:
@@ -92,7 +97,7 @@ class TextClassification(_Classification):
                 next="(input_ids, attention_mask, labels), TRAK's (input_ids, token_type_ids, "
                 "attention_mask, labels), or one mapping of the model's arguments and `labels`",
             )
-        return predicted(model, *state, (inputs,))
+        return predicted(model, weights, buffers, (inputs,))
 
 
 def attention_mask(batch: Sequence[Any]) -> Tensor | None:
@@ -114,14 +119,7 @@ def _named(batch: Sequence[Any]) -> dict[str, Any]:
 def _margins(
     logits: Float[Tensor, "batch classes"], labels: Int64[Tensor, " batch"]
 ) -> Float[Tensor, " batch"]:
-    if labels.shape != logits.shape[:1]:
-        raise ProblemError(
-            f"labels of shape {tuple(labels.shape)} with logits of shape {tuple(logits.shape)}",
-            where="the batch",
-            next="give the number of its class for each example",
-        )
-    classes = torch.arange(logits.shape[1], device=logits.device)
-    is_true = classes == labels[:, None]
+    is_true = _one_hot(logits, labels)
     # The margin does not depend on an offset; its rounding, forward and backward, would.
     logits = logits - logits.detach().amax(1, keepdim=True)
     # where(), not indexing in place: the same under vmap, and no NaN in its gradient
@@ -129,3 +127,25 @@ def _margins(
     own = torch.where(is_true, logits, 0).sum(1)
     # A label that is no class must not pass for one: NaN is found, and its row named.
     return torch.where(is_true.any(1), own - others, torch.nan)
+
+
+def _one_hot(
+    logits: Float[Tensor, "batch classes"], labels: Int64[Tensor, " batch"]
+) -> Bool[Tensor, "batch classes"]:
+    """Where an example's true class is."""
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise ProblemError(
+            f"logits of shape {tuple(logits.shape)}: the margin of a class needs (batch, classes), "
+            "two classes or more",
+            where="the model",
+            next="of one logit for each example, MultiLabelClassification and labels (batch, 1) of "
+            "0 and 1; of a value, Regression; or a model with a logit for each class",
+        )
+    if labels.shape != logits.shape[:1]:
+        raise ProblemError(
+            f"labels of shape {tuple(labels.shape)} with logits of shape {tuple(logits.shape)}",
+            where="the batch",
+            next="give the number of its class for each example",
+        )
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    return classes == labels[:, None]

@@ -26,8 +26,14 @@ class MultiLabelClassification(ManyLabels):
         check_shapes(labels, logits.shape, logits)
         labels = labels.to(logits.dtype)
         each = -F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-        each = nan_unless((labels >= 0) & (labels <= 1), each)
+        each = nan_unless(self._is_label(logits, labels), each)
         return each.flatten(1), torch.ones_like(each.flatten(1)[:, 0])
+
+    def _is_label(self, logits: Tensor, labels: Tensor) -> Tensor:  # noqa: ARG002
+        return (labels >= 0) & (labels <= 1)
+
+    def _labels_are(self, logits: Tensor) -> str:  # noqa: ARG002
+        return "which is not between 0 and 1"
 
     def _draw(self, logits: Tensor, labels: Tensor, uniform: draws.Uniform) -> Tensor:
         u = uniform(logits[0].numel()).view(logits.shape)
@@ -55,9 +61,17 @@ class Segmentation(ManyLabels):
         each = logits.log_softmax(1).gather(1, classes[:, None])[:, 0]
         counted = labels != self.ignore_index
         none = ~counted.flatten(1).any(1)[:, None, None]
-        each = nan_unless((classes == labels) | ~(counted | none), each)
+        each = nan_unless(self._is_label(logits, labels) & ~none, each)
         each = torch.where(counted | none, each, 0).flatten(1)
         return each, counted.flatten(1).sum(1).to(each.dtype)
+
+    def _is_label(self, logits: Tensor, labels: Tensor) -> Tensor:
+        labels = labels.long()
+        is_class = (labels >= 0) & (labels < logits.shape[1])
+        return is_class | (labels == self.ignore_index)
+
+    def _labels_are(self, logits: Tensor) -> str:
+        return f"the model has {logits.shape[1]} logits"
 
     def _draw(self, logits: Tensor, labels: Tensor, uniform: draws.Uniform) -> Tensor:
         u = uniform(labels[0].numel()).view(labels.shape)

@@ -31,8 +31,14 @@ class _Tokens(ManyLabels, ABC):
     ) -> tuple[Float[Tensor, "batch labels"], Float[Tensor, " batch"]]:
         tokens = labels.clamp(0, logits.shape[-1] - 1)
         found = logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
-        found = nan_unless((tokens == labels) | (labels == IGNORED), found)
+        found = nan_unless(self._is_label(logits, labels), found)
         return torch.where(labels == IGNORED, 0, found), torch.ones_like(found.sum(1))
+
+    def _is_label(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return ((labels >= 0) & (labels < logits.shape[-1])) | (labels == IGNORED)
+
+    def _labels_are(self, logits: Tensor) -> str:
+        return f"the model has {logits.shape[-1]} logits"
 
     def _draw(
         self,
@@ -52,8 +58,14 @@ class LanguageModeling(_Tokens):
     perhaps `labels`; or (input_ids,), (input_ids, labels) or (input_ids, attention_mask, labels).
     As in Hugging Face, labels are not shifted: the logits at t are for the label at t + 1, and a
     label of −100 does not count. Where no labels are given, they are the input_ids where
-    `attention_mask`, if there is one, is 1. What the model returns has `logits` (batch, tokens,
-    vocabulary), or is them.
+    `attention_mask`, if there is one, is 1, and is 1 of the token before: the first token of a text
+    is predicted from nothing, or from padding on its left. What the model returns has `logits`
+    (batch, tokens, vocabulary), or is them.
+
+    The model is called with what the batch has, as in training. So padding on the left changes
+    nothing where it takes positions from the mask (OPT), or has relative ones (Llama); of others
+    (GPT-2) a batch that is padded on the left needs `position_ids` that count the text's tokens
+    alone.
     """
 
     def _logits_and_labels(
@@ -166,9 +178,16 @@ def _parts(
         if len(batch) == 3:
             return (), {"input_ids": first, "attention_mask": batch[1]}, batch[2]
         return (first,), {}, batch[-1]
-    inputs = dict(first)
-    labels, mask = inputs.pop("labels", None), inputs.get("attention_mask")
-    if labels is None:
-        ids = inputs["input_ids"]
-        labels = ids if mask is None else torch.where(mask == 1, ids, IGNORED)
+    inputs, labels = dict(first), text_labels(first)
+    inputs.pop("labels", None)
     return (), inputs, labels
+
+
+def text_labels(text: Mapping[str, Any]) -> Int64[Tensor, "*batch tokens"]:
+    """The labels of a text, or of a batch of them: those that are given, else its tokens."""
+    labels, ids, mask = (text.get(k) for k in ("labels", "input_ids", "attention_mask"))
+    if labels is None and mask is not None:
+        real = torch.as_tensor(mask) == 1
+        counted = real & nn.functional.pad(real[..., :-1], (1, 0))
+        labels = torch.where(counted, torch.as_tensor(ids), IGNORED)
+    return torch.as_tensor(ids if labels is None else labels)

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from trak_dist.ops import draws
 from trak_dist.ops.model_outputs.calls import predicted, with_labels
+from trak_dist.ops.model_outputs.labels import KnownLabels
 from trak_dist.ops.model_outputs.losses import NegativeLoss
 from trak_dist.ops.model_outputs.protocol import Weights
 
 
-class ManyLabels(NegativeLoss, ABC):
+class ManyLabels(KnownLabels, NegativeLoss, ABC):
     """F = Σ or mean of log p(label | input); Fisher rows by labels drawn from the prediction."""
 
     @abstractmethod

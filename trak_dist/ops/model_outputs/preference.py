@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from trak_dist.errors import ProblemError
+from trak_dist.ops.model_outputs.labels import BadLabel
 from trak_dist.ops.model_outputs.language import LanguageModeling
 from trak_dist.ops.model_outputs.losses import LogisticLoss
 from trak_dist.ops.model_outputs.protocol import Weights
@@ -66,6 +67,14 @@ class Preference(LogisticLoss):
         )
         margin: Tensor = self.beta * (chosen - rejected)
         return margin
+
+    def get_bad_label(
+        self, model: nn.Module, weights: Weights, buffers: Weights, batch: Sequence[Any]
+    ) -> BadLabel | None:
+        """The first label of either side that is none."""
+        sides = [(_of(side, batch[0]),) for side in SIDES]
+        found = (LanguageModeling().get_bad_label(model, weights, buffers, one) for one in sides)
+        return next((bad for bad in found if bad), None)
 
 
 def _of(side: str, inputs: Mapping[str, Any]) -> dict[str, Any]:

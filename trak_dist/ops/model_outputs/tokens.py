@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from trak_dist.errors import DatasetError
-from trak_dist.ops.model_outputs.language import IGNORED
+from trak_dist.ops.model_outputs.language import IGNORED, text_labels
 
 
 class EachToken:
@@ -51,8 +51,8 @@ class EachToken:
         """A text with one label."""
         row, position = self.place(index)
         text = self._dataset[row]
-        labels = torch.full_like(_labels(text), IGNORED)
-        labels[position] = _labels(text)[position]
+        labels = torch.full_like(text_labels(text), IGNORED)
+        labels[position] = text_labels(text)[position]
         return {**text, "labels": labels}
 
     def place(self, index: int) -> tuple[int, int]:
@@ -71,14 +71,5 @@ class EachToken:
                 next="a dataset of mappings with input_ids, and attention_mask and labels if there "
                 "are any",
             )
-        counted = (_labels(text) != IGNORED).nonzero()[:, 0].tolist()
+        counted = (text_labels(text) != IGNORED).nonzero()[:, 0].tolist()
         return [position for position in counted if position]  # nothing predicts the first one
-
-
-def _labels(text: Mapping[str, Any]) -> torch.Tensor:
-    ids = torch.as_tensor(text["input_ids"])
-    if "labels" in text:
-        return torch.as_tensor(text["labels"])
-    if "attention_mask" in text:
-        return torch.where(torch.as_tensor(text["attention_mask"]) == 1, ids, IGNORED)
-    return ids
