@@ -250,12 +250,8 @@ class Plan:
     def gram_id(self) -> str:
         """Names one matrix that kernels are made of: `2048`, `8192-fisher4-dual`, `4096-2parts`."""
         own = [] if self.curvature == "none" else [self.curvature_id]
-        return "-".join([str(self.proj_dim), *own, *self._form])
-
-    @property
-    def _form(self) -> list[str]:
-        parts = [f"{self.gram_parts}parts"] if self.gram_parts else []
-        return ["dual"] if self.dual else parts
+        form = ["dual"] * self.dual or [f"{self.gram_parts}parts"] * bool(self.gram_parts)
+        return "-".join([str(self.proj_dim), *own, *form])
 
     @property
     def curvature_id(self) -> str:
