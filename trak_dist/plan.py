@@ -31,9 +31,8 @@ REDUCE_KEYS = ("proj_dim", "reduce.", "checkpoints.use")
 GRADIENTS_KEY = "featurize.gradients"
 # What is asked for; what became of it enters digests by itself.
 REQUESTS = (
-    *(GRADIENTS_KEY, "reduce.curvature", "reduce.kernel_form", "reduce.fisher_"),
-    "reduce.gram_rows",
-)
+    GRADIENTS_KEY, "reduce.curvature", "reduce.kernel_form", "reduce.fisher_", "reduce.gram_rows"
+)  # fmt: skip
 SWEEP_KEYS = (
     *("proj_dim", "store_dim", "projection.", "checkpoints.use"),
     # not reduce.threads: they set the bits of the shared Gram
