@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trak_dist import machine, trust
+from trak_dist import graph, machine, trust
 from trak_dist.cells import STEPS, Cell, runs_problem
 from trak_dist.configuration.config import DEVICES, SlurmConfig
 from trak_dist.configuration.validation import cluster_from_mapping
@@ -42,7 +42,7 @@ DEFAULT_GRACE_SECONDS = 30.0  # where no setting says how long before the end th
 
 @dataclass(frozen=True)
 class Assignment:
-    """The cells of one process; its attempts are counted under `name` and `index`."""
+    """The cells of one process; its attempts are counted under `name`, `index` and `process`."""
 
     name: str
     index: int
@@ -51,6 +51,7 @@ class Assignment:
     device: str
     grace_seconds: float
     max_attempts: int
+    process: int = 0
 
 
 class TerminationNotice:
@@ -110,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             job = jobs.read(int(options.what))
             jobs = JobRecords(_run_as_submitted(jobs.run, job, retry_delays))
             if job.step == CONTINUATION:
-                return _continue_submission(jobs, job)
+                return DONE if machine.step_process().number else _continue_submission(jobs, job)
             task = _submitted_assignment(job, options.what)
         else:
             task = _array_share(jobs.run, options)
@@ -151,22 +152,21 @@ def _submitted_assignment(job: JobRecord, name: str) -> Assignment:
     index = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))
     if index >= len(job.tasks):
         raise ConfigError(f"job {name} has {len(job.tasks)} tasks, there is no task {index}")
-    settings = cluster_from_mapping(job.cluster)
+    settings, process = cluster_from_mapping(job.cluster), machine.step_process()
     return Assignment(
         name=name,
         index=index,
         fingerprint=job.fingerprint,
-        cells=job.cells(index),
+        cells=graph.share(job.cells(index), process.number, process.count),
         device=job.device,
         grace_seconds=settings.signal_delay / 2,
         max_attempts=settings.max_attempts,
+        process=process.number,
     )
 
 
 def _array_share(run: Run, options: argparse.Namespace) -> Assignment:
     """A contiguous share of all cells, so that it does not depend on what other tasks did."""
-    from trak_dist import graph
-
     if options.what not in STEPS:
         raise ConfigError(f"{options.what!r} is not a step", next=f"one of {', '.join(STEPS)}")
     get = os.environ.get
@@ -178,16 +178,18 @@ def _array_share(run: Run, options: argparse.Namespace) -> Assignment:
             f"the array has {count} tasks among {last + 1} indices: some shares would be missing",
             next="sbatch --array=0-19 …, without gaps",
         )
-    tasks = graph.tasks(run.plan, options.what)
+    tasks, process = graph.tasks(run.plan, options.what), machine.step_process()
     share = tasks[index * len(tasks) // count : (index + 1) * len(tasks) // count]
+    cells = tuple(cell for task in share for cell in task)
     return Assignment(
         name=f"sbatch-{get('SLURM_ARRAY_JOB_ID') or get('SLURM_JOB_ID', 'none')}-{options.what}",
         index=index,
         fingerprint=run.plan.fingerprint,
-        cells=tuple(cell for task in share for cell in task),
+        cells=graph.share(cells, process.number, process.count),
         device=options.device,
         grace_seconds=DEFAULT_GRACE_SECONDS,
         max_attempts=options.max_attempts,
+        process=process.number,
     )
 
 
@@ -203,21 +205,20 @@ def _run(
     if not remaining:
         log.info("all %d cells were done before", len(task.cells))
         return DONE
-    attempt = jobs.begin(
-        task.name, task.index, done=len(done), by={**machine.process(), "started": time.time()}
-    )
+    by = {**machine.process(), "started": time.time()}
+    attempt = jobs.begin(task.name, task.index, task.process, done=len(done), by=by)
     log.info("attempt %d: %d of %d cells to do", attempt.number, len(remaining), len(task.cells))
     if attempt.fruitless > task.max_attempts:
         _give_up(run, remaining[0], attempt.fruitless - 1)
         return FAILED
 
     from trak_dist import worker  # loads torch
+    from trak_dist.runtime import session
 
-    cells = [c.id for c in task.cells]
+    cells, process = [c.id for c in task.cells], machine.step_process()
     run_dir = str(run.layout.run_dir)
-    if worker.run_cells(
-        run_dir, task.fingerprint, task.device, cells, termination_notice, retry_delays
-    ):
+    device = session.own_gpu(task.device, process.local) if process.count > 1 else task.device
+    if worker.run_cells(run_dir, task.fingerprint, device, cells, termination_notice, retry_delays):
         return DONE
     return REQUEUE if termination_notice() else FAILED
 

@@ -15,11 +15,12 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
+import torch
 from blocking_problem import AT
 from killing import Killed
 from submission_assertions import fail, finish, opened, publish
 
-from trak_dist import graph, task, worker
+from trak_dist import graph, machine, task, worker
 from trak_dist.cells import of_stage, parse_cell
 from trak_dist.runtime.inputs import require
 from trak_dist.store.jobs import Attempt, JobRecords
@@ -158,6 +159,79 @@ def test_a_damaged_record(main: Main, run: Run, log) -> None:
 def test_a_directory_without_a_run(main: Main, tmp_path: Path, log) -> None:
     assert task.main([str(tmp_path / "nowhere"), "1"]) == 1
     assert "there is no run here: plan.json is missing" in log[-1]
+
+
+@pytest.fixture
+def as_process(main: Main, monkeypatch) -> Callable[..., int]:
+    """As one of several processes that srun started for one task."""
+
+    def called(number: int, count: int, *arguments: object) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SLURM_PROCID", str(number))
+            patch.setenv("SLURM_LOCALID", str(number))
+            patch.setenv("SLURM_STEP_NUM_TASKS", str(count))
+            return main(*arguments)
+
+    return called
+
+
+def test_the_processes_of_a_task_share_its_cells(as_process, run: Run, asked, monkeypatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    for what, cells, chains in (
+        (publish(run, FIRST), FIRST, 3),
+        (publish(run, KERNEL, step="kernel"), KERNEL, 1),
+        ("kernel", [c.id for chain in graph.tasks(run.plan, "kernel") for c in chain], 3),
+    ):
+        for count in (2, 5):
+            asked.clear()
+            assert {as_process(number, count, what) for number in range(count)} == {0}
+            assert [cell for share in asked for cell in share] == cells, "each cell once"
+            assert len(asked) == min(count, chains), "what depends on another stays with it"
+
+
+def test_each_process_of_a_task_counts_its_own_attempts(as_process, run: Run, monkeypatch) -> None:
+    job = publish(run, FIRST, max_attempts=1)
+
+    def run_cells(run_dir, fingerprint, device, cell_ids, stopped, pauses) -> bool:
+        if cell_ids == FIRST[2:]:
+            raise Killed
+        finish(run, cell_ids)
+        return True
+
+    monkeypatch.setattr(worker, "run_cells", run_cells)
+    assert as_process(0, 2, job) == 0
+    with pytest.raises(Killed):
+        as_process(1, 2, job)
+    assert as_process(0, 2, job) == 0, "nothing is left"
+    assert as_process(1, 2, job) == 1
+    counted = [JobRecords(run).attempt(str(job), 0, process) for process in (0, 1)]
+    assert [a and a.fruitless for a in counted] == [1, 2]
+    assert [c.id for c in run.receipts.failures(map(parse_cell, FIRST))] == FIRST[2:]
+
+
+def test_each_process_of_a_node_has_a_gpu_and_a_log_of_its_own(
+    as_process, run: Run, monkeypatch
+) -> None:
+    devices, logs, current = [], [], []
+
+    def run_cells(run_dir, fingerprint, device, *_: object) -> bool:
+        devices.append(device)
+        logs.append(machine.process()["log"])
+        return True
+
+    monkeypatch.setattr(worker, "run_cells", run_cells)
+    monkeypatch.setenv(machine.LOG_VARIABLE, "/a%t/1_0_%t_log.out")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for number in range(3):
+        as_process(number, 3, publish(run, FIRST, device="auto"))
+    assert devices == ["cuda:0", "cuda:1", "cuda:0"]
+    assert current == [0, 1, 0]
+    assert logs == [f"/a%t/1_0_{number}_log.out" for number in range(3)]
+    as_process(1, 2, publish(run, FIRST, device="cpu"))
+    as_process(0, 1, publish(run, FIRST, device="auto"))
+    assert devices[3:] == ["cpu", "auto"]
 
 
 # Receipts of other nodes, which this one may see later -------------------------------------------

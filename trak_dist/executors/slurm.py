@@ -154,9 +154,8 @@ def dry_run(
 
     def submit_group(step: str, tasks: Sequence[graph.Task], dependency: str) -> str:
         number = len(scripts) + 1
-        scripts.append(
-            batch.script(run, cluster, make_batch(jobs, number, step, tasks, dependency))
-        )
+        array = make_batch(jobs, cluster, number, step, tasks, dependency)
+        scripts.append(batch.script(run, cluster, array))
         return f"<{number}>"
 
     everything = slurm.Limits(slurm.UNLIMITED, slurm.UNLIMITED, "")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from trak_dist import slurm
+from trak_dist import graph, slurm
 from trak_dist.cells import STAGE_STEPS, Cell, of_stage
 from trak_dist.errors import SlurmError
 from trak_dist.status.queue import Queue, read_queue
@@ -159,11 +160,12 @@ def _lost(jobs: JobRecords, stages: Mapping[str, StageStatus]) -> list[VanishedT
     found = []
     for number, job in jobs.readable(jobs.numbers()) if missing else ():
         logs = jobs.run.layout.task_logs(number)
-        for index in range(len(job.tasks)):
-            made = job.cells(index)
+        places = itertools.product(range(len(job.tasks)), range(job.processes))
+        for index, process in places:
+            made = graph.share(job.cells(index), process, job.processes)
             cells = tuple(c for c in made if c in missing)
-            attempt = jobs.attempt(str(number), index) if cells else None
-            log = logs.get(index) if cells else None
+            attempt = jobs.attempt(str(number), index, process) if cells else None
+            log = logs.get((index, process)) if cells else None
             if attempt or log:
                 missing.difference_update(cells)
                 if any(c in failed for c in made):

@@ -35,7 +35,8 @@ class JobRecord:
 
     `launch` names the command that it came from: of one command each cell is submitted once.
     `cluster` and `stages` are what the command was given, `device` is what follows for this step;
-    `member` names the member of a sweep that it is for, `generation` is that of its plan.
+    `member` names the member of a sweep that it is for, `generation` is that of its plan,
+    `processes` is how many share each task.
     """
 
     launch: str
@@ -47,6 +48,7 @@ class JobRecord:
     stages: tuple[str, ...]
     member: str = ""
     generation: int = 0
+    processes: int = field(default=1, metadata={"min": 1})
 
     def cells(self, index: int) -> tuple[Cell, ...]:
         """The cells of one task; of a task that there is not, none."""
@@ -191,19 +193,22 @@ class JobRecords:
     def _others(self) -> dict[str, Run]:
         return {}
 
-    def attempt(self, job: str, index: int) -> Attempt | None:
-        """How the last attempt at a task began, if there was one."""
+    def attempt(self, job: str, index: int, process: int = 0) -> Attempt | None:
+        """How the last attempt of a process at a task began, if there was one."""
         try:
-            raw = decoding.mapping(self._layout.attempt(job, index).read_bytes())
+            raw = decoding.mapping(self._layout.attempt(job, index, process).read_bytes())
             return structure(Attempt, raw, "it is no attempt:")
         except (OSError, ValueError):  # none, or damaged: counting starts over
             return None
 
-    def begin(self, job: str, index: int, *, done: int, by: Mapping[str, Any]) -> Attempt:
-        """Record that an attempt at a task begins, `done` of its cells being done."""
-        last = self.attempt(job, index)
+    def begin(
+        self, job: str, index: int, process: int = 0, *, done: int, by: Mapping[str, Any]
+    ) -> Attempt:
+        """Record that an attempt at a task begins, `done` of the process's cells being done."""
+        last = self.attempt(job, index, process)
         fruitless = last.fruitless + 1 if last and last.done >= done else 1
         number = last.number + 1 if last else 1
         attempt = Attempt(number=number, fruitless=fruitless, done=done, job=by)
-        atomic.write(self._layout.attempt(job, index), json.dumps(unstructure(attempt)).encode())
+        path = self._layout.attempt(job, index, process)
+        atomic.write(path, json.dumps(unstructure(attempt)).encode())
         return attempt
