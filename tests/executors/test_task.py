@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import signal
 import subprocess
@@ -20,9 +19,11 @@ from blocking_problem import AT
 from killing import Killed
 from submission_assertions import fail, finish, opened, publish
 
-from trak_dist import graph, machine, task, worker
+from trak_dist import graph, machine, plan_file, task, worker
 from trak_dist.cells import of_stage, parse_cell
+from trak_dist.errors import PlanMismatch
 from trak_dist.runtime.inputs import require
+from trak_dist.store import atomic
 from trak_dist.store.jobs import Attempt, JobRecords
 from trak_dist.store.run import Run
 
@@ -123,7 +124,8 @@ def test_a_task_with_a_cell_that_fails(main: Main, run: Run, monkeypatch) -> Non
 def test_a_task_whose_inputs_are_missing(main: Main, run: Run) -> None:
     assert main(publish(run, KERNEL, step="kernel")) == 1
     assert done(run, KERNEL) == []
-    assert run.receipts.failures(map(parse_cell, KERNEL)) == {}
+    failures = run.receipts.failures(map(parse_cell, KERNEL))
+    assert [c.id for c in failures] == KERNEL[:1], "the others lack this one"
 
 
 def test_a_task_for_another_plan(main: Main, run: Run, log) -> None:
@@ -290,6 +292,9 @@ def test_a_task_looks_for_longer_than_nfs_may_hide_its_inputs_and_then_says_whic
         "gram/0: not run: after retrying for 90 s, 1 of the cells that gram/0 needs are not done: "
         f"{hidden}"
     ) in unseen.log
+    failure = run.receipts.failure(parse_cell("gram/0"))
+    assert failure
+    assert failure.error.startswith("after retrying for 90 s, 1 of the cells that gram/0 needs")
     assert [line.split(":")[0] for line in unseen.log if ": not run: " in line] == KERNEL
 
 
@@ -318,8 +323,9 @@ def test_a_task_that_is_warned_while_it_looks_requeues(run: Run, unseen) -> None
     unseen.meanwhile[2] = lambda: setattr(warned, "said", True)
     cells = tuple(map(parse_cell, KERNEL))
     given = task.Assignment("1", 0, run.plan.fingerprint, cells, "cpu", 1.0, 5)
-    assert task._run(JobRecords(run), given, lambda: warned.said, itertools.repeat(5.0)) == 85
+    assert task._run(JobRecords(run), given, lambda: warned.said, (5.0,) * 18) == 85
     assert unseen.slept == [5.0, 5.0]
+    assert run.receipts.failures(map(parse_cell, KERNEL)) == {}
 
 
 def test_where_the_launcher_waits_for_its_workers_nobody_looks_again(
@@ -361,8 +367,65 @@ def test_a_task_that_sees_an_older_plan_waits_for_the_one_it_was_submitted_for(
     assert unseen.slept == [5.0, 5.0]
     assert on_slurm(publish(run, FIRST, generation=2)) == 1
     assert log[-1].startswith(
-        "the job was submitted for plan.2.json, which is not there after retrying for 90 s\n"
+        "after retrying for 90 s, the job was submitted for plan.2.json, which is not there\n"
     )
+
+
+def test_a_task_that_sees_the_plan_of_a_run_that_was_here_before_waits_for_its_own(
+    on_slurm: Main, run: Run, unseen, log
+) -> None:
+    path, digest = run.layout.plan(0), run.plan_digest(0)
+    own, before = path.read_text(), plan_file.dump(replace(run.plan, targets=run.plan.targets[:1]))
+    job = publish(run, ["featurize/0/test/0-5"], plan=digest)
+    path.write_text(before)
+    unseen.meanwhile[2] = lambda: path.write_text(own)
+    assert on_slurm(job) == 0
+    assert unseen.slept == [5.0, 5.0]
+    path.write_text(before)
+    assert on_slurm(job) == 1
+    assert log[-1] == (
+        "after retrying for 90 s, the job was submitted for plan.json, which has digest "
+        f"{run.plan_digest(0)} here, {digest} there\n"
+        f"  where: {path}\n"
+        "  next:  run the launch command again: what is missing is submitted again"
+    )
+    with pytest.raises(PlanMismatch, match="the plan was superseded: featurize/0/test/0-5 has key"):
+        run.check_not_superseded(parse_cell("featurize/0/test/0-5"))
+
+
+def test_a_task_that_sees_its_own_record_late_waits_for_it(
+    on_slurm: Main, run: Run, unseen
+) -> None:
+    unseen.meanwhile[2] = lambda: publish(run, FIRST[:1])
+    assert on_slurm(1) == 0
+    assert unseen.slept == [5.0, 5.0]
+
+
+@pytest.mark.parametrize(("hidden", "code"), [(0.3, 0), (1e9, 1)])
+def test_a_task_whose_listings_are_older_than_its_inputs(
+    main: Main, run: Run, monkeypatch, hidden: float, code: int
+) -> None:
+    """Nor do they show what it wrote itself."""
+    cells = [cell.id for cell in of_stage(run.plan, "featurize")]
+    assert worker.run_cells(str(run.layout.run_dir), run.plan.fingerprint, "cpu", cells)
+    names, receipts = atomic.names, run.layout.run_dir / "receipts"
+
+    def old(directory: Path) -> set[str]:
+        found = names(directory)
+        if not directory.is_relative_to(receipts) or directory.name == "failed":
+            return found
+        limit = time.time() - hidden
+        return {name for name in found if (directory / name).stat().st_mtime < limit}
+
+    job = publish(run, KERNEL, step="kernel")
+    monkeypatch.setattr(atomic, "names", old)
+    monkeypatch.setattr(task, "PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(task, "PAUSES", 12)
+    assert main(job) == code
+    monkeypatch.undo()
+    assert done(run, KERNEL) == ([] if code else KERNEL)
+    failures = run.receipts.failures(map(parse_cell, KERNEL))
+    assert [c.id for c in failures] == (KERNEL[:1] if code else [])
 
 
 # A share of a step --------------------------------------------------------------------------------
@@ -643,6 +706,6 @@ def test_a_failed_cell_of_a_task_that_was_warned_does_not_keep_it_from_another_g
     monkeypatch.setattr(worker, "run_cells", run_cells)
     warned = SimpleNamespace(grace_seconds=0.0, said=True)
     given = task.Assignment("1", 0, run.plan.fingerprint, (parse_cell(FIRST[0]),), "cpu", 1.0, 5)
-    assert task._run(JobRecords(run), given, lambda: warned.said, iter(())) == 85
+    assert task._run(JobRecords(run), given, lambda: warned.said, ()) == 85
     warned.said = False
-    assert task._run(JobRecords(run), given, lambda: warned.said, iter(())) == 1
+    assert task._run(JobRecords(run), given, lambda: warned.said, ()) == 1

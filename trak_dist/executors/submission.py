@@ -135,6 +135,7 @@ def make_submit(jobs: JobRecords, order: SubmissionRequest, rows: int) -> Submit
             stages=order.stages,
             member=jobs.run.layout.member,
             generation=jobs.run.generation,
+            plan=jobs.run.plan_digest(jobs.run.generation),
             processes=batch.processes(cluster, step, tasks),
         )
         number = jobs.publish(job)
