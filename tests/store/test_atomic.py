@@ -160,8 +160,8 @@ def test_without_hard_links_a_refusal_of_the_rename_is_reported_as_it_is(
                 "the file system has neither hard links nor a rename that replaces nothing "
                 "(renameat2, RENAME_NOREPLACE: Invalid argument)\n"
                 f"  where: {tmp_path / 'plan.json'}\n"
-                "  next:  run_dir=… on another file system: by one of them two processes can't both "
-                "publish a plan"
+                "  next:  run_dir=… on another file system: by one of them two processes can't "
+                "both publish a plan"
             ),
         ),
         (
