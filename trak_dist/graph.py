@@ -1,6 +1,7 @@
 """The job graph: which cells form a task, and what a task depends on. Pure: no torch, no Slurm.
 
-A task is a tuple of cells that one process runs in order. Every executor takes its tasks from here.
+A task is a tuple of cells that one process runs in order, or several share. Every executor takes
+its tasks from here.
 """
 
 from __future__ import annotations
@@ -35,6 +36,14 @@ def tasks(
             shards.append([cell])
     in_order = (sorted(chain, key=lambda cell: cell.chain_order) for chain in chains.values())
     return [tuple(cells) for cells in (*shards, *in_order)]
+
+
+def share(task: Task, part: int, parts: int) -> Task:
+    """What one of several processes runs of a task that they share: whole chains, neighbours."""
+    chains = list(dict.fromkeys(cell.chain for cell in task))
+    start, stop = (-(-at * len(chains) // parts) for at in (part, part + 1))
+    own = {*chains[start:stop]}
+    return tuple(cell for cell in task if cell.chain in own)
 
 
 def _continues(shard: list[Cell], cell: Cell, rows_per_task: int) -> bool:

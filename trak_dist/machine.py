@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LOG_VARIABLE = "TRAK_DIST_LOG"  # who starts a worker says in it where its output goes
+LOG_VARIABLE = (
+    "TRAK_DIST_LOG"  # who starts a worker says in it where its output goes, %t being its number
+)
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
@@ -27,14 +30,31 @@ def memory_bytes() -> int:
     return min(limits)
 
 
+@dataclass(frozen=True)
+class StepProcess:
+    """One of `count` processes that one srun started; `local` is its number on its node."""
+
+    number: int
+    count: int
+    local: int
+
+
+def step_process() -> StepProcess:
+    """Which of them this is; the only one where srun did not start it."""
+    get = os.environ.get
+    count = int(get("SLURM_STEP_NUM_TASKS", "1"))  # SLURM_NTASKS is there without srun too
+    return StepProcess(int(get("SLURM_PROCID", "0")), count, int(get("SLURM_LOCALID", "0")))
+
+
 def process() -> dict[str, Any]:
     """Host, process, job (`12_3` for task 3 of Slurm's array 12) and log file of this process."""
     get = os.environ.get
     array, index = get("SLURM_ARRAY_JOB_ID"), get("SLURM_ARRAY_TASK_ID")
     job_id = f"{array}_{index}" if array else get("SLURM_JOB_ID") or get("SUBMITIT_LOCAL_JOB_ID")
+    directory, slash, log = get(LOG_VARIABLE, "").rpartition("/")
     return {
         "host": get("SLURMD_NODENAME") or socket.gethostname(),
         "pid": os.getpid(),
         "job_id": job_id or "",
-        "log": get(LOG_VARIABLE, ""),
+        "log": directory + slash + log.replace("%t", str(step_process().number)),
     }

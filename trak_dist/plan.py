@@ -179,8 +179,8 @@ class Plan:
         return replace(changed, train=train, targets=tuple(targets))
 
     def split(self, name: str) -> Split:
-        """The train split or the target set called `name`."""
-        return next(s for s in self.splits if s.name == name)
+        """The train split or the target set called `name`; `KeyError` if there is none."""
+        return {s.name: s for s in self.splits}[name]
 
     def checkpoint(self, model_id: int) -> Checkpoint:
         """The checkpoint that a model is made of."""

@@ -132,8 +132,9 @@ class StreamedRun:
             lambda plan: streamed_plan.with_checkpoint(plan, loaded.model_id, loaded.path),
         )
         digests.check_weights(run, loaded.model_id, loaded.digest, publish=True)
-        for other in digests.ids_with_same_weights(run, loaded.model_id, loaded.digest):
-            log.warning("model_ids %d and %d have the same weights", other, loaded.model_id)
+        for other in digests.ids_by_weights(run)[loaded.digest]:
+            if other != loaded.model_id:
+                log.warning("model_ids %d and %d have the same weights", other, loaded.model_id)
         prepare_checkpoint(run, loaded.model_id)
         self.run = run  # only now: without a run, the next batch checks the weights again
         return run

@@ -11,7 +11,7 @@ Slurm kills when it requeues.
 from __future__ import annotations
 
 import argparse
-import itertools
+import contextlib
 import logging
 import os
 import signal
@@ -23,11 +23,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from trak_dist import machine, trust
+from trak_dist import graph, machine, trust
 from trak_dist.cells import STEPS, Cell, runs_problem
 from trak_dist.configuration.config import DEVICES, SlurmConfig
 from trak_dist.configuration.validation import cluster_from_mapping
-from trak_dist.errors import ConfigError, PlanMismatch, TrakDistError, WorkerLost
+from trak_dist.errors import ConfigError, PlanMismatch, StoreError, TrakDistError, WorkerLost
 from trak_dist.store.jobs import CONTINUATION, JobRecord, JobRecords
 from trak_dist.store.receipts import Failure
 from trak_dist.store.run import Run
@@ -42,7 +42,7 @@ DEFAULT_GRACE_SECONDS = 30.0  # where no setting says how long before the end th
 
 @dataclass(frozen=True)
 class Assignment:
-    """The cells of one process; its attempts are counted under `name` and `index`."""
+    """The cells of one process; its attempts are counted under `name`, `index` and `process`."""
 
     name: str
     index: int
@@ -51,6 +51,7 @@ class Assignment:
     device: str
     grace_seconds: float
     max_attempts: int
+    process: int = 0
 
 
 class TerminationNotice:
@@ -103,16 +104,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s"
     )
-    retry_delays = itertools.repeat(PAUSE_SECONDS, PAUSES)  # for the whole task
+    retry_delays = (PAUSE_SECONDS,) * PAUSES
     try:
-        jobs = JobRecords(Run.open(options.run_dir))
         if options.what.isdecimal():
-            job = jobs.read(int(options.what))
-            jobs = JobRecords(_run_as_submitted(jobs.run, job, retry_delays))
+            jobs, job = _submitted_job(options.run_dir, int(options.what), retry_delays)
             if job.step == CONTINUATION:
-                return _continue_submission(jobs, job)
+                return _continue_submission(jobs, job, options.what)
             task = _submitted_assignment(job, options.what)
         else:
+            jobs = JobRecords(Run.open(options.run_dir))
             task = _array_share(jobs.run, options)
             if not options.trust and runs_problem([options.what]):
                 trust.check_trusted(jobs.run.plan, jobs.run.layout.run_dir)
@@ -123,50 +123,51 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILED
 
 
-def _run_as_submitted(run: Run, job: JobRecord, retry_delays: Iterator[float]) -> Run:
-    """The run with the plan that `job` was submitted for, or a later one.
+def _submitted_job(
+    run_dir: Path, number: int, retry_delays: Sequence[float]
+) -> tuple[JobRecords, JobRecord]:
+    """A submitted job, and its run with the plan that it is for, or a later one.
 
-    Raises
-    ------
-    PlanMismatch
-        If that plan is not to be seen, having looked again after each of `retry_delays`.
+    What is not there yet, or is another plan, is looked at again after each of `retry_delays`.
     """
-    waited = 0.0
-    while run.generation < job.generation:
-        delay = next(retry_delays, None)
-        if delay is None:
-            raise PlanMismatch(
-                f"the job was submitted for {run.layout.plan(job.generation).name}, which is not "
-                f"there after retrying for {waited:.0f} s",
-                where=str(run.layout.run_dir),
-                next="run the launch command again: what is missing is submitted again",
-            )
-        time.sleep(delay)
-        waited += delay
-        run = Run.open(run.layout.run_dir)
-    return run
+    waited, delays = 0.0, iter(retry_delays)
+    while True:
+        try:
+            jobs = JobRecords(Run.open(run_dir))
+            job = jobs.read(number)
+            jobs.check_plan(job)
+        except (StoreError, PlanMismatch) as error:
+            delay = next(delays, None)
+            if delay is None:
+                again = f"after retrying for {waited:.0f} s, " if waited else ""
+                raise type(error)(
+                    again + error.what, where=error.where, next=error.next, errno=error.errno
+                ) from None
+            time.sleep(delay)
+            waited += delay
+        else:
+            return jobs, job
 
 
 def _submitted_assignment(job: JobRecord, name: str) -> Assignment:
     index = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))
     if index >= len(job.tasks):
         raise ConfigError(f"job {name} has {len(job.tasks)} tasks, there is no task {index}")
-    settings = cluster_from_mapping(job.cluster)
+    settings, process = cluster_from_mapping(job.cluster), machine.step_process()
     return Assignment(
         name=name,
         index=index,
         fingerprint=job.fingerprint,
-        cells=job.cells(index),
+        cells=graph.share(job.cells(index), process.number, process.count),
         device=job.device,
         grace_seconds=settings.signal_delay / 2,
         max_attempts=settings.max_attempts,
+        process=process.number,
     )
 
 
 def _array_share(run: Run, options: argparse.Namespace) -> Assignment:
     """A contiguous share of all cells, so that it does not depend on what other tasks did."""
-    from trak_dist import graph
-
     if options.what not in STEPS:
         raise ConfigError(f"{options.what!r} is not a step", next=f"one of {', '.join(STEPS)}")
     get = os.environ.get
@@ -178,16 +179,18 @@ def _array_share(run: Run, options: argparse.Namespace) -> Assignment:
             f"the array has {count} tasks among {last + 1} indices: some shares would be missing",
             next="sbatch --array=0-19 …, without gaps",
         )
-    tasks = graph.tasks(run.plan, options.what)
+    tasks, process = graph.tasks(run.plan, options.what), machine.step_process()
     share = tasks[index * len(tasks) // count : (index + 1) * len(tasks) // count]
+    cells = tuple(cell for task in share for cell in task)
     return Assignment(
         name=f"sbatch-{get('SLURM_ARRAY_JOB_ID') or get('SLURM_JOB_ID', 'none')}-{options.what}",
         index=index,
         fingerprint=run.plan.fingerprint,
-        cells=tuple(cell for task in share for cell in task),
+        cells=graph.share(cells, process.number, process.count),
         device=options.device,
         grace_seconds=DEFAULT_GRACE_SECONDS,
         max_attempts=options.max_attempts,
+        process=process.number,
     )
 
 
@@ -195,7 +198,7 @@ def _run(
     jobs: JobRecords,
     task: Assignment,
     termination_notice: Callable[[], bool],
-    retry_delays: Iterator[float],
+    retry_delays: Sequence[float],
 ) -> int:
     run = jobs.run
     done = run.receipts.done(task.cells)
@@ -203,21 +206,20 @@ def _run(
     if not remaining:
         log.info("all %d cells were done before", len(task.cells))
         return DONE
-    attempt = jobs.begin(
-        task.name, task.index, done=len(done), by={**machine.process(), "started": time.time()}
-    )
+    by = {**machine.process(), "started": time.time()}
+    attempt = jobs.begin(task.name, task.index, task.process, done=len(done), by=by)
     log.info("attempt %d: %d of %d cells to do", attempt.number, len(remaining), len(task.cells))
     if attempt.fruitless > task.max_attempts:
         _give_up(run, remaining[0], attempt.fruitless - 1)
         return FAILED
 
     from trak_dist import worker  # loads torch
+    from trak_dist.runtime import session
 
-    cells = [c.id for c in task.cells]
+    cells, process = [c.id for c in task.cells], machine.step_process()
     run_dir = str(run.layout.run_dir)
-    if worker.run_cells(
-        run_dir, task.fingerprint, task.device, cells, termination_notice, retry_delays
-    ):
+    device = session.own_gpu(task.device, process.local) if process.count > 1 else task.device
+    if worker.run_cells(run_dir, task.fingerprint, device, cells, termination_notice, retry_delays):
         return DONE
     return REQUEUE if termination_notice() else FAILED
 
@@ -243,14 +245,39 @@ def _give_up(run: Run, cell: Cell, attempts: int) -> None:
     run.receipts.fail(cell, failure)
 
 
-def _continue_submission(jobs: JobRecords, job: JobRecord) -> int:
+def _continue_submission(jobs: JobRecords, job: JobRecord, name: str) -> int:
+    """Submit the rest; an attempt that waits for room until Slurm ends it counts for nothing."""
     from trak_dist import console
     from trak_dist.executors import slurm
 
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is lost by ending here
-    done = slurm.continue_submission(jobs, job)
+    if machine.step_process().number:
+        return DONE  # the first one does it
+    attempt = jobs.begin_submitting(name, by={**machine.process(), "started": time.time()})
+    if attempt.fruitless > cluster_from_mapping(job.cluster).max_attempts:
+        raise WorkerLost(
+            f"{attempt.fruitless - 1} attempts in a row to submit the rest ended silently",
+            where=f"job {name}",
+            next="see the log's end, then run the launch command again",
+        )
+    with _interrupted_by(signal.SIGTERM, signal.SIGUSR2):
+        try:
+            done = slurm.continue_submission(jobs, job)
+        except KeyboardInterrupt:
+            jobs.end_submitting(name, attempt)
+            return REQUEUE
+    jobs.end_submitting(name, attempt)
     console.submitted(jobs.run, done)
     return FAILED if done.blocked else DONE
+
+
+@contextlib.contextmanager
+def _interrupted_by(*signals: signal.Signals) -> Iterator[None]:
+    before = [signal.signal(number, signal.default_int_handler) for number in signals]
+    try:
+        yield
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

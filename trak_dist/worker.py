@@ -15,7 +15,7 @@ import platform
 import random
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,7 @@ def run_cells(  # noqa: PLR0913, PLR0917
     device: str,
     cell_ids: Sequence[str],
     should_stop: Callable[[], bool] = lambda: False,
-    retry_delays: Iterable[float] = (),
+    retry_delays: Sequence[float] = (),
     sessions: Sessions | None = None,
 ) -> bool:
     """Run those of `cell_ids` that are not done; whether all are done in the end.
@@ -63,9 +63,10 @@ def run_cells(  # noqa: PLR0913, PLR0917
     ----------
     should_stop : callable
         Called before each cell; once it returns True, no further cell is started.
-    retry_delays : iterable of float
-        Seconds to wait before each further look for missing receipts: another node may have
-        published what this one does not see yet.
+    retry_delays : sequence of float
+        Seconds to wait before each further look for missing receipts, from the last finished cell
+        on: another node may have published what this one does not see yet. A cell whose inputs
+        are not seen in the end has failed, unless one of them has.
     sessions : Sessions, optional
         Of a caller who runs several jobs in this process, which share problem and model.
 
@@ -86,36 +87,38 @@ def run_cells(  # noqa: PLR0913, PLR0917
     cells = [parse_cell(cell_id) for cell_id in cell_ids]
     done = run.receipts.done(cells)
     log.info("%d cells, %d of them done before", len(cells), len(done))
-    finished, retry_delays = len(done), iter(retry_delays)
+    finished, delays = len(done), iter(retry_delays)
     for cell in cells:
         if cell in done:
             continue
         if should_stop():
             return False
         try:
-            _run_when_inputs_visible(session, cell, should_stop, retry_delays)
+            _run_when_inputs_visible(session, cell, should_stop, delays)
             finished += 1
+            delays = iter(retry_delays)
         except MissingInputs as error:
-            log.warning(
-                "%s: not run: %s", cell.id, error.what
-            )  # the failures of its inputs are recorded
+            log.warning("%s: not run: %s", cell.id, error.what)
+            if retry_delays and not (should_stop() or _has_failed_dependency(run, cell)):
+                _record_failure(session, cell, error)
         # The boundary of a cell: the failure is recorded, for launch and status.
         except (Exception, SystemExit) as error:
             expected = isinstance(error, TrakDistError)
             first, *_ = str(error).splitlines() or [type(error).__name__]
             log.error("%s: failed: %s", cell.id, first, exc_info=None if expected else error)  # noqa: TRY400
-            with contextlib.suppress(StoreError):  # a full disk: the log above must do
-                run.receipts.fail(cell, _failure(session, cell, error))
+            _record_failure(session, cell, error)
             if isinstance(error, STOPS_WORKER):
                 return False
     if session.revoked_cells:
         session.revoked_cells = False
-        return run_cells(run_dir, fingerprint, device, cell_ids, should_stop, sessions=sessions)
+        return run_cells(
+            run_dir, fingerprint, device, cell_ids, should_stop, retry_delays, sessions
+        )
     return finished == len(cells)
 
 
 def _run_when_inputs_visible(
-    session: Session, cell: Cell, should_stop: Callable[[], bool], retry_delays: Iterator[float]
+    session: Session, cell: Cell, should_stop: Callable[[], bool], delays: Iterator[float]
 ) -> None:
     waited = 0.0
     while True:
@@ -123,7 +126,7 @@ def _run_when_inputs_visible(
             return _run_cell(session, cell)
         except MissingInputs as error:
             give_up = should_stop() or _has_failed_dependency(session.run, cell)
-            delay = None if give_up else next(retry_delays, None)
+            delay = None if give_up else next(delays, None)
             if delay is None:
                 again = f"after retrying for {waited:.0f} s, " if waited else ""
                 raise MissingInputs(
@@ -217,9 +220,9 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in ("trak_dist", "torch", "numpy", "zarr")}
 
 
-def _failure(session: Session, cell: Cell, error: Exception | SystemExit) -> Failure:
+def _record_failure(session: Session, cell: Cell, error: Exception | SystemExit) -> None:
     expected = isinstance(error, TrakDistError)
-    return Failure(
+    failure = Failure(
         cell=cell.id,
         key=cell.key(session.run.plan),
         error=str(error) if expected else f"{type(error).__name__}: {error}",
@@ -228,3 +231,5 @@ def _failure(session: Session, cell: Cell, error: Exception | SystemExit) -> Fai
         expected=expected,
         job=_job(session, cell),
     )
+    with contextlib.suppress(StoreError):  # a full disk: the log must do
+        session.run.receipts.fail(cell, failure)

@@ -70,6 +70,7 @@ def publish(
     step: str = "featurize",
     device: str = "cpu",
     generation: int = 0,
+    plan: str = "",
     **cluster: Any,
 ) -> int:
     """Write the record of an array, as if it was submitted; return its number."""
@@ -82,6 +83,7 @@ def publish(
         cluster=asdict(SlurmConfig(**cluster)),
         stages=("featurize",),
         generation=generation,
+        plan=plan,
     )
     return JobRecords(run).publish(job)
 

@@ -12,6 +12,7 @@ import pytest
 from fake_slurm import FakeSlurm, Queued
 from submission_assertions import opened
 
+from trak_dist.cells import Cell, parse_cell
 from trak_dist.configuration.config import CpuJobsConfig, SlurmConfig
 from trak_dist.executors import batch
 from trak_dist.executors.batch import BatchRequest
@@ -42,9 +43,22 @@ def run(launch, slurm_run, tmp_path: Path) -> Run:
 def script(run: Run) -> Script:
     """The script of array 3 of a step, for some settings of the cluster."""
 
-    def write(step: str, *, tasks: int = 1, dependency: str = "", **settings: object) -> str:
-        name = f"trak-{step}-3-0123456789ab"
-        array = BatchRequest(name=name, step=step, tasks=tasks, dependency=dependency, number=3)
+    def write(
+        step: str,
+        *,
+        tasks: int = 1,
+        dependency: str = "",
+        processes: int = 1,
+        **settings: object,
+    ) -> str:
+        array = BatchRequest(
+            name=f"trak-{step}-3-0123456789ab",
+            step=step,
+            tasks=tasks,
+            dependency=dependency,
+            number=3,
+            processes=processes,
+        )
         return batch.script(run, SlurmConfig(**settings), array)  # type: ignore[arg-type]
 
     return write
@@ -98,7 +112,7 @@ def test_the_script_of_a_featurize_array(script: Script, run: Run) -> None:
 #SBATCH --time=90
 
 # setup
-export TRAK_DIST_LOG={logs}/"${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}_0_log.out"
+export TRAK_DIST_LOG={logs}/"${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}_%t_log.out"
 {{ module load cuda
 }} || exit 1
 {{ source $HOME/venv/bin/activate
@@ -107,6 +121,7 @@ export TRAK_DIST_LOG={logs}/"${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}_0_
 # command
 export SUBMITIT_EXECUTOR=slurm
 srun --unbuffered --output {logs}/%A_%a_%t_log.out --cpus-per-task=2 --open-mode=append """
+        f"""--wait=0 --kill-on-bad-exit=0 """
         f"""{sys.executable} -u -m trak_dist.task {run.layout.run_dir} 3
 
 
@@ -154,11 +169,12 @@ def test_the_script_of_a_kernel_array(script: Script, run: Run) -> None:
 #SBATCH --time=60
 
 # setup
-export TRAK_DIST_LOG={logs}/"${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}_0_log.out"
+export TRAK_DIST_LOG={logs}/"${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}_%t_log.out"
 
 # command
 export SUBMITIT_EXECUTOR=slurm
 srun --unbuffered --output {logs}/%A_%a_%t_log.out --cpus-per-task=6 --open-mode=append """
+        f"""--wait=0 --kill-on-bad-exit=0 """
         f"""{python} -u -m trak_dist.task {run.layout.run_dir} 3
 
 
@@ -185,6 +201,23 @@ def test_gpus_are_asked_for_where_they_are_used(
 ) -> None:
     asked = [o for o in options(script(step, **settings)) if o.startswith("gpu")]
     assert asked == ([f"gpus-per-node={gpus}"] if gpus else [])
+
+
+def test_a_task_has_a_process_for_each_gpu_that_has_a_cell(script: Script) -> None:
+    cells = tuple(parse_cell(f"featurize/0/train/{i}-{i + 1}") for i in range(4))
+    chain = tuple(map(parse_cell, ("gram/0", "kernel/0")))
+
+    def count(step: str, task: tuple[Cell, ...], **settings: object) -> int:
+        return batch.processes(SlurmConfig(**settings), step, [task, task[:1]])  # type: ignore[arg-type]
+
+    assert count("featurize", cells, gpus_per_node=3) == 3
+    assert count("featurize", cells, gpus_per_node=8) == 4
+    assert count("featurize", cells, gpus_per_node=8, device="cpu") == 1
+    assert count("kernel", chain, gpus_per_node=8) == 1
+    assert count("kernel", chain, sbatch={"ntasks_per_node": 2}) == 2
+    assert count("featurize", cells, gpus_per_node=8, sbatch={"ntasks": "1"}) == 1
+    asked = options(script("featurize", processes=3, gpus_per_node=3))
+    assert {"ntasks-per-node=3", "gpus-per-node=3", f"mem={3 * 9216}M"} <= {*asked}
 
 
 def test_every_step_without_a_gpu_goes_where_cpu_jobs_says(script: Script) -> None:
@@ -233,7 +266,7 @@ def test_paths_are_quoted(launch, slurm_run, tmp_path: Path) -> None:
         "trak_dist.task",
         str(run_dir),
         "1",
-        f"{run_dir}/logs/slurm/1/5_2_0_log.out",
+        f"{run_dir}/logs/slurm/1/5_2_%t_log.out",
     ]
 
 

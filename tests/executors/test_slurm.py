@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from fake_slurm import FakeSlurm, Queued
+from killing import Killed
 from submission_assertions import (
     cells_of,
     fail,
@@ -24,6 +27,7 @@ from submission_assertions import (
 
 from trak_dist import site_files, slurm, task
 from trak_dist.cells import STEPS, of_step
+from trak_dist.configuration.config import SlurmConfig
 from trak_dist.executors import batch
 from trak_dist.executors import slurm as executor
 from trak_dist.status.state import read_status
@@ -85,6 +89,7 @@ def test_the_whole_graph_is_submitted_at_once(
     assert f"next:   python -m trak_dist.launch stage=status run_dir={tmp_path}/run" in ended.out
     assert records(tmp_path) == [1, 2, 3, 4, 5, 6, 7]
     run_id = JobRecords(opened(tmp_path)).run_id
+    assert JobRecords(opened(tmp_path)).read(1).plan == opened(tmp_path).plan_digest(0)
     named = [fake_slurm.options(job)["job-name"] for job in range(1, 8)]
     assert named == [f"trak-{step}-{job}-{run_id}" for step, job, *_ in WHOLE_GRAPH]
     assert cells_of(tmp_path, 3) == [
@@ -662,6 +667,56 @@ def test_where_there_is_room_for_one_task_beside_it_it_stays_and_submits_one_by_
     assert jobs == list(range(3, 3 + len(jobs)))
     submitted = [c for number in (1, *jobs, jobs[-1] + 1) for c in cells_of(tmp_path, number)]
     assert sorted(submitted) == sorted(c.id for s in STEPS for c in of_step(run.plan, s))
+
+
+def test_killed_again_and_again_it_gives_up_and_status_tells(
+    limited, runs, status, tmp_path: Path, monkeypatch, caplog
+) -> None:
+    finish(opened(tmp_path), cells_of(tmp_path, 1))
+
+    def killed(*_: object) -> None:
+        raise Killed
+
+    monkeypatch.setattr(executor, "continue_submission", killed)
+    for _ in range(SlurmConfig().max_attempts):
+        with pytest.raises(Killed):
+            runs(2)
+    assert "lost " not in status().out, "it is in the queue"
+    ended = runs(2)
+    assert ended.code == 1
+    assert (
+        "5 attempts in a row to submit the rest ended silently\n"
+        "  where: job 2\n"
+        "  next:  see the log's end, then run the launch command again"
+    ) in caplog.text
+    limited.queue = []
+    ended = status()
+    assert ended.code == 1
+    assert ended.out.split("\nlost   ")[1].startswith(
+        "the job that was to submit featurize/1/val/0-7 and 26 more cells on "
+    )
+    assert "\n  the task ended silently\n" in ended.out
+
+
+@pytest.mark.parametrize("sent", [signal.SIGUSR2, signal.SIGTERM])
+def test_ended_by_slurm_while_it_waits_for_room_it_may_wait_on(
+    limited, runs, status, tmp_path: Path, monkeypatch, sent: signal.Signals
+) -> None:
+    finish(opened(tmp_path), cells_of(tmp_path, 1))
+    limited.queue = [*limited.queue, *(Queued(f"{90 + i}", "train-gpt") for i in range(4))]
+    before = signal.getsignal(sent)
+
+    def sleep(_: float) -> None:
+        os.kill(os.getpid(), sent)
+        time.sleep(5)
+        pytest.fail("it is still waiting")
+
+    monkeypatch.setattr(executor, "time", SimpleNamespace(sleep=sleep))
+    for _ in range(SlurmConfig().max_attempts + 1):
+        assert runs(2).code == 85
+    assert signal.getsignal(sent) == before
+    limited.queue = []
+    assert "lost " not in status().out
 
 
 # Settings that can't be right ---------------------------------------------------------------------

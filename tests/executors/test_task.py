@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import signal
 import subprocess
@@ -15,13 +14,16 @@ from types import SimpleNamespace
 
 import pytest
 import tiny
+import torch
 from blocking_problem import AT
 from killing import Killed
 from submission_assertions import fail, finish, opened, publish
 
-from trak_dist import graph, task, worker
+from trak_dist import graph, machine, plan_file, task, worker
 from trak_dist.cells import of_stage, parse_cell
+from trak_dist.errors import PlanMismatch
 from trak_dist.runtime.inputs import require
+from trak_dist.store import atomic
 from trak_dist.store.jobs import Attempt, JobRecords
 from trak_dist.store.run import Run
 
@@ -122,7 +124,8 @@ def test_a_task_with_a_cell_that_fails(main: Main, run: Run, monkeypatch) -> Non
 def test_a_task_whose_inputs_are_missing(main: Main, run: Run) -> None:
     assert main(publish(run, KERNEL, step="kernel")) == 1
     assert done(run, KERNEL) == []
-    assert run.receipts.failures(map(parse_cell, KERNEL)) == {}
+    failures = run.receipts.failures(map(parse_cell, KERNEL))
+    assert [c.id for c in failures] == KERNEL[:1], "the others lack this one"
 
 
 def test_a_task_for_another_plan(main: Main, run: Run, log) -> None:
@@ -158,6 +161,79 @@ def test_a_damaged_record(main: Main, run: Run, log) -> None:
 def test_a_directory_without_a_run(main: Main, tmp_path: Path, log) -> None:
     assert task.main([str(tmp_path / "nowhere"), "1"]) == 1
     assert "there is no run here: plan.json is missing" in log[-1]
+
+
+@pytest.fixture
+def as_process(main: Main, monkeypatch) -> Callable[..., int]:
+    """As one of several processes that srun started for one task."""
+
+    def called(number: int, count: int, *arguments: object) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("SLURM_PROCID", str(number))
+            patch.setenv("SLURM_LOCALID", str(number))
+            patch.setenv("SLURM_STEP_NUM_TASKS", str(count))
+            return main(*arguments)
+
+    return called
+
+
+def test_the_processes_of_a_task_share_its_cells(as_process, run: Run, asked, monkeypatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    for what, cells, chains in (
+        (publish(run, FIRST), FIRST, 3),
+        (publish(run, KERNEL, step="kernel"), KERNEL, 1),
+        ("kernel", [c.id for chain in graph.tasks(run.plan, "kernel") for c in chain], 3),
+    ):
+        for count in (2, 5):
+            asked.clear()
+            assert {as_process(number, count, what) for number in range(count)} == {0}
+            assert [cell for share in asked for cell in share] == cells, "each cell once"
+            assert len(asked) == min(count, chains), "what depends on another stays with it"
+
+
+def test_each_process_of_a_task_counts_its_own_attempts(as_process, run: Run, monkeypatch) -> None:
+    job = publish(run, FIRST, max_attempts=1)
+
+    def run_cells(run_dir, fingerprint, device, cell_ids, stopped, pauses) -> bool:
+        if cell_ids == FIRST[2:]:
+            raise Killed
+        finish(run, cell_ids)
+        return True
+
+    monkeypatch.setattr(worker, "run_cells", run_cells)
+    assert as_process(0, 2, job) == 0
+    with pytest.raises(Killed):
+        as_process(1, 2, job)
+    assert as_process(0, 2, job) == 0, "nothing is left"
+    assert as_process(1, 2, job) == 1
+    counted = [JobRecords(run).attempt(str(job), 0, process) for process in (0, 1)]
+    assert [a and a.fruitless for a in counted] == [1, 2]
+    assert [c.id for c in run.receipts.failures(map(parse_cell, FIRST))] == FIRST[2:]
+
+
+def test_each_process_of_a_node_has_a_gpu_and_a_log_of_its_own(
+    as_process, run: Run, monkeypatch
+) -> None:
+    devices, logs, current = [], [], []
+
+    def run_cells(run_dir, fingerprint, device, *_: object) -> bool:
+        devices.append(device)
+        logs.append(machine.process()["log"])
+        return True
+
+    monkeypatch.setattr(worker, "run_cells", run_cells)
+    monkeypatch.setenv(machine.LOG_VARIABLE, "/a%t/1_0_%t_log.out")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for number in range(3):
+        as_process(number, 3, publish(run, FIRST, device="auto"))
+    assert devices == ["cuda:0", "cuda:1", "cuda:0"]
+    assert current == [0, 1, 0]
+    assert logs == [f"/a%t/1_0_{number}_log.out" for number in range(3)]
+    as_process(1, 2, publish(run, FIRST, device="cpu"))
+    as_process(0, 1, publish(run, FIRST, device="auto"))
+    assert devices[3:] == ["cpu", "auto"]
 
 
 # Receipts of other nodes, which this one may see later -------------------------------------------
@@ -216,6 +292,9 @@ def test_a_task_looks_for_longer_than_nfs_may_hide_its_inputs_and_then_says_whic
         "gram/0: not run: after retrying for 90 s, 1 of the cells that gram/0 needs are not done: "
         f"{hidden}"
     ) in unseen.log
+    failure = run.receipts.failure(parse_cell("gram/0"))
+    assert failure
+    assert failure.error.startswith("after retrying for 90 s, 1 of the cells that gram/0 needs")
     assert [line.split(":")[0] for line in unseen.log if ": not run: " in line] == KERNEL
 
 
@@ -244,8 +323,9 @@ def test_a_task_that_is_warned_while_it_looks_requeues(run: Run, unseen) -> None
     unseen.meanwhile[2] = lambda: setattr(warned, "said", True)
     cells = tuple(map(parse_cell, KERNEL))
     given = task.Assignment("1", 0, run.plan.fingerprint, cells, "cpu", 1.0, 5)
-    assert task._run(JobRecords(run), given, lambda: warned.said, itertools.repeat(5.0)) == 85
+    assert task._run(JobRecords(run), given, lambda: warned.said, (5.0,) * 18) == 85
     assert unseen.slept == [5.0, 5.0]
+    assert run.receipts.failures(map(parse_cell, KERNEL)) == {}
 
 
 def test_where_the_launcher_waits_for_its_workers_nobody_looks_again(
@@ -287,8 +367,65 @@ def test_a_task_that_sees_an_older_plan_waits_for_the_one_it_was_submitted_for(
     assert unseen.slept == [5.0, 5.0]
     assert on_slurm(publish(run, FIRST, generation=2)) == 1
     assert log[-1].startswith(
-        "the job was submitted for plan.2.json, which is not there after retrying for 90 s\n"
+        "after retrying for 90 s, the job was submitted for plan.2.json, which is not there\n"
     )
+
+
+def test_a_task_that_sees_the_plan_of_a_run_that_was_here_before_waits_for_its_own(
+    on_slurm: Main, run: Run, unseen, log
+) -> None:
+    path, digest = run.layout.plan(0), run.plan_digest(0)
+    own, before = path.read_text(), plan_file.dump(replace(run.plan, targets=run.plan.targets[:1]))
+    job = publish(run, ["featurize/0/test/0-5"], plan=digest)
+    path.write_text(before)
+    unseen.meanwhile[2] = lambda: path.write_text(own)
+    assert on_slurm(job) == 0
+    assert unseen.slept == [5.0, 5.0]
+    path.write_text(before)
+    assert on_slurm(job) == 1
+    assert log[-1] == (
+        "after retrying for 90 s, the job was submitted for plan.json, which has digest "
+        f"{run.plan_digest(0)} here, {digest} there\n"
+        f"  where: {path}\n"
+        "  next:  run the launch command again: what is missing is submitted again"
+    )
+    with pytest.raises(PlanMismatch, match="the plan was superseded: featurize/0/test/0-5 has key"):
+        run.check_not_superseded(parse_cell("featurize/0/test/0-5"))
+
+
+def test_a_task_that_sees_its_own_record_late_waits_for_it(
+    on_slurm: Main, run: Run, unseen
+) -> None:
+    unseen.meanwhile[2] = lambda: publish(run, FIRST[:1])
+    assert on_slurm(1) == 0
+    assert unseen.slept == [5.0, 5.0]
+
+
+@pytest.mark.parametrize(("hidden", "code"), [(0.3, 0), (1e9, 1)])
+def test_a_task_whose_listings_are_older_than_its_inputs(
+    main: Main, run: Run, monkeypatch, hidden: float, code: int
+) -> None:
+    """Nor do they show what it wrote itself."""
+    cells = [cell.id for cell in of_stage(run.plan, "featurize")]
+    assert worker.run_cells(str(run.layout.run_dir), run.plan.fingerprint, "cpu", cells)
+    names, receipts = atomic.names, run.layout.run_dir / "receipts"
+
+    def old(directory: Path) -> set[str]:
+        found = names(directory)
+        if not directory.is_relative_to(receipts) or directory.name == "failed":
+            return found
+        limit = time.time() - hidden
+        return {name for name in found if (directory / name).stat().st_mtime < limit}
+
+    job = publish(run, KERNEL, step="kernel")
+    monkeypatch.setattr(atomic, "names", old)
+    monkeypatch.setattr(task, "PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(task, "PAUSES", 12)
+    assert main(job) == code
+    monkeypatch.undo()
+    assert done(run, KERNEL) == ([] if code else KERNEL)
+    failures = run.receipts.failures(map(parse_cell, KERNEL))
+    assert [c.id for c in failures] == (KERNEL[:1] if code else [])
 
 
 # A share of a step --------------------------------------------------------------------------------
@@ -569,6 +706,6 @@ def test_a_failed_cell_of_a_task_that_was_warned_does_not_keep_it_from_another_g
     monkeypatch.setattr(worker, "run_cells", run_cells)
     warned = SimpleNamespace(grace_seconds=0.0, said=True)
     given = task.Assignment("1", 0, run.plan.fingerprint, (parse_cell(FIRST[0]),), "cpu", 1.0, 5)
-    assert task._run(JobRecords(run), given, lambda: warned.said, iter(())) == 85
+    assert task._run(JobRecords(run), given, lambda: warned.said, ()) == 85
     warned.said = False
-    assert task._run(JobRecords(run), given, lambda: warned.said, iter(())) == 1
+    assert task._run(JobRecords(run), given, lambda: warned.said, ()) == 1

@@ -226,3 +226,24 @@ def test_a_setup_line_that_fails_ends_the_task_and_is_reported(launch, path: Pat
     assert "lost   featurize/0/train/0-4 and 3 more cells on ?, job " in out
     assert "the task ended before its worker began" in out
     assert "no such module" in out
+
+
+def test_the_processes_of_a_task_share_its_cells_though_one_dies(
+    launch, path: Path, expected: np.ndarray
+) -> None:
+    run = path / "run"
+    (path / "act").write_text("die")
+    assert launch(*overrides(path, "run"), *SLURM, "cluster.gpus_per_node=2").code == 0
+    assert finish(run, 240).complete
+    logs = {log: log.read_text() for log in (run / "logs" / "slurm").glob("*/*_log.out")}
+    began = [log for log, text in logs.items() if "cells to do" in text]
+    assert {log.stem.split("_")[2] for log in began if "featurize/" in logs[log]} == {"0", "1"}
+    computed = [
+        line.split()[3]
+        for text in logs.values()
+        for line in text.splitlines()
+        if ": done in " in line
+    ]
+    assert len(computed) == len(set(computed)), "each cell once"
+    assert attempts(run) == 1, "of process 0; that of process 1 was killed"
+    assert np.array_equal(scores(run), expected)

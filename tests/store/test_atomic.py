@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
+import stat
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,6 +30,13 @@ print("ready", flush=True)
 while not gate.exists():
     time.sleep(0.001)
 sys.stdout.buffer.write(atomic.write_once(target, mine * 5000))
+"""
+
+_NO_LINKS = """
+import errno, os
+def refuses(*_):
+    raise OSError(errno.EPERM, "")
+os.link = refuses
 """
 
 
@@ -128,10 +138,86 @@ def test_write_once_publishes_nothing_when_it_fails_in_the_middle(
     assert atomic.write_once(path, b"second") == b"second"
 
 
-def test_every_process_of_a_race_gets_the_winners_content(tmp_path: Path) -> None:
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
+def test_write_once_where_there_are_no_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    monkeypatch.setattr(os, "link", failing(code))
+    path = tmp_path / "plan 'é'.json"
+    assert [atomic.write_once(path, content) for content in (b"one", b"two")] == [b"one"] * 2
+    assert path.read_bytes() == b"one"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_without_hard_links_a_refusal_of_the_rename_is_reported_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "link", failing(errno.EPERM))
+    for code, told in (
+        (
+            errno.EINVAL,
+            (
+                "the file system has neither hard links nor a rename that replaces nothing "
+                "(renameat2, RENAME_NOREPLACE: Invalid argument)\n"
+                f"  where: {tmp_path / 'plan.json'}\n"
+                "  next:  run_dir=… on another file system: by one of them two processes can't "
+                "both publish a plan"
+            ),
+        ),
+        (
+            errno.EPERM,
+            (
+                "not writable: Operation not permitted\n"
+                f"  where: {tmp_path / 'plan.json'}\n"
+                "  next:  run_dir=… a directory that you may write to"
+            ),
+        ),
+    ):
+
+        def refuses(*_: object, code: int = code) -> int:
+            ctypes.set_errno(code)
+            return -1
+
+        libc = SimpleNamespace(renameat2=refuses)
+        monkeypatch.setattr(ctypes, "CDLL", lambda *_, libc=libc, **__: libc)
+        with pytest.raises(StoreError) as caught:
+            atomic.write_once(tmp_path / "plan.json", b"one")
+        assert str(caught.value) == told
+        assert caught.value.errno == code
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace())
+    with pytest.raises(StoreError, match="RENAME_NOREPLACE: Function not implemented"):
+        atomic.write_once(tmp_path / "plan.json", b"one")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_directory_that_takes_no_fsync_is_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(code, os.strerror(code))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    if code == errno.EIO:
+        with pytest.raises(StoreError, match=r"the file system refused: .* Input/output error"):
+            atomic.write(tmp_path / "a" / "plan.json", b"one")
+        return
+    atomic.write(tmp_path / "a" / "plan.json", b"one")
+    assert atomic.write_once(tmp_path / "b" / "plan.json", b"two") == b"two"
+    assert atomic.publish_directory(tmp_path / "c", lambda path: path.mkdir())
+
+
+@pytest.mark.parametrize("links", ["", _NO_LINKS], ids=["links", "renames"])
+def test_every_process_of_a_race_gets_the_winners_content(tmp_path: Path, links: str) -> None:
     gate, path = tmp_path / "gate", tmp_path / "digest.json"
     processes = [
-        subprocess.Popen([sys.executable, "-c", _RACE, gate, path, str(i)], stdout=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, "-c", links + _RACE, gate, path, str(i)], stdout=subprocess.PIPE
+        )
         for i in range(RACERS)
     ]
     for process in processes:

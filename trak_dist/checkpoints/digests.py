@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -43,7 +43,7 @@ def load_into(run: Run, model: nn.Module, checkpoint: Checkpoint) -> str:
     fitted = state_dicts.fit_state_dict(state_dicts.read(path), model, where=str(path))
     digest = content_digest(fitted.state)
     check_weights(run, checkpoint.model_id, digest, publish=True)
-    check_distinct_weights(run, checkpoint.model_id, digest)
+    check_distinct_weights(run, ids_by_weights(run), checkpoint.model_id, digest)
     fitted.load_into(model)
     return digest
 
@@ -71,19 +71,26 @@ def check_weights(run: Run, model_id: int, digest: str, *, publish: bool) -> Non
             )
 
 
-def ids_with_same_weights(run: Run, model_id: int, digest: str) -> list[int]:
-    """The other ids under which these weights are known.
+def ids_by_weights(run: Run) -> dict[str, list[int]]:
+    """The ids under which weights are known, by digest: as planned, else as first seen.
 
-    Called after the own digest is published, so that of two concurrent workers at least one sees
-    it.
+    A worker asks after its own digest is published, so that of two concurrent ones at least one
+    sees it.
     """
-    others = (c.model_id for c in run.plan.checkpoints if c.model_id != model_id)
-    return [other for other in others if published(run, other) == digest]
+    found: dict[str, list[int]] = {}
+    for checkpoint in run.plan.checkpoints:
+        if digest := checkpoint.digest or published(run, checkpoint.model_id):
+            found.setdefault(digest, []).append(checkpoint.model_id)
+    return found
 
 
-def check_distinct_weights(run: Run, model_id: int, digest: str) -> None:
+def check_distinct_weights(
+    run: Run, known: Mapping[str, Sequence[int]], model_id: int, digest: str
+) -> None:
     """Raise `CheckpointError` if these weights are known under another id."""
-    for other in ids_with_same_weights(run, model_id, digest):
+    for other in known.get(digest, ()):
+        if other == model_id:
+            continue
         raise CheckpointError(
             f"model_ids {min(other, model_id)} and {max(other, model_id)} have the same "
             f"weights (digest {digest})",

@@ -12,13 +12,14 @@ import math
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
-from trak_dist import slurm
+from trak_dist import graph, slurm
 from trak_dist.cells import STEPS
 from trak_dist.configuration.config import SlurmConfig
 from trak_dist.errors import QueueFull, SlurmError, SlurmRefused, SlurmTimeout
@@ -47,13 +48,17 @@ REQUEUE = (
 
 @dataclass(frozen=True, kw_only=True)
 class BatchRequest:
-    """A request for one job array; `number` is that of its record, `tasks` the number of tasks."""
+    """A request for one job array; `number` is that of its record, `tasks` the number of tasks.
+
+    Each task is shared by so many `processes`.
+    """
 
     name: str
     step: str
     tasks: int
     dependency: str
     number: int
+    processes: int = 1
 
 
 def submit(run: Run, cluster: SlurmConfig, batch: BatchRequest) -> str:
@@ -109,7 +114,7 @@ def submit(run: Run, cluster: SlurmConfig, batch: BatchRequest) -> str:
 
 def _hint(plan: Plan, cluster: SlurmConfig, batch: BatchRequest, answer: str) -> str:
     if "Memory" in answer:
-        requested = math.ceil(memory_gb(plan, cluster, batch.step))
+        requested = math.ceil(memory_gb(plan, cluster, batch))
         return f"cluster.memory_gb=… with less than the {requested} GiB that a task asks for"
     return "correct the setting it names; cluster.dry_run=true shows the script"
 
@@ -119,17 +124,35 @@ def script(run: Run, cluster: SlurmConfig, batch: BatchRequest) -> str:
     return _executor(run, cluster, batch).text(_command(run, cluster, batch), batch.tasks)
 
 
-def memory_gb(plan: Plan, cluster: SlurmConfig, step: str) -> float:
-    """Memory that a task of this step asks for."""
+def memory_gb(plan: Plan, cluster: SlurmConfig, batch: BatchRequest) -> float:
+    """Memory that a task asks for, all of its processes together."""
     if cluster.memory_gb:
         return cluster.memory_gb
-    largest = max((kind.memory(plan) for kind in STEPS.get(step, ())), default=0)
-    return BASE_GB + -(-largest // 2**30)
+    largest = max((kind.memory(plan) for kind in STEPS.get(batch.step, ())), default=0)
+    return batch.processes * (BASE_GB + -(-largest // 2**30))
 
 
 def on_gpu(step: str) -> bool:
     """Whether a task of this step has cells that compute on the device that is asked for."""
     return any(kind.gpu for kind in STEPS.get(step, ()))
+
+
+def gpus(cluster: SlurmConfig, step: str) -> int:
+    """How many GPUs a task of this step asks for."""
+    return cluster.gpus_per_node if on_gpu(step) and cluster.device != "cpu" else 0
+
+
+def processes(cluster: SlurmConfig, step: str, tasks: Sequence[graph.Task]) -> int:
+    """How many processes share each task: one for each GPU that there is something to do for.
+
+    As many as the site's own options of sbatch say, if they do.
+    """
+    named = {str(key).replace("_", "-"): str(value) for key, value in cluster.sbatch.items()}
+    for option in ("ntasks-per-node", "ntasks"):
+        if named.get(option, "").isdecimal():
+            return max(1, int(named[option]))
+    largest = max((len({cell.chain for cell in task}) for task in tasks), default=1)
+    return max(1, min(gpus(cluster, step), largest))
 
 
 def destination(cluster: SlurmConfig, step: str) -> dict[str, str]:
@@ -169,16 +192,15 @@ def _executor(run: Run, cluster: SlurmConfig, batch: BatchRequest) -> _Sbatch:
 
 
 def _parameters(run: Run, cluster: SlurmConfig, batch: BatchRequest) -> dict[str, Any]:
-    gpu = on_gpu(batch.step) and cluster.device != "cpu"
     cpus = cluster.cpus_per_task or 1 + _threads(run.plan, batch.step)
     logs = shlex.quote(str(run.layout.job_logs(batch.number)))
-    log = '"${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}_0_log.out"'
+    log = '"${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}_%t_log.out"'
     parameters: dict[str, Any] = {
         "job_name": batch.name,
         "time": cluster.time,
-        "mem": f"{math.ceil(1024 * memory_gb(run.plan, cluster, batch.step))}M",
+        "mem": f"{math.ceil(1024 * memory_gb(run.plan, cluster, batch))}M",
         "cpus_per_task": cpus,
-        "gpus_per_node": (cluster.gpus_per_node or None) if gpu else None,
+        "gpus_per_node": gpus(cluster, batch.step) or None,
         "signal_delay_s": cluster.signal_delay,
         "array_parallelism": cluster.array_parallelism or batch.tasks,
         "dependency": batch.dependency or None,
@@ -189,11 +211,15 @@ def _parameters(run: Run, cluster: SlurmConfig, batch: BatchRequest) -> dict[str
         ],
         "teardown": list(REQUEUE),
         # Since 22.05 srun does not take --cpus-per-task from sbatch. Logs are appended to when
-        # requeued.
-        "srun_args": [f"--cpus-per-task={cpus}", "--open-mode=append"],
+        # requeued. A process that ends or fails before the others of its task does not end them.
+        "srun_args": [
+            *(f"--cpus-per-task={cpus}", "--open-mode=append"),
+            *("--wait=0", "--kill-on-bad-exit=0"),
+        ],
         "additional_parameters": {
             "requeue": True,
             "kill-on-invalid-dep": "yes",
+            **({"ntasks-per-node": batch.processes} if batch.processes > 1 else {}),
             **destination(cluster, batch.step),
             **cluster.sbatch,
         },

@@ -134,7 +134,7 @@ def continue_submission(jobs: JobRecords, job: JobRecord) -> SubmissionResult:
 
 def _continue_once(jobs: JobRecords, order: SubmissionRequest) -> SubmissionResult:
     own_jobs = [j for _, j in jobs.readable(jobs.numbers()) if j.launch == order.launch]
-    attempted = {cell for j in own_jobs for i in range(len(j.tasks)) for cell in j.cells(i)}
+    attempted = {cell for j in own_jobs for cell in j.all_cells}
     owners, _ = _owners_and_unsatisfiable(jobs.run, read_queue(jobs))
     arrays = PendingGroups(jobs, order, owners, skip=attempted)
     limits = read_limits(order.cluster)
@@ -154,9 +154,8 @@ def dry_run(
 
     def submit_group(step: str, tasks: Sequence[graph.Task], dependency: str) -> str:
         number = len(scripts) + 1
-        scripts.append(
-            batch.script(run, cluster, make_batch(jobs, number, step, tasks, dependency))
-        )
+        array = make_batch(jobs, cluster, number, step, tasks, dependency)
+        scripts.append(batch.script(run, cluster, array))
         return f"<{number}>"
 
     everything = slurm.Limits(slurm.UNLIMITED, slurm.UNLIMITED, "")

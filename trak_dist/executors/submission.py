@@ -79,7 +79,8 @@ class PendingGroups:
         if not self.rows and "featurize" in self._steps:
             receipts = (r for c, r in self._done.items() if isinstance(c, FeaturizeCell))
             measured = rows_per_second(receipts) or rate()
-            self.rows = int(60 * order.cluster.minutes_per_task * measured)
+            workers = max(1, batch.gpus(order.cluster, "featurize"))
+            self.rows = int(60 * order.cluster.minutes_per_task * measured * workers)
 
     def __iter__(self) -> Iterator[graph.TaskGroup]:
         return self._groups(self.owners)
@@ -123,21 +124,24 @@ def make_submit(jobs: JobRecords, order: SubmissionRequest, rows: int) -> Submit
     """Returns a function that records a job array, then submits it."""
 
     def send(step: str, tasks: Sequence[graph.Task], dependency: str) -> str:
+        cluster = order.cluster
         job = JobRecord(
             launch=order.launch,
             step=step,
             fingerprint=jobs.run.plan.fingerprint,
-            device=order.cluster.device if batch.on_gpu(step) else "cpu",
+            device=cluster.device if batch.on_gpu(step) else "cpu",
             tasks=tuple(tuple(cell.id for cell in task) for task in tasks),
-            cluster=asdict(replace(order.cluster, rows_per_task=rows)),
+            cluster=asdict(replace(cluster, rows_per_task=rows)),
             stages=order.stages,
             member=jobs.run.layout.member,
             generation=jobs.run.generation,
+            plan=jobs.run.plan_digest(jobs.run.generation),
+            processes=batch.processes(cluster, step, tasks),
         )
         number = jobs.publish(job)
         try:
-            request = make_batch(jobs, number, step, tasks, dependency)
-            return batch.submit(jobs.run, order.cluster, request)
+            request = make_batch(jobs, cluster, number, step, tasks, dependency)
+            return batch.submit(jobs.run, cluster, request)
         except SlurmRefused:
             jobs.withdraw(number)
             raise
@@ -213,7 +217,12 @@ def _parts(
 
 
 def make_batch(
-    jobs: JobRecords, number: int, step: str, tasks: Sequence[graph.Task], dependency: str
+    jobs: JobRecords,
+    cluster: SlurmConfig,
+    number: int,
+    step: str,
+    tasks: Sequence[graph.Task],
+    dependency: str,
 ) -> batch.BatchRequest:
     """What is asked of Slurm for some tasks; no tasks: the continuation job."""
     return batch.BatchRequest(
@@ -222,6 +231,7 @@ def make_batch(
         tasks=max(1, len(tasks)),
         dependency=dependency,
         number=number,
+        processes=batch.processes(cluster, step, tasks),
     )
 
 

@@ -12,6 +12,7 @@ from trak_dist.checkpoints.digests import (
     check_distinct_weights,
     check_weights,
     content_digest,
+    ids_by_weights,
     published,
 )
 from trak_dist.errors import CheckpointError
@@ -72,13 +73,15 @@ def check_checkpoints(
     CheckpointError
         If one is missing, unreadable, unfit, not the one featurized before, or there twice.
     """
+    ensemble = frozenset(plan.model_ids)
+    earlier = frozenset(run.plan.checkpoints) if run else frozenset()
+    known = ids_by_weights(run) if run else {}
     seen: dict[str, int] = {}
     new: dict[int, str] = {}
     notes = set[str]()
     absent: frozenset[str] | None = None
     for checkpoint in plan.checkpoints:
-        used = not set(plan.models_of(checkpoint)).isdisjoint(plan.model_ids)
-        if checkpoint.trained or not used:
+        if checkpoint.trained or ensemble.isdisjoint(plan.models_of(checkpoint)):
             continue
         where = checkpoint.file
         state = state_dicts.read(Path(where))
@@ -97,9 +100,9 @@ def check_checkpoints(
             )
         seen[digest] = checkpoint.model_id
         before = checkpoint.digest
-        if run and checkpoint in run.plan.checkpoints:
+        if run and checkpoint in earlier:
             check_weights(run, checkpoint.model_id, digest, publish=False)
-            check_distinct_weights(run, checkpoint.model_id, digest)
+            check_distinct_weights(run, known, checkpoint.model_id, digest)
             before = before or published(run, checkpoint.model_id)
         if not before:
             new[checkpoint.model_id] = digest

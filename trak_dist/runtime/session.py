@@ -195,6 +195,18 @@ def open_device(name: str) -> torch.device:
     return _gpu("cuda") if cuda and name == "auto" else torch.device("cpu")
 
 
+def own_gpu(name: str, local: int) -> str:
+    """`auto` or `cuda` for process `local` of several on this node: each computes on another GPU.
+
+    It is what `cuda` means from now on, for the user's code too.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or count < 2:
+        return name
+    torch.cuda.set_device(local % count)
+    return f"cuda:{local % count}"
+
+
 def _gpu(name: str) -> torch.device:
     # Buffers with which cuBLAS has one order of sums; it reads this when it is first used.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -46,9 +46,9 @@ class Queue:
         )
 
     def workers(self, cells: Collection[Cell]) -> int:
-        """How many running tasks are for some of `cells`."""
+        """How many processes of running tasks are for some of `cells`."""
         return sum(
-            1
+            job.processes
             for t, job in self.tasks
             if t.has_started and any(c in cells for c in cells_of(t, job))
         )

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from trak_dist import slurm
+from trak_dist import graph, slurm
 from trak_dist.cells import STAGE_STEPS, Cell, of_stage
 from trak_dist.errors import SlurmError
 from trak_dist.status.queue import Queue, read_queue
-from trak_dist.store.jobs import JobRecords
+from trak_dist.store.jobs import CONTINUATION, JobRecords
 from trak_dist.store.receipts import Failure, Receipt
 from trak_dist.store.run import Run
 
@@ -51,6 +52,7 @@ class VanishedTask:
 
     `worker` says whether its worker began, or it ended in the batch script before; `state` what
     Slurm's accounting says of it, and `end` the last lines of its log, both of the first `SHOWN`.
+    A continuation job `submits` its cells, and runs none.
     """
 
     cells: tuple[Cell, ...]
@@ -59,6 +61,7 @@ class VanishedTask:
     log: Path | None
     state: str = ""
     end: tuple[str, ...] = ()
+    submits: bool = False
 
     @property
     def job_id(self) -> str:
@@ -136,7 +139,9 @@ def read_status(run: Run, *, previous: Status | None = None) -> Status:
         idle = unfinished - running - queued
         failed = run.receipts.failures(c for c in cells if c in idle)
         stages[name] = StageStatus(cells, done, failed, frozenset(running), frozenset(queued))
-    vanished = [] if note else _lost(jobs, stages)  # where the queue does not answer, they may run
+    vanished = (
+        [] if note else _lost(jobs, stages, queue)
+    )  # where the queue does not answer, they may run
     audit_failures = {i: why for i in run.plan.model_ids if (why := run.receipts.audit_failure(i))}
     return Status(
         run=run,
@@ -152,18 +157,29 @@ def read_status(run: Run, *, previous: Status | None = None) -> Status:
     )
 
 
-def _lost(jobs: JobRecords, stages: Mapping[str, StageStatus]) -> list[VanishedTask]:
-    """The last tasks that started on missing cells, newest first."""
+def _lost(jobs: JobRecords, stages: Mapping[str, StageStatus], queue: Queue) -> list[VanishedTask]:
+    """The last tasks that started on missing cells, or were to submit them, newest first."""
     missing = {c for s in stages.values() for c in s.missing}
     failed = {c for s in stages.values() for c in s.failed}
     found = []
-    for number, job in jobs.readable(jobs.numbers()) if missing else ():
+    records = list(jobs.readable(jobs.numbers())) if missing else []
+    for number, job in records:
         logs = jobs.run.layout.task_logs(number)
-        for index in range(len(job.tasks)):
-            made = job.cells(index)
+        attempt = jobs.attempt(str(number), 0) if job.step == CONTINUATION else None
+        if attempt and attempt.fruitless and job not in [j for _, j in queue.tasks]:
+            taken = {c for _, j in records if j.launch == job.launch for c in j.all_cells}
+            left = (c for name in job.stages for c in stages[name].missing)
+            cells = tuple(c for c in left if c in missing and c not in taken)
+            missing.difference_update(cells)
+            if cells:
+                host, log = str(attempt.job.get("host", "?")), logs.get((0, 0))
+                found.append(VanishedTask(cells, True, host, log, submits=True))
+        places = itertools.product(range(len(job.tasks)), range(job.processes))
+        for index, process in places:
+            made = graph.share(job.cells(index), process, job.processes)
             cells = tuple(c for c in made if c in missing)
-            attempt = jobs.attempt(str(number), index) if cells else None
-            log = logs.get(index) if cells else None
+            attempt = jobs.attempt(str(number), index, process) if cells else None
+            log = logs.get((index, process)) if cells else None
             if attempt or log:
                 missing.difference_update(cells)
                 if any(c in failed for c in made):

@@ -134,7 +134,8 @@ def _vanished(status: Status) -> Iterator[str]:
         ended = "silently" if task.worker else "before its worker began"
         slurm_state = f"; Slurm says {task.state}" if task.state else ""
         yield ""
-        yield f"lost   {task.cells[0].id}{_and(task.cells[1:], 'cells')} {_origin(job)}"
+        what = "the job that was to submit " if task.submits else ""
+        yield f"lost   {what}{task.cells[0].id}{_and(task.cells[1:], 'cells')} {_origin(job)}"
         yield f"  the task ended {ended}{slurm_state}"
         yield from (_indent(line) for line in task.end)
     if len(status.vanished) > SHOWN:

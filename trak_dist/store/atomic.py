@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import shutil
@@ -14,6 +15,8 @@ from typing import TypeVar
 from trak_dist.errors import StoreError
 
 STALE_TRIES = 5
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+_AT_FDCWD, _RENAME_NOREPLACE = -100, 1  # Linux's
 Found = TypeVar("Found")
 
 
@@ -157,11 +160,40 @@ def write_once(path: Path, content: bytes) -> bytes:
     with write_errors(path), _temporary(path) as temporary:
         _write(temporary, content)
         try:
-            os.link(temporary, path)
+            _name_once(temporary, path)
         except FileExistsError:
             return read(path)
         fsync_directory(path.parent)
         return content
+
+
+def _name_once(temporary: Path, path: Path) -> None:
+    """Give a file its name, in one step that fails if the name is taken.
+
+    By a hard link or, where there are none, by Linux's rename that replaces nothing. Without either
+    nothing else is sound: a name that is created first is empty for a while, and for ever if its
+    process is killed.
+    """
+    try:
+        return os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, *UNSUPPORTED):
+            raise
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    names = os.fsencode(temporary), os.fsencode(path)
+    if rename and not rename(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_NOREPLACE):
+        return None
+    code = ctypes.get_errno() if rename else errno.ENOSYS
+    if code in UNSUPPORTED:
+        raise StoreError(
+            "the file system has neither hard links nor a rename that replaces nothing "
+            f"(renameat2, RENAME_NOREPLACE: {os.strerror(code)})",
+            where=str(path),
+            next="run_dir=… on another file system: by one of them two processes can't both "
+            "publish a plan",
+            errno=code,
+        )
+    raise OSError(code, os.strerror(code), str(path))
 
 
 def publish_directory(path: Path, build: Callable[[Path], None]) -> bool:
@@ -196,10 +228,15 @@ def fsync_files(files: Sequence[Path], *, below: Path) -> None:
 
 
 def fsync_directory(path: Path) -> None:
-    """Force a directory's entries to disk."""
+    """Force a directory's entries to disk, where the file system can."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Where a directory takes no fsync its entries last as the file system makes them last: what
+        # a loss of power takes is missing, or does not fit the digest in its receipt.
+        if error.errno not in UNSUPPORTED:
+            raise
     finally:
         os.close(descriptor)
 

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from trak_dist import decoding
@@ -35,7 +36,8 @@ class JobRecord:
 
     `launch` names the command that it came from: of one command each cell is submitted once.
     `cluster` and `stages` are what the command was given, `device` is what follows for this step;
-    `member` names the member of a sweep that it is for, `generation` is that of its plan.
+    `member` names the member of a sweep that it is for, `generation` is that of its plan,
+    `plan` the digest of its file, and `processes` how many share each task.
     """
 
     launch: str
@@ -47,10 +49,17 @@ class JobRecord:
     stages: tuple[str, ...]
     member: str = ""
     generation: int = 0
+    plan: str = ""
+    processes: int = field(default=1, metadata={"min": 1})
 
     def cells(self, index: int) -> tuple[Cell, ...]:
         """The cells of one task; of a task that there is not, none."""
         return tuple(parse_cell(cell_id) for task in self.tasks[index:][:1] for cell_id in task)
+
+    @property
+    def all_cells(self) -> Iterator[Cell]:
+        """The cells of all tasks."""
+        return (cell for index in range(len(self.tasks)) for cell in self.cells(index))
 
     @classmethod
     def from_json(cls, text: bytes) -> JobRecord:
@@ -70,7 +79,8 @@ class Attempt:
     """The start of an attempt at a task.
 
     `fruitless` counts the attempts in a row, this one included, that began without progress since
-    the last; `done` is how many of the task's cells were done when it began.
+    the last; `done` is how many of the task's cells were done when it began. A continuation job's
+    progress is the jobs that there are; ended in order, it has no fruitless attempts.
     """
 
     number: int
@@ -145,6 +155,18 @@ class JobRecords:
                 errno=getattr(error, "errno", None),
             ) from None
 
+    def check_plan(self, job: JobRecord) -> None:
+        """Raise `PlanMismatch` unless the run has the plan that `job` is for, or a later one."""
+        path, found = self._layout.plan(job.generation), self.run.plan_digest(job.generation)
+        seen = found and self.run.generation >= job.generation
+        if not seen or job.plan not in ("", found):  # earlier versions named no digest
+            here = f"has digest {found} here, {job.plan} there" if seen else "is not there"
+            raise PlanMismatch(
+                f"the job was submitted for {path.name}, which {here}",
+                where=str(path),
+                next="run the launch command again: what is missing is submitted again",
+            )
+
     def numbers(self) -> list[int]:
         """The numbers of all jobs, in order."""
         return self._layout.jobs()
@@ -191,19 +213,33 @@ class JobRecords:
     def _others(self) -> dict[str, Run]:
         return {}
 
-    def attempt(self, job: str, index: int) -> Attempt | None:
-        """How the last attempt at a task began, if there was one."""
+    def attempt(self, job: str, index: int, process: int = 0) -> Attempt | None:
+        """How the last attempt of a process at a task began, if there was one."""
         try:
-            raw = decoding.mapping(self._layout.attempt(job, index).read_bytes())
+            raw = decoding.mapping(self._layout.attempt(job, index, process).read_bytes())
             return structure(Attempt, raw, "it is no attempt:")
         except (OSError, ValueError):  # none, or damaged: counting starts over
             return None
 
-    def begin(self, job: str, index: int, *, done: int, by: Mapping[str, Any]) -> Attempt:
-        """Record that an attempt at a task begins, `done` of its cells being done."""
-        last = self.attempt(job, index)
+    def begin(
+        self, job: str, index: int, process: int = 0, *, done: int, by: Mapping[str, Any]
+    ) -> Attempt:
+        """Record that an attempt at a task begins, `done` of the process's cells being done."""
+        last = self.attempt(job, index, process)
         fruitless = last.fruitless + 1 if last and last.done >= done else 1
         number = last.number + 1 if last else 1
         attempt = Attempt(number=number, fruitless=fruitless, done=done, job=by)
-        atomic.write(self._layout.attempt(job, index), json.dumps(unstructure(attempt)).encode())
+        self._write(self._layout.attempt(job, index, process), attempt)
         return attempt
+
+    def begin_submitting(self, job: str, *, by: Mapping[str, Any]) -> Attempt:
+        """Record that an attempt at a continuation job begins."""
+        return self.begin(job, 0, done=len(self.numbers()), by=by)
+
+    def end_submitting(self, job: str, attempt: Attempt) -> None:
+        """Record that it ended in order: for now, or having submitted all."""
+        self._write(self._layout.attempt(job, 0), replace(attempt, fruitless=0))
+
+    @staticmethod
+    def _write(path: Path, attempt: Attempt) -> None:
+        atomic.write(path, json.dumps(unstructure(attempt)).encode())

@@ -86,15 +86,16 @@ class Layout:
         """The batch script of an array, and what its tasks print."""
         return self.base / "logs" / "slurm" / str(number)
 
-    def task_logs(self, number: int) -> dict[int, Path]:
-        """What the tasks of an array that ever began printed, by index."""
-        found = self.job_logs(number).glob("*_*_0_log.out")
-        by_index = ((path.name.split("_")[1], path) for path in found)
-        return {int(index): path for index, path in by_index if index.isdecimal()}
+    def task_logs(self, number: int) -> dict[tuple[int, int], Path]:
+        """What the tasks of an array that ever began printed, by index and process."""
+        found = self.job_logs(number).glob("*_*_*_log.out")
+        by_place = ((path.name.split("_")[1:3], path) for path in found)
+        return {(int(i), int(p)): f for (i, p), f in by_place if i.isdecimal() and p.isdecimal()}
 
-    def attempt(self, job: str, index: int) -> Path:
-        """The record of the last attempt at one task of a job."""
-        return self.base / "jobs" / job / f"{index}.json"
+    def attempt(self, job: str, index: int, process: int = 0) -> Path:
+        """The record of the last attempt of one process at one task of a job."""
+        name = f"{index}.{process}.json" if process else f"{index}.json"
+        return self.base / "jobs" / job / name
 
     def checkpoint(self, path: str) -> Path:
         """A checkpoint as the plan names it."""

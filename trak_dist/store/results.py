@@ -274,9 +274,31 @@ class _Strongest:
     def add(self, scores: NDArray[Any], rows: NDArray[Any]) -> None:
         all_scores = np.concatenate([self.scores, scores], axis=1)
         all_rows = np.concatenate([self.rows, rows], axis=1)
-        order = np.argsort(-all_scores, axis=1, kind="stable")[:, : self._count]
+        order = strongest(all_scores, self._count)
         self.scores = np.take_along_axis(all_scores, order, axis=1)
         self.rows = np.take_along_axis(all_rows, order, axis=1)
+
+
+def strongest(scores: NDArray[Any], count: int) -> NDArray[np.intp]:
+    """The places of the `count` largest of each row, the largest first; ties go to the lower place.
+
+    Parameters
+    ----------
+    scores : (rows, n)
+        NaN is less than any number.
+    """
+    keys = -scores
+    if count >= scores.shape[1] or np.isnan(keys).any():
+        return np.argsort(keys, axis=1, kind="stable")[:, :count]
+    # All that are stronger than the last one, and of those that tie with it the first ones.
+    last = np.partition(keys, count - 1, axis=1)[:, count - 1, None]
+    stronger = keys < last
+    tied = keys == last
+    room = count - stronger.sum(axis=1, keepdims=True)
+    chosen = stronger | (tied & (tied.cumsum(axis=1, dtype=np.int32) <= room))
+    places = np.nonzero(chosen)[1].reshape(len(keys), count)
+    order = np.argsort(np.take_along_axis(keys, places, axis=1), axis=1, kind="stable")
+    return np.take_along_axis(places, order, axis=1)
 
 
 def open_run(run_dir: str | Path) -> Results:

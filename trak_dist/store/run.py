@@ -9,6 +9,7 @@ from pathlib import Path
 from trak_dist import commands, plan_file
 from trak_dist.cells import Cell
 from trak_dist.errors import PlanMismatch, RunNotFound
+from trak_dist.hashing import digest_of
 from trak_dist.plan import Plan
 from trak_dist.store import atomic
 from trak_dist.store.layout import Layout
@@ -92,6 +93,13 @@ class Run:
             )
         return cls(layout, plan, generation)
 
+    def plan_digest(self, generation: int) -> str:
+        """Digest of the file of the plan as extended so many times; empty if there is none."""
+        try:
+            return digest_of(atomic.read(self.layout.plan(generation)))
+        except FileNotFoundError:
+            return ""
+
     @cached_property
     def receipts(self) -> Receipts:
         """The run's receipts."""
@@ -103,13 +111,19 @@ class Run:
         Raises
         ------
         PlanMismatch
-            If `cell` has another key in the plan on disk than in this one.
+            If `cell` has another key in the plan on disk than in this one, or is not in it.
         """
         current = Run.open(self.layout.run_dir)
-        if cell.key(current.plan) != cell.key(self.plan):
+        if current.generation < self.generation:
+            return  # a listing from before: nothing replaced the plan that this one is
+        try:
+            key = cell.key(current.plan)
+        except KeyError:  # the plan lacks its split, or its checkpoint
+            key = "none"
+        if key != cell.key(self.plan):
             raise PlanMismatch(
                 f"the plan was superseded: {cell.id} has key {cell.key(self.plan)} in this "
-                f"worker, {cell.key(current.plan)} in the run directory",
+                f"worker, {key} in the run directory",
                 where=str(current.layout.plan(current.generation)),
                 next="nothing to do: the jobs of the new plan compute it",
             )
