@@ -16,14 +16,13 @@ import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from types import SimpleNamespace
 
 from trak_dist.cells import Cell, FeaturizeCell, GramCell, KernelCell, PreconditionCell, ScoreCell
 from trak_dist.configuration.config import SlurmConfig, Spec
 from trak_dist.plan import Plan
 from trak_dist.plan_inputs import Checkpoint, ProbedDataset, Source, Split
 from trak_dist.runtime.cell_result import grads_facts
-from trak_dist.store.receipts import Receipt, _dump
+from trak_dist.store.record import Receipt, dump
 from trak_dist.store.run import Run
 
 CHECKPOINTS, CELLS = 100, (10**4, 10**5)
@@ -71,7 +70,7 @@ def forge(run: Run, cells: Iterable[Cell]) -> None:
         if path.parent not in directories:
             path.parent.mkdir(parents=True, exist_ok=True)
             directories.add(path.parent)
-        path.write_bytes(_dump(receipt(run, cell, number)))
+        path.write_bytes(dump(receipt(run, cell, number)))
 
 
 def receipt(run: Run, cell: Cell, number: int) -> Receipt:
@@ -79,20 +78,29 @@ def receipt(run: Run, cell: Cell, number: int) -> Receipt:
     digests, facts = {"what": f"{number:032x}"}, {}
     if isinstance(cell, FeaturizeCell):
         shown = str(cell.rows)
-        digests = {name: f"{number:032x}" for name in ("grads", "row_scale", "out_to_loss")}
+        digests = dict.fromkeys(("grads", "row_scale", "out_to_loss"), f"{number:032x}")
         facts = {
             **grads_facts(run.plan, f"{cell.model_id:032x}"),
             "inputs_digest": f"{cell.rows.start:032x}",
             "batch_digests": f"{hash(shown) % 2**32:08x}" * (CELL_ROWS // BATCH_ROWS),
             "rows": len(cell.rows),
-            **{"audited_rows": 2, "audited_batches": 1, "slower_batches": 0},
+            "audited_rows": 2,
+            "audited_batches": 1,
+            "slower_batches": 0,
             "largest_difference": 1e-7 + number * 1e-14,
         }
     job = {
-        **{"attempt": 1, "host": f"n{number % 40}", "job_id": f"12_{number // 50}"},
-        **{"process": 1000 + number % 997, "log": f"/runs/logs/12_{number // 50}_0_log.out"},
-        **{"device": "NVIDIA H100", "python": "3.11", "torch": "2.13.0", "numpy": "2.3.0"},
-        **{"started": 1.7e9 + number / 7, "seconds": 1.5 + number % 1000 / 1000},
+        "attempt": 1,
+        "host": f"n{number % 40}",
+        "job_id": f"12_{number // 50}",
+        "process": 1000 + number % 997,
+        "log": f"/runs/logs/12_{number // 50}_0_log.out",
+        "device": "NVIDIA H100",
+        "python": "3.11",
+        "torch": "2.13.0",
+        "numpy": "2.3.0",
+        "started": 1.7e9 + number / 7,
+        "seconds": 1.5 + number % 1000 / 1000,
     }
     return Receipt(
         cell=cell.id,
@@ -140,10 +148,10 @@ def run_way(way: str, run: Run) -> tuple[float, float]:
             cluster, stages = SlurmConfig(device="cpu"), ("featurize", "reduce")
             slurm.dry_run(run, cluster, stages, rate=lambda: 1000.0)
     else:
-        from trak_dist.stages import score
+        from trak_dist.runtime.inputs import check_same_rows
 
         def do() -> None:
-            score._check_rows(SimpleNamespace(run=run), next(ScoreCell.of(run.plan)))
+            check_same_rows(run, ("train", "val"), needed_by=next(ScoreCell.of(run.plan)))
 
     started, cpu = time.perf_counter(), time.process_time()
     do()
