@@ -71,9 +71,11 @@ class Split:
         """How many cells it is cut into."""
         return -(-self.rows // self.cell_rows)
 
-    def blocks(self) -> Iterator[Rows]:
-        """The rows of each cell, in order."""
-        for start in range(0, self.rows, self.cell_rows):
+    def blocks(self, *, overlapping: Rows | None = None) -> Iterator[Rows]:
+        """The rows of each cell, in order; or of those that have some of `overlapping`."""
+        some = overlapping or Rows(0, self.rows)
+        first = some.start - some.start % self.cell_rows
+        for start in range(first, some.stop, self.cell_rows):
             yield Rows(start, min(start + self.cell_rows, self.rows))
 
 

@@ -29,7 +29,7 @@ from trak_dist.configuration.config import DEVICES, SlurmConfig
 from trak_dist.configuration.validation import cluster_from_mapping
 from trak_dist.errors import ConfigError, PlanMismatch, StoreError, TrakDistError, WorkerLost
 from trak_dist.store.jobs import CONTINUATION, JobRecord, JobRecords
-from trak_dist.store.receipts import Failure
+from trak_dist.store.record import Failure
 from trak_dist.store.run import Run
 
 log = logging.getLogger(__name__)

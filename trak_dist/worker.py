@@ -38,7 +38,7 @@ from trak_dist.ops import numerics
 from trak_dist.runtime.cell_result import CellResult
 from trak_dist.runtime.inputs import require
 from trak_dist.runtime.session import Session, Sessions
-from trak_dist.store.receipts import Failure, Receipt
+from trak_dist.store.record import Failure, Receipt
 from trak_dist.store.run import Run
 
 log = logging.getLogger(__name__)

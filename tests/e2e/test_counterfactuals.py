@@ -21,7 +21,7 @@ from trak_dist import open_run
 from trak_dist.launch import main
 from trak_dist.ops import lds
 from trak_dist.stages import report
-from trak_dist.store.receipts import Receipt
+from trak_dist.store.record import Receipt
 from trak_dist.store.run import Run
 
 pytestmark = pytest.mark.long

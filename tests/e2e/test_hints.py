@@ -175,11 +175,11 @@ def test_of_cells_of_other_rows_and_of_a_gram_that_is_not_finite(
 ) -> None:
     assert place().code == 0
     run = Run.open(place.run_dir)
-    receipts = run.receipts.done(FeaturizeCell.of(run.plan))
-    first = next(iter(receipts))
-    receipts[first] = replace(receipts[first], facts={"inputs_digest": "another"})
+    first = next(FeaturizeCell.of(run.plan))
+    receipt = run.receipts.done([first])[first]
+    run.receipts.publish(first, replace(receipt, facts={"inputs_digest": "another"}))
     with pytest.raises(TrakDistError) as raised:
-        inputs.check_same_rows(run, receipts)
+        inputs.check_same_rows(run, ["train"], needed_by=first)
     assert place.names(hinted(raised.value.next))
     monkeypatch.setattr(contents, "read", lambda *_: torch.full((8, 8), torch.nan).double().numpy())
     with pytest.raises(TrakDistError, match="not finite") as raised:

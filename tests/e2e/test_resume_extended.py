@@ -20,7 +20,7 @@ from trak_dist.errors import MissingInputs, PlanMismatch
 from trak_dist.plan import Plan
 from trak_dist.runtime.session import Session
 from trak_dist.status.verify import damaged_cells
-from trak_dist.store.receipts import Receipt
+from trak_dist.store.record import Receipt
 from trak_dist.store.run import Run
 
 pytestmark = pytest.mark.slow

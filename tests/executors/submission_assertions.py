@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from trak_dist.cells import Cell, parse_cell
 from trak_dist.configuration.config import SlurmConfig
 from trak_dist.store.jobs import JobRecord, JobRecords
-from trak_dist.store.receipts import Failure, Receipt
+from trak_dist.store.record import Failure, Receipt
 from trak_dist.store.run import Run
 
 

@@ -10,6 +10,7 @@ import threading
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -21,7 +22,8 @@ from trak_dist.coordinates import Rows
 from trak_dist.plan import Plan, digest
 from trak_dist.plan_inputs import Checkpoint, ProbedDataset, Source, Split
 from trak_dist.store.layout import Layout
-from trak_dist.store.receipts import Failure, Receipt, Receipts
+from trak_dist.store.receipts import Receipts
+from trak_dist.store.record import Failure, Receipt, dump
 
 PLAN = Plan(
     spec=Spec(problem={"_target_": "a.b"}, proj_dim=4, store_dim=4),
@@ -133,6 +135,47 @@ def test_a_revoked_cell_is_missing_though_it_was_consolidated(receipts: Receipts
     receipts.publish(CELL, receipt(CELL, attempt=2))
     receipts.consolidate(0)
     assert receipts.done([CELL]) == {CELL: receipt(CELL, attempt=2)}
+
+
+def test_what_all_cells_were_shown_is_said_of_those_that_are_consolidated_and_done(
+    receipts: Receipts, layout: Layout
+) -> None:
+    train, val = FEATURIZE[:3], FEATURIZE[3:4]
+    shown = {c: replace(receipt(c), facts={"inputs_digest": f"of {c.rows}"}) for c in FEATURIZE}
+    for cell in (*train, *val):
+        receipts.publish(cell, shown[cell])
+    assert receipts.inputs_digest(0, "train") is None
+    receipts.consolidate(0)
+    assert receipts.inputs_digest(0, "train") == digest(["of 0-4", "of 4-8", "of 8-10"])
+    assert receipts.inputs_digest(0, "val") == digest(["of 0-3"])
+    assert receipts.inputs_digest(1, "train") is None
+    other = Receipts(layout, replace(PLAN, train=replace(PLAN.train, cell_rows=5)))
+    assert other.inputs_digest(0, "train") is None
+    receipts.revoke(CELL, why="damaged")
+    assert receipts.inputs_digest(0, "train") is None
+    receipts.consolidate(0)
+    assert receipts.inputs_digest(0, "train") is None
+    assert receipts.inputs_digest(0, "val") == digest(["of 0-3"])
+    receipts.publish(CELL, replace(shown[CELL], facts={"inputs_digest": "other"}))
+    assert receipts.inputs_digest(0, "train") is None
+    receipts.consolidate(0)
+    assert receipts.inputs_digest(0, "train") == digest(["other", "of 4-8", "of 8-10"])
+
+
+def test_columns_of_an_earlier_version_are_read_and_written_anew(
+    receipts: Receipts, layout: Layout
+) -> None:
+    mine = [c for c in FEATURIZE if c.model_id == 0]
+    path = layout.consolidated(PLAN, CELL)
+    path.parent.mkdir(parents=True)
+    texts = {"cell": [c.id for c in mine], "receipt": [dump(receipt(c)) for c in mine]}
+    with path.open("wb") as file:
+        np.savez_compressed(file, **{name: np.array(v, dtype=bytes) for name, v in texts.items()})
+    assert receipts.done(FEATURIZE) == {c: receipt(c) for c in mine}
+    assert receipts.inputs_digest(0, "train") is None
+    receipts.consolidate(0)
+    assert receipts.done(FEATURIZE) == {c: receipt(c) for c in mine}
+    assert receipts.inputs_digest(0, "train")
 
 
 def test_a_reader_misses_no_receipt_while_they_are_consolidated(receipts: Receipts) -> None:

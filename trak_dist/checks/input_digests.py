@@ -16,7 +16,7 @@ from trak_dist.cells import Cell, FeaturizeCell
 from trak_dist.coordinates import Rows
 from trak_dist.datasets import content_bytes
 from trak_dist.hashing import truncated
-from trak_dist.store.receipts import Receipt
+from trak_dist.store.record import Receipt
 from trak_dist.store.run import Run
 
 SHORT = 8  # characters of a batch's digest

@@ -18,7 +18,8 @@ from trak_dist.errors import CellsFailed, MissingInputs
 from trak_dist.interface.preparation import Prepared, gpus
 from trak_dist.interface.progress import Counter, OnProgress, Progress
 from trak_dist.status.state import Status, read_status
-from trak_dist.store.receipts import Failure, rows_per_second
+from trak_dist.store.receipts import rows_per_second
+from trak_dist.store.record import Failure
 from trak_dist.store.run import Run
 
 if TYPE_CHECKING:

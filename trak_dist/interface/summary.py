@@ -11,7 +11,8 @@ from trak_dist import graph, resources
 from trak_dist.cells import KINDS, STAGE_STEPS, Cell, FeaturizeCell, count, of_stage
 from trak_dist.configuration.config import ClusterConfig, SlurmConfig
 from trak_dist.plan import Plan
-from trak_dist.store.receipts import Receipt, rows_per_second
+from trak_dist.store.receipts import rows_per_second
+from trak_dist.store.record import Receipt
 from trak_dist.store.run import Run
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from jaxtyping import Float
@@ -17,7 +17,7 @@ from trak_dist.ops import projection
 from trak_dist.ops import rows as row_format
 from trak_dist.runtime.session import Session
 from trak_dist.store import contents
-from trak_dist.store.receipts import Receipt
+from trak_dist.store.record import Receipt
 from trak_dist.store.run import Run
 
 SHARED_FACTS = (
@@ -68,8 +68,28 @@ def check_same_origin(receipts: dict[Cell, Receipt]) -> None:
         _check_equal(fact, values, next=hint)
 
 
-def check_same_rows(run: Run, receipts: dict[Cell, Receipt]) -> None:
-    """Raise `MixedRun` naming cells whose input rows differ between checkpoints."""
+def check_same_rows(run: Run, splits: Iterable[str], *, needed_by: Cell) -> None:
+    """Check that all checkpoints were shown the same rows of some splits.
+
+    Where the consolidated receipts of each checkpoint say that of all its cells, a digest for each
+    checkpoint is read; else the receipt of each cell.
+
+    Raises
+    ------
+    MissingInputs
+        If not all cells of the splits are done.
+    MixedRun
+        If input rows differ between checkpoints, naming the cells.
+    """
+    models = run.plan.model_ids
+    for split in splits:
+        shown = {run.receipts.inputs_digest(m, split) for m in models}
+        if len(shown) > 1 or None in shown:
+            cells = [c for m in models for c in FeaturizeCell.of_split(run.plan, m, split)]
+            _check_each(run, require(run, cells, needed_by=needed_by))
+
+
+def _check_each(run: Run, receipts: dict[Cell, Receipt]) -> None:
     by_rows: dict[tuple[str, Rows], list[tuple[Cell, object]]] = {}
     for cell, receipt in receipts.items():
         assert isinstance(cell, FeaturizeCell)

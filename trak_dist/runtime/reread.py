@@ -16,7 +16,7 @@ from trak_dist.coordinates import Rows
 from trak_dist.errors import DatasetError
 from trak_dist.listing import first_few
 from trak_dist.runtime.session import Session
-from trak_dist.store.receipts import Receipt
+from trak_dist.store.record import Receipt
 
 REREAD_ROWS = 512  # of done cells, by a worker that begins with a split
 

@@ -30,7 +30,10 @@ def score(session: Session, cell: ScoreCell) -> CellResult:
         KernelCell(m) if itself else PreconditionCell(m, cell.targets) for m in plan.model_ids
     ]
     require(run, solved, needed_by=cell)
-    session.run_once(f"rows of {cell.targets}", lambda: _check_rows(session, cell))
+    splits = dict.fromkeys((TRAIN, cell.targets))
+    session.run_once(
+        f"rows of {cell.targets}", lambda: check_same_rows(run, splits, needed_by=cell)
+    )
     half_targets = halves_targets(plan, cell.targets)
     whole, halves = Ensemble(), [(Ensemble(), model_ids) for model_ids in halves_of(plan)]
     for model_id, source in zip(plan.model_ids, solved, strict=True):
@@ -52,17 +55,6 @@ def score(session: Session, cell: ScoreCell) -> CellResult:
     return CellResult(contents.write(run, cell, written), {"model_ids": list(plan.model_ids)})
 
 
-def _check_rows(session: Session, cell: ScoreCell) -> None:
-    run, splits = session.run, dict.fromkeys((TRAIN, cell.targets))
-    cells = [
-        c
-        for m in run.plan.model_ids
-        for s in splits
-        for c in FeaturizeCell.of_split(run.plan, m, s)
-    ]
-    check_same_rows(run, require(run, cells, needed_by=cell))
-
-
 def _read(session: Session, model_id: int, rows: Rows) -> tuple[Tensor, Tensor]:
     """The grads (rows, k) and out-to-loss (rows,) of one checkpoint."""
     sources = _overlapping(session, model_id, rows)
@@ -75,8 +67,8 @@ def _read(session: Session, model_id: int, rows: Rows) -> tuple[Tensor, Tensor]:
 
 
 def _overlapping(session: Session, model_id: int, rows: Rows) -> list[FeaturizeCell]:
-    cells = FeaturizeCell.of_split(session.run.plan, model_id, TRAIN)
-    return [c for c in cells if c.rows.start < rows.stop and rows.start < c.rows.stop]
+    blocks = session.run.plan.train.blocks(overlapping=rows)
+    return [FeaturizeCell(model_id, TRAIN, block) for block in blocks]
 
 
 def _cut(values: Tensor, source: FeaturizeCell, rows: Rows) -> Tensor:

@@ -13,7 +13,7 @@ from trak_dist.cells import STAGE_STEPS, Cell, of_stage
 from trak_dist.errors import SlurmError
 from trak_dist.status.queue import Queue, read_queue
 from trak_dist.store.jobs import CONTINUATION, JobRecords
-from trak_dist.store.receipts import Failure, Receipt
+from trak_dist.store.record import Failure, Receipt
 from trak_dist.store.run import Run
 
 SHOWN = 10  # kinds of failures, and vanished tasks, that are shown in full

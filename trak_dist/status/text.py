@@ -9,7 +9,8 @@ from trak_dist.cells import Cell, FeaturizeCell, FisherCell
 from trak_dist.listing import first_few
 from trak_dist.plan_inputs import Split
 from trak_dist.status.state import MARKS, SHOWN, StageStatus, Status
-from trak_dist.store.receipts import Failure, audit_summary, rows_per_second
+from trak_dist.store.receipts import audit_summary, rows_per_second
+from trak_dist.store.record import Failure
 from trak_dist.store.run import Run
 
 GRID_COLUMNS = 40

@@ -19,7 +19,7 @@ from trak_dist.errors import CheckpointError, StoreError
 from trak_dist.hashing import digest_of
 from trak_dist.store import atomic, contents
 from trak_dist.store.prepare import prepare
-from trak_dist.store.receipts import Receipt
+from trak_dist.store.record import Receipt
 from trak_dist.store.run import Run
 
 

@@ -10,7 +10,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 from trak_dist.errors import StoreError
 
@@ -79,6 +79,17 @@ def read(path: Path) -> bytes:
     """
     with read_errors(path):
         return retry_stale(path.read_bytes)
+
+
+def read_some(path: Path, read: Callable[[BinaryIO], Found]) -> Found:
+    """What `read` takes of the file at `path`; otherwise as `read`."""
+
+    def opened() -> Found:
+        with path.open("rb") as file:
+            return read(file)
+
+    with read_errors(path):
+        return retry_stale(opened)
 
 
 def names(directory: Path) -> set[str]:

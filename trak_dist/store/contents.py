@@ -15,7 +15,7 @@ from trak_dist.cells import Cell
 from trak_dist.cells.ownership import ArraySpec
 from trak_dist.errors import CorruptChunk
 from trak_dist.store import arrays
-from trak_dist.store.receipts import Receipt
+from trak_dist.store.record import Receipt
 from trak_dist.store.run import Run
 
 

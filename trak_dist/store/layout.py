@@ -13,6 +13,7 @@ from trak_dist.plan import Plan
 from trak_dist.store import atomic
 
 SWEEPS = "sweeps"
+CONSOLIDATED = "consolidated.npz"
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,8 @@ class Layout:
         return self.receipts(plan, cell) / f"{name}.json"
 
     def consolidated(self, plan: Plan, cell: FeaturizeCell) -> Path:
-        """The columnar file of one checkpoint's featurize receipts."""
-        return self.receipts(plan, cell) / "consolidated.npz"
+        """The file of columns of one checkpoint's featurize receipts."""
+        return self.receipts(plan, cell) / CONSOLIDATED
 
     def failure(self, plan: Plan, cell: Cell) -> Path:
         """What went wrong in the cell's last attempt."""

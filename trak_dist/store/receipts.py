@@ -1,8 +1,8 @@
 """Receipts: the small JSON files that make cells done. Needs no zarr and no torch.
 
 A cell is done when its receipt carries the key that the plan gives it; nothing else counts. A
-checkpoint's featurize receipts are consolidated into one columnar file once its Gram is made; a
-single receipt, being younger, wins over the columnar file.
+checkpoint's featurize receipts are consolidated into one file of columns once its Gram is made; a
+single receipt, being younger, wins over that file.
 """
 
 from __future__ import annotations
@@ -10,75 +10,24 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Container, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import median
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 
 from trak_dist import decoding
 from trak_dist.cells import Cell, FeaturizeCell
-from trak_dist.configuration.structuring import structure, unstructure
-from trak_dist.errors import CorruptChunk, StoreError
+from trak_dist.errors import StoreError
 from trak_dist.plan import Plan, digest
-from trak_dist.store import atomic
-from trak_dist.store.layout import Layout
+from trak_dist.store import atomic, columns, record
+from trak_dist.store.columns import Columns
+from trak_dist.store.layout import CONSOLIDATED, Layout
+from trak_dist.store.record import Failure, Receipt
 
-Fact = TypeVar("Fact")
+Found = TypeVar("Found")
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Receipt:
-    """What one cell did.
-
-    `digests` are those of what it wrote, by array name; `facts` are compared between cells that
-    belong together; `job` says who did it, where, when and how fast.
-    """
-
-    cell: str
-    key: str
-    fingerprint: str
-    digests: Mapping[str, str] = field(default_factory=dict)
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    job: Mapping[str, Any] = field(default_factory=dict)
-
-    def fact(self, name: str, kind: type[Fact] | tuple[type[Fact], ...]) -> Fact:
-        """One of the facts.
-
-        Raises
-        ------
-        CorruptChunk
-            If it is not there, or not of that kind.
-        """
-        found = self.facts.get(name)
-        if not isinstance(found, kind):
-            raise CorruptChunk(
-                f"the receipt's {name} is {found!r}",
-                where=self.cell,
-                next="remove the cell's receipt, then the same command again",
-            )
-        return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class Failure:
-    """The last failed attempt of a cell; `expected` errors need no traceback to be understood.
-
-    `error_class` is the name of the error's class; empty in records of earlier versions. `doubted`
-    ones are not attempts: the cell is done, but its inputs have changed since.
-    """
-
-    cell: str
-    key: str
-    error: str
-    traceback: str
-    expected: bool
-    job: Mapping[str, Any] = field(default_factory=dict)
-    doubted: bool = False
-    error_class: str = ""
 
 
 class Receipts:
@@ -90,13 +39,13 @@ class Receipts:
 
     def publish(self, cell: Cell, receipt: Receipt) -> None:
         """Make `cell` done. The last thing a cell does."""
-        atomic.write(self._layout.receipt(self._plan, cell), _dump(receipt))
+        atomic.write(self._layout.receipt(self._plan, cell), record.dump(receipt))
         self.clear_failure(cell)
 
     def revoke(self, cell: Cell, *, why: str) -> None:
         """Make `cell` missing again, by a receipt whose key fits no plan."""
         receipt = Receipt(cell=cell.id, key="", fingerprint="", job={"revoked": why})
-        atomic.write(self._layout.receipt(self._plan, cell), _dump(receipt))
+        atomic.write(self._layout.receipt(self._plan, cell), record.dump(receipt))
         if self.stale([cell]):
             self.clear_failure(cell)
 
@@ -118,7 +67,7 @@ class Receipts:
 
     def fail(self, cell: Cell, failure: Failure) -> None:
         """Record why the cell's last attempt failed."""
-        atomic.write(self._layout.failure(self._plan, cell), _dump(failure))
+        atomic.write(self._layout.failure(self._plan, cell), record.dump(failure))
 
     def record_audit_failure(self, model_id: int, *, why: str) -> None:
         """Record that an audit failed: gradients of the checkpoint are computed one by one."""
@@ -142,19 +91,39 @@ class Receipts:
     def done(self, cells: Iterable[Cell]) -> dict[Cell, Receipt]:
         """The receipts of those of `cells` that are done. Each directory is listed once."""
         cells = list(cells)
-        names_by_directory: dict[Path, set[str]] = {}
+        by_directory: dict[Path, list[Cell]] = {}
         for cell in cells:
-            path = self._layout.receipt(self._plan, cell)
-            names_by_directory.setdefault(path.parent, set()).add(path.name)
-        found: dict[str, Receipt] = {}
-        for directory, names in names_by_directory.items():
-            found.update(_read_directory(directory, names))
-        receipts = ((cell, found.get(cell.id)) for cell in cells)
-        return {c: r for c, r in receipts if r is not None and r.key == c.key(self._plan)}
+            by_directory.setdefault(self._layout.receipts(self._plan, cell), []).append(cell)
+        found: dict[Cell, Receipt] = {}
+        for directory, inside in by_directory.items():
+            found.update(self._done_in(directory, inside))
+        return {cell: found[cell] for cell in cells if cell in found}
+
+    def _done_in(self, directory: Path, cells: Iterable[Cell]) -> Iterator[tuple[Cell, Receipt]]:
+        by_name = {self._layout.receipt(self._plan, cell).name: cell for cell in cells}
+        existing = sorted(name for name in atomic.names(directory) if name in by_name)
+        singles = (record.read(directory / name, Receipt) for name in existing)
+        single = {receipt.cell: receipt for receipt in singles if receipt is not None}
+        keys = {cell.id: cell.key(self._plan) for cell in by_name.values()}
+        in_columns = _read_columns(directory / CONSOLIDATED) if len(single) < len(keys) else None
+        for cell in by_name.values():
+            receipt = single.get(cell.id)
+            if receipt and receipt.key == keys[cell.id]:
+                yield cell, receipt
+        if in_columns:
+            keys_there = zip(in_columns.column("cell"), in_columns.column("key"), strict=True)
+            rows = [
+                row
+                for row, (cell, key) in enumerate(keys_there)
+                if cell not in single and keys.get(cell) == key
+            ]
+            by_id = {cell.id: cell for cell in by_name.values()}
+            for found in in_columns.records(rows):
+                yield by_id[found["cell"]], Receipt(**found)
 
     def failure(self, cell: Cell) -> Failure | None:
         """Why the last attempt at `cell` failed, if it did."""
-        found = _read(self._layout.failure(self._plan, cell), Failure)
+        found = record.read(self._layout.failure(self._plan, cell), Failure)
         return found if found is not None and found.key == cell.key(self._plan) else None
 
     def failures(self, cells: Iterable[Cell]) -> dict[Cell, Failure]:
@@ -165,29 +134,48 @@ class Receipts:
         return {c: f for c, f in found.items() if f is not None}
 
     def consolidate(self, model_id: int) -> None:
-        """Gather a checkpoint's featurize receipts into one columnar file.
+        """Gather a checkpoint's featurize receipts into one file of columns.
 
-        The single receipts go only once the columnar file is on disk, so that a reader that lists
-        singles first and reads the columns afterwards misses none.
+        The single receipts go only once that file is on disk, so that a reader that lists singles
+        first and reads the columns afterwards misses none. The identity of a split's cells is noted
+        if all of them are done: their keys follow from it.
         """
-        splits = (self._plan.train, *self._plan.targets)
-        cells = [c for s in splits for c in FeaturizeCell.of_split(self._plan, model_id, s.name)]
-        receipts = self.done(cells)
-        path = self._layout.consolidated(self._plan, cells[0])
-        by_cell = {r.cell: r for r in (*_read_columns(path), *receipts.values())}
-        columns = {
-            "cell": [cell.encode() for cell in by_cell],
-            "key": [r.key.encode() for r in by_cell.values()],
-            "receipt": [_dump(r) for r in by_cell.values()],
+        plan = self._plan
+        by_split = [list(FeaturizeCell.of_split(plan, model_id, s.name)) for s in plan.splits]
+        receipts = self.done(cell for cells in by_split for cell in cells)
+        inputs = {
+            cells[0].identity(plan): digest([receipts[c].facts.get("inputs_digest") for c in cells])
+            for cells in by_split
+            if receipts.keys() >= set(cells)
         }
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **{n: np.array(c, dtype=bytes) for n, c in columns.items()})  # type: ignore[arg-type]
-        atomic.write(path, buffer.getvalue())
+        path = self._layout.consolidated(plan, by_split[0][0])
+        there = _read_columns(path)
+        before = there.records(range(len(there))) if there else ()
+        by_cell = {r["cell"]: r for r in (*before, *map(vars, receipts.values()))}
+        atomic.write(path, columns.dump(list(by_cell.values()), notes=inputs))
         for cell, receipt in receipts.items():
             single = self._layout.receipt(self._plan, cell)
-            if _read(single, Receipt) == receipt:
+            if record.read(single, Receipt) == receipt:
                 with atomic.write_errors(single):
                     single.unlink(missing_ok=True)
+
+    def inputs_digest(self, model_id: int, split: str) -> str | None:
+        """The digest of all that a checkpoint's cells of a split were shown, if all are done.
+
+        Read of the file of columns alone, however many cells there are; None if that does not say
+        so, or a cell has a single receipt besides, which is younger.
+        """
+        cells = FeaturizeCell.of_split(self._plan, model_id, split)
+        first = next(cells)
+        path, own = (
+            f(self._plan, first) for f in (self._layout.consolidated, self._layout.receipt)
+        )
+        prefix = own.name.removesuffix(f"{first.rows}{own.suffix}")
+        if any(name.startswith(prefix) for name in atomic.names(own.parent)):
+            return None
+        notes = _whole(path, lambda: atomic.read_some(path, _notes_of)) or {}
+        inputs = notes.get(first.identity(self._plan))
+        return inputs if isinstance(inputs, str) else None
 
 
 def rows_per_second(receipts: Iterable[Receipt]) -> float:
@@ -221,51 +209,32 @@ def audit_summary(receipts: Iterable[Receipt]) -> str:
     return ", ".join(parts)
 
 
-def _dump(value: Receipt | Failure) -> bytes:
-    content = json.loads(json.dumps(unstructure(value)))
-    return json.dumps({**content, "digest": digest(content)}).encode()
+def _read_columns(path: Path) -> Columns | None:
+    return _whole(path, lambda: _columns_of(io.BytesIO(atomic.read(path))))
 
 
-Kind = TypeVar("Kind", Receipt, Failure)
+def _columns_of(content: BinaryIO) -> Columns:
+    with np.load(content, allow_pickle=False) as file:
+        if "receipt" not in file:
+            return Columns(file)
+        # of earlier versions: a column of JSON texts
+        receipts = [vars(record.parsed(text, Receipt)) for text in file["receipt"].tolist()]
+    return _columns_of(io.BytesIO(columns.dump(receipts, notes={})))
 
 
-def _read(path: Path, kind: type[Kind]) -> Kind | None:
-    """What is at `path`; None if there is nothing, or nothing whole."""
+def _notes_of(content: BinaryIO) -> dict[str, Any]:
+    with np.load(content, allow_pickle=False) as file:
+        return columns.read_notes(file)
+
+
+def _whole(path: Path, read: Callable[[], Found]) -> Found | None:
+    """What is read of a file of columns; None if there is none, or none that is whole."""
     try:
-        return _parsed(atomic.read(path), kind)
+        return read()
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        # Receipts are published atomically, so the file is damaged: its cell counts as missing and
-        # runs again.
-        log.warning("unreadable, counted as missing: %s (%s)", path, " ".join(str(error).split()))
-        return None
-
-
-def _parsed(text: bytes, kind: type[Kind]) -> Kind:
-    """A receipt of an earlier version has no digest: only its form is checked."""
-    raw = decoding.mapping(text)
-    recorded = raw.pop("digest", None)
-    if recorded not in (None, digest(raw)):
-        raise ValueError("its content is not what was written")
-    return structure(kind, raw, "it is no record of a cell:")
-
-
-def _read_directory(directory: Path, names: Container[str]) -> dict[str, Receipt]:
-    existing = sorted(name for name in atomic.names(directory) if name in names)
-    singles = [_read(directory / name, Receipt) for name in existing]
-    found = {r.cell: r for r in _read_columns(directory / "consolidated.npz")}
-    return found | {r.cell: r for r in singles if r is not None}
-
-
-def _read_columns(path: Path) -> list[Receipt]:
-    try:
-        with np.load(io.BytesIO(atomic.read(path)), allow_pickle=False) as file:
-            return [_parsed(text, Receipt) for text in file["receipt"].tolist()]
-    except FileNotFoundError:
-        return []
     except StoreError:
         raise
     except Exception as error:  # zip, npy and JSON have their own ways to fail on damage
         log.warning("unreadable, its cells counted as missing: %s (%s)", path, error)
-        return []
+        return None
