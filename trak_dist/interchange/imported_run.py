@@ -34,7 +34,7 @@ from trak_dist.interchange.foreign_files import ForeignRows
 from trak_dist.plan import Plan
 from trak_dist.store import contents
 from trak_dist.store.prepare import prepare_checkpoint
-from trak_dist.store.receipts import Receipt
+from trak_dist.store.record import Receipt
 from trak_dist.store.run import Run
 
 
