@@ -158,8 +158,9 @@ def test_a_checkpoint_may_be_a_path(checkpoints: str, tmp_path: Path) -> None:
 
 def test_a_batch_may_be_a_mapping(tmp_path: Path) -> None:
     class OfMappings(trak_dist.ImageClassification):
-        def _logits(self, model, state, batch):
-            return super()._logits(model, state, (batch[0]["image"], batch[0]["label"]))
+        def _logits_and_labels(self, model, weights, buffers, batch):
+            inputs = batch[0]["image"], batch[0]["label"]
+            return super()._logits_and_labels(model, weights, buffers, inputs)
 
     images = small_cnn.Images(6, seed=1)
     found = {}
