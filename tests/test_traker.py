@@ -478,7 +478,7 @@ def test_a_gradient_that_is_not_finite_is_named_and_nothing_kept(
     fed.load_checkpoint(states(checkpoints)[0], 0)
     images, labels = batch(train, np.arange(8))
     labels[5] = 99
-    with pytest.raises(NonFiniteGradient, match="15; label 99 .* 4 logits; checkpoint 0"):
+    with pytest.raises(NonFiniteGradient, match=r"15; label 99 .* 4 logits; checkpoint 0"):
         fed.featurize((images, labels), inds=np.arange(10, 18))
     with pytest.raises(ModelIDException, match="60 of 60 train rows are missing"):
         fed.finalize_features()
