@@ -38,7 +38,9 @@ NUMBERS := $(BIN)/pytest -n auto -m "not slow and not long" tests/ops tests/cont
 
 test-instructions: $(DEV_STAMP)
 	$(SSE) $(NUMBERS)
+ifneq ($(LONG),0)
 	$(AVX2) $(NUMBERS)
+endif
 
 # What to run before a commit: the code's checks, and the tests that are fast.
 check: check-code test-fast
