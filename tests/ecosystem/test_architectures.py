@@ -184,7 +184,9 @@ def test_hooks_are_taken(name: str, dtype: torch.dtype) -> None:
     assert method == ("hooks", "")
 
 
-@pytest.mark.parametrize("size", [1, 2, 4])
+@pytest.mark.parametrize(
+    "size", [2, *(pytest.param(size, marks=pytest.mark.long) for size in (1, 4))]
+)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_gradients_by_hooks_are_those_of_each_example_alone_in_float64(
     name: str, size: int

@@ -39,7 +39,7 @@ def campaign(directory: Path, seed: int, count: int) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="its processes are forked")
 def test_random_faults_lose_nothing(tmp_path: Path) -> None:
-    campaign(tmp_path, seed=0, count=24)
+    campaign(tmp_path, seed=0, count=12)
 
 
 @pytest.mark.slow
