@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LOG_VARIABLE = (
-    "TRAK_DIST_LOG"  # who starts a worker says in it where its output goes, %t being its number
-)
+# Who starts a worker says in it where its output goes, %t being its number.
+LOG_VARIABLE = "TRAK_DIST_LOG"
 _CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 

@@ -38,7 +38,7 @@ from trak_dist.ops import numerics
 from trak_dist.runtime.cell_result import CellResult
 from trak_dist.runtime.inputs import require
 from trak_dist.runtime.session import Session, Sessions
-from trak_dist.store.record import Failure, Receipt
+from trak_dist.store.record import Failure
 from trak_dist.store.run import Run
 
 log = logging.getLogger(__name__)
@@ -159,17 +159,8 @@ def _run_cell(session: Session, cell: Cell) -> None:
     stage: Callable[[Session, Cell], CellResult] = getattr(importlib.import_module(module), name)
     result = stage(session, cell)
     seconds = time.perf_counter() - clock  # a monotonic clock
-    run.receipts.publish(
-        cell,
-        Receipt(
-            cell=cell.id,
-            key=cell.key(run.plan),
-            fingerprint=run.plan.fingerprint,
-            digests=result.digests,
-            facts=result.facts,
-            job={**_job(session, cell), "started": started, "seconds": round(seconds, 3)},
-        ),
-    )
+    job = {**_job(session, cell), "started": started, "seconds": round(seconds, 3)}
+    run.publish(cell, result.digests, facts=result.facts, job=job)
     rows = result.facts.get("rows")
     rate = f", {rows} rows, {rows / seconds:,.0f} rows/s" if rows else ""
     log.info("%s: done in %.1f s%s", cell.id, seconds, rate)

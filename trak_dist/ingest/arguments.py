@@ -150,13 +150,7 @@ class TRAKerArguments:
         spec = planned or Spec(
             problem=PROBLEM,
             featurize=FeaturizeConfig(threads=threads),
-            reduce=ReduceConfig(
-                curvature="none",
-                lambda_reg=0.0,
-                lambda_unit="absolute",
-                kernel_form="primal",
-                threads=threads,
-            ),
+            reduce=traks_kernel(threads),
         )
         kind, seed = spec.projection.kind, spec.projection.seed
         featurize, dim = spec.featurize, spec.proj_dim
@@ -283,3 +277,14 @@ def check_rows(rows: NDArray[np.int64], size: int, split: Split) -> None:
             next="a row for each example, each from 0 to the number of rows (train_set_size, "
             "num_targets) − 1, and load_checkpoint before the first batch of a pass",
         )
+
+
+def traks_kernel(threads: int) -> ReduceConfig:
+    """The kernel that the reference implementation has by default."""
+    return ReduceConfig(
+        curvature="none",
+        lambda_reg=0.0,
+        lambda_unit="absolute",
+        kernel_form="primal",
+        threads=threads,
+    )

@@ -34,7 +34,6 @@ from trak_dist.interchange.foreign_files import ForeignRows
 from trak_dist.plan import Plan
 from trak_dist.store import contents
 from trak_dist.store.prepare import prepare_checkpoint
-from trak_dist.store.record import Receipt
 from trak_dist.store.run import Run
 
 
@@ -178,15 +177,6 @@ def _write(
             },
         )
         seconds = round(time.perf_counter() - clock, 3)
-        made = {**facts, "inputs_digest": digest_of(unknown.data), "rows": size}
-        run.receipts.publish(
-            cell,
-            Receipt(
-                cell=cell.id,
-                key=cell.key(run.plan),
-                fingerprint=run.plan.fingerprint,
-                digests=digests,
-                facts={**made, "non_finite_rows": 0},
-                job={**machine.process(), "started": started, "seconds": seconds},
-            ),
-        )
+        made = {"inputs_digest": digest_of(unknown.data), "rows": size, "non_finite_rows": 0}
+        job = {**machine.process(), "started": started, "seconds": seconds}
+        run.publish(cell, digests, facts={**facts, **made}, job=job)

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from trak_dist.configuration.config import ReduceConfig
 from trak_dist.coordinates import TRAIN, check_name
 from trak_dist.errors import ConfigError, InterchangeError, InterchangeNotFound
+from trak_dist.ingest.arguments import traks_kernel
 from trak_dist.ingest.streamed_rows import format_ranges
 from trak_dist.interchange.foreign_files import ForeignRows, read_array, read_json
 from trak_dist.interchange.imported_run import Found, write_run
@@ -77,20 +77,13 @@ def import_trak(
             TRAIN: _train(folder, n, dim),
             **{name: _targets(folder, name, sizes[name], dim) for name in names},
         }
-    reduce = ReduceConfig(
-        curvature="none",
-        lambda_reg=0.0,
-        lambda_unit="absolute",
-        kernel_form="primal",
-        threads=torch.get_num_threads(),
-    )
     write_run(
         Path(run_dir),
         Found(
             call="import_trak",
             directory=directory,
             rows=rows,
-            reduce=reduce,
+            reduce=traks_kernel(torch.get_num_threads()),
             facts={"projector": f"{metadata.get('JL matrix type')} of traker"},
         ),
     )

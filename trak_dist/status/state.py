@@ -139,9 +139,8 @@ def read_status(run: Run, *, previous: Status | None = None) -> Status:
         idle = unfinished - running - queued
         failed = run.receipts.failures(c for c in cells if c in idle)
         stages[name] = StageStatus(cells, done, failed, frozenset(running), frozenset(queued))
-    vanished = (
-        [] if note else _lost(jobs, stages, queue)
-    )  # where the queue does not answer, they may run
+    # Where the queue does not answer, they may run.
+    vanished = [] if note else _lost(jobs, stages, queue)
     audit_failures = {i: why for i in run.plan.model_ids if (why := run.receipts.audit_failure(i))}
     return Status(
         run=run,

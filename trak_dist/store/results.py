@@ -17,6 +17,7 @@ from trak_dist.cells.score import halves_targets
 from trak_dist.coordinates import TRAIN
 from trak_dist.errors import ConfigError, CorruptChunk, MissingInputs
 from trak_dist.hashing import digest_of
+from trak_dist.ops.strongest import Strongest
 from trak_dist.plan import Plan
 from trak_dist.store import atomic, contents
 from trak_dist.store.record import Receipt
@@ -149,8 +150,8 @@ class Results:
                 f"{width - 1}",
                 next="name columns that there are, and a count of at least 1",
             )
-        best = _Strongest(len(columns), count)
-        worst = _Strongest(len(columns), count)
+        best = Strongest(len(columns), count)
+        worst = Strongest(len(columns), count)
         for start, block in self._blocks(targets):
             chosen = block[:, list(columns)].T
             rows = np.broadcast_to(np.arange(start, start + len(block)), chosen.shape)
@@ -173,7 +174,7 @@ class Results:
         """
         self._check_has_halves(targets)
         columns = len(halves_targets(self.plan, targets))
-        best = _Strongest(2 * columns, count)
+        best = Strongest(2 * columns, count)
         for start, block in self._blocks(targets, "halves"):
             scores = block.reshape(len(block), -1).T
             rows = np.broadcast_to(np.arange(start, start + len(block)), scores.shape)
@@ -261,44 +262,6 @@ class Results:
             )
         for cell in cells:
             yield cell.rows.start, contents.read(self._run, cell, name)
-
-
-class _Strongest:
-    """The `count` largest scores of each column seen so far; ties go to the lower row."""
-
-    def __init__(self, columns: int, count: int) -> None:
-        self._count = count
-        self.scores: NDArray[Any] = np.empty((columns, 0), np.float32)
-        self.rows: NDArray[Any] = np.empty((columns, 0), np.int64)
-
-    def add(self, scores: NDArray[Any], rows: NDArray[Any]) -> None:
-        all_scores = np.concatenate([self.scores, scores], axis=1)
-        all_rows = np.concatenate([self.rows, rows], axis=1)
-        order = strongest(all_scores, self._count)
-        self.scores = np.take_along_axis(all_scores, order, axis=1)
-        self.rows = np.take_along_axis(all_rows, order, axis=1)
-
-
-def strongest(scores: NDArray[Any], count: int) -> NDArray[np.intp]:
-    """The places of the `count` largest of each row, the largest first; ties go to the lower place.
-
-    Parameters
-    ----------
-    scores : (rows, n)
-        NaN is less than any number.
-    """
-    keys = -scores
-    if count >= scores.shape[1] or np.isnan(keys).any():
-        return np.argsort(keys, axis=1, kind="stable")[:, :count]
-    # All that are stronger than the last one, and of those that tie with it the first ones.
-    last = np.partition(keys, count - 1, axis=1)[:, count - 1, None]
-    stronger = keys < last
-    tied = keys == last
-    room = count - stronger.sum(axis=1, keepdims=True)
-    chosen = stronger | (tied & (tied.cumsum(axis=1, dtype=np.int32) <= room))
-    places = np.nonzero(chosen)[1].reshape(len(keys), count)
-    order = np.argsort(np.take_along_axis(keys, places, axis=1), axis=1, kind="stable")
-    return np.take_along_axis(places, order, axis=1)
 
 
 def open_run(run_dir: str | Path) -> Results:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from trak_dist import commands, plan_file
 from trak_dist.cells import Cell
@@ -14,6 +16,7 @@ from trak_dist.plan import Plan
 from trak_dist.store import atomic
 from trak_dist.store.layout import Layout
 from trak_dist.store.receipts import Receipts
+from trak_dist.store.record import Receipt
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,25 @@ class Run:
             return digest_of(atomic.read(self.layout.plan(generation)))
         except FileNotFoundError:
             return ""
+
+    def publish(
+        self,
+        cell: Cell,
+        digests: Mapping[str, str],
+        *,
+        facts: Mapping[str, Any],
+        job: Mapping[str, Any],
+    ) -> None:
+        """Make a cell done, having written what `digests` are of."""
+        receipt = Receipt(
+            cell=cell.id,
+            key=cell.key(self.plan),
+            fingerprint=self.plan.fingerprint,
+            digests=digests,
+            facts=facts,
+            job=job,
+        )
+        self.receipts.publish(cell, receipt)
 
     @cached_property
     def receipts(self) -> Receipts:

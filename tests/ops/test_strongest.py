@@ -1,11 +1,11 @@
-"""The strongest rows of a run, whatever ties."""
+"""The strongest, whatever ties."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from trak_dist.store.results import strongest
+from trak_dist.ops.strongest import strongest
 
 
 @pytest.mark.parametrize("count", [1, 2, 6, 29, 40])
