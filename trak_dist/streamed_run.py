@@ -132,7 +132,7 @@ class StreamedRun:
             lambda plan: streamed_plan.with_checkpoint(plan, loaded.model_id, loaded.path),
         )
         digests.check_weights(run, loaded.model_id, loaded.digest, publish=True)
-        for other in digests.ids_by_weights(run)[loaded.digest]:
+        for other in digests.ids_by_weights(run).get(loaded.digest, ()):
             if other != loaded.model_id:
                 log.warning("model_ids %d and %d have the same weights", other, loaded.model_id)
         prepare_checkpoint(run, loaded.model_id)
