@@ -121,6 +121,7 @@ export TRAK_DIST_LOG={logs}/"${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}_%t
 # command
 export SUBMITIT_EXECUTOR=slurm
 srun --unbuffered --output {logs}/%A_%a_%t_log.out --cpus-per-task=2 --open-mode=append """
+        f"""--wait=0 --kill-on-bad-exit=0 """
         f"""{sys.executable} -u -m trak_dist.task {run.layout.run_dir} 3
 
 
@@ -173,6 +174,7 @@ export TRAK_DIST_LOG={logs}/"${{SLURM_ARRAY_JOB_ID}}_${{SLURM_ARRAY_TASK_ID}}_%t
 # command
 export SUBMITIT_EXECUTOR=slurm
 srun --unbuffered --output {logs}/%A_%a_%t_log.out --cpus-per-task=6 --open-mode=append """
+        f"""--wait=0 --kill-on-bad-exit=0 """
         f"""{python} -u -m trak_dist.task {run.layout.run_dir} 3
 
 

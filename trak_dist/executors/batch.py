@@ -214,7 +214,7 @@ def _parameters(run: Run, cluster: SlurmConfig, batch: BatchRequest) -> dict[str
         # requeued. A process that ends or fails before the others of its task does not end them.
         "srun_args": [
             *(f"--cpus-per-task={cpus}", "--open-mode=append"),
-            *(["--wait=0", "--kill-on-bad-exit=0"] if batch.processes > 1 else []),
+            *("--wait=0", "--kill-on-bad-exit=0"),
         ],
         "additional_parameters": {
             "requeue": True,
