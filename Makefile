@@ -28,7 +28,7 @@ test test-fast test-instructions: export OMP_NUM_THREADS = 1
 test: check-code slurm-packages test-instructions
 	$(BIN)/pytest -n auto -m "not slurm$(BUT_LONG)"
 ifneq ($(SLURM),0)
-	$(BIN)/pytest -n 3 -m "slurm$(BUT_LONG)"
+	$(BIN)/pytest -n 2 -m "slurm$(BUT_LONG)"
 endif
 
 # The numbers' tests with the instructions of older processors: each rounds otherwise in the last bit.
