@@ -16,7 +16,7 @@ from rich.progress import Progress as Bar
 from rich.text import Text
 
 from trak_dist import commands
-from trak_dist.cells import ReportCell, ScoreCell
+from trak_dist.cells import ReportCell, scored_by
 from trak_dist.errors import TrakDistError
 from trak_dist.evaluation import quality
 from trak_dist.interface.execution import Outcome
@@ -130,8 +130,9 @@ def results(run: Run) -> None:
     """Print where scores, report and pictures are, what to type next, and how good scores are."""
     for cell, receipt in run.receipts.done(ReportCell.of(run.plan)).items():
         name = cell.id.partition("/")[2]
-        first = next(ScoreCell.of_targets(run.plan, name))
-        print(f"scores: {run.layout.array(first, first.arrays(run.plan)['scores'])}")
+        first = next(scored_by(run.plan, name))
+        array, *_ = first.arrays(run.plan).values()
+        print(f"scores: {run.layout.array(first, array)}")
         shown = [run.layout.file(cell, n) for n in cell.files() if n in receipt.digests]
         print("\n".join(f"report: {path}" for path in shown))
     print(f"next:   {_status_command(run)}")

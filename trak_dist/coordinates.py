@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from trak_dist.errors import ConfigError
 
@@ -46,6 +46,12 @@ class Rows:
     def numbers(self) -> range:
         """The rows one by one."""
         return range(self.start, self.stop)
+
+    def of(self, values: Any, held: Rows) -> Any:
+        """These of the rows that `values` holds, which are `held`."""
+        assert held.start <= self.start
+        assert self.stop <= held.stop
+        return values[self.start - held.start : self.stop - held.start]
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,10 @@ class NonFiniteGram(TrakDistError, FloatingPointError):
     """XᵀX has NaN or infinite entries, whatever λ is."""
 
 
+class NonFiniteScore(TrakDistError, FloatingPointError):
+    """A score is NaN or infinite: too large for float32, for instance."""
+
+
 class SingularGram(TrakDistError, ArithmeticError):
     """XᵀX + λI is singular to working precision; a larger λ helps."""
 

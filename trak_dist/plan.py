@@ -27,7 +27,7 @@ from trak_dist.plan_inputs import Checkpoint, ImportedTruth, Source, Split, plan
 
 SCHEMA = 1
 GRAM_PRODUCTS = 2**45  # of rows with themselves in one task: about 15 minutes of a CPU core
-REDUCE_KEYS = ("proj_dim", "reduce.", "checkpoints.use")
+REDUCE_KEYS = ("proj_dim", "reduce.", "scores.", "checkpoints.use")
 GRADIENTS_KEY = "featurize.gradients"
 # What is asked for; what became of it enters digests by itself.
 REQUESTS = (

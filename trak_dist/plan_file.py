@@ -12,14 +12,18 @@ from typing import Any
 
 from trak_dist import decoding
 from trak_dist.cells import count
+from trak_dist.configuration.config import UNLIMITED
 from trak_dist.configuration.structuring import converter, structure, unstructure
 from trak_dist.configuration.validation import spec_conflicts
 from trak_dist.errors import ConfigError, PlanMismatch
 from trak_dist.plan import SCHEMA, Plan, digest
 from trak_dist.plan_inputs import ImportedTruth, ProbedDataset, Split, Streamed
 
-# Of `reduce`, in earlier versions' plans: the Gram was one sum.
-UNSAID = {"curvature": "none", "kernel_form": "primal", "gram_rows": 2**63 - 1}
+# In earlier versions' plans: the Gram was one sum, the scores of all targets one product.
+UNSAID = {
+    "reduce": {"curvature": "none", "kernel_form": "primal", "gram_rows": UNLIMITED},
+    "scores": {"keep": "all", "block_targets": UNLIMITED},
+}
 MAX_CELLS = 10**7  # what a command that lists them gets through
 
 
@@ -123,8 +127,13 @@ _fields_of_plan = converter.get_unstructure_hook(Plan)
 
 def _with_unsaid(raw: Any) -> Any:
     match raw:
-        case {"spec": {"reduce": {**reduce}, **spec}}:
-            return {**raw, "spec": {**spec, "reduce": UNSAID | reduce}}
+        case {"spec": {**spec}}:
+            said = {
+                name: unsaid | section
+                for name, unsaid in UNSAID.items()
+                if isinstance(section := spec.get(name, {}), dict)
+            }
+            return {**raw, "spec": {**spec, **said}}
     return raw
 
 

@@ -23,6 +23,8 @@ from trak_dist.cells.margins import MarginsCell
 from trak_dist.cells.precondition import PreconditionCell
 from trak_dist.cells.report import ReportCell
 from trak_dist.cells.score import ScoreCell
+from trak_dist.cells.top import TopCell, scored_by
+from trak_dist.cells.top_part import TopPartCell
 from trak_dist.cells.train import TrainCell
 
 __all__ = [
@@ -41,6 +43,8 @@ __all__ = [
     "PreconditionCell",
     "ReportCell",
     "ScoreCell",
+    "TopCell",
+    "TopPartCell",
     "TrainCell",
     "count",
     "of_run",
@@ -48,4 +52,5 @@ __all__ = [
     "of_step",
     "parse_cell",
     "runs_problem",
+    "scored_by",
 ]

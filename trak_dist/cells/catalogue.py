@@ -20,7 +20,7 @@ from trak_dist.plan import Plan
 STAGE_STEPS: dict[str, tuple[str, ...]] = {
     "train": ("train",),
     "featurize": ("featurize",),
-    "reduce": ("gram", "kernel", "score"),
+    "reduce": ("gram", "kernel", "score", "top"),
     "evaluate": ("counterfactual", "evaluate"),
     "report": ("report",),
 }

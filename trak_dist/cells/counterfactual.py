@@ -8,6 +8,7 @@ from typing import Self
 
 from trak_dist.cells.cell import Cell
 from trak_dist.cells.score import ScoreCell, scores_identity
+from trak_dist.cells.top import TopCell, scored_by
 from trak_dist.cells.train import training, training_bytes
 from trak_dist.coordinates import AtRandom, HelpfulTo, Selection
 from trak_dist.plan import Plan, cached_on_plan, digest
@@ -24,7 +25,7 @@ class CounterfactualCell(Cell):
 
     kind = "counterfactual"
     step = "counterfactual"
-    depends_on = (ScoreCell,)
+    depends_on = (ScoreCell, TopCell)
     run = "trak_dist.stages.counterfactual:counterfactual"
     gpu = True
     runs_problem = True
@@ -77,7 +78,7 @@ class CounterfactualCell(Cell):
 
     def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
         if self.needs_scores:
-            yield from ScoreCell.of_targets(plan, self.targets)
+            yield from scored_by(plan, self.targets)
 
     @property
     def dependency_group(self) -> Hashable:

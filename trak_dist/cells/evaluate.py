@@ -15,6 +15,7 @@ from trak_dist.cells.kernel import KernelCell
 from trak_dist.cells.margins import MarginsCell
 from trak_dist.cells.ownership import OwnedFile
 from trak_dist.cells.score import ScoreCell, scores_identity
+from trak_dist.cells.top import TopCell, scored_by
 from trak_dist.cells.train import retrained, training_on_subsets
 from trak_dist.configuration.config import SCALE_ROWS
 from trak_dist.coordinates import TRAIN
@@ -31,7 +32,7 @@ class EvaluateCell(Cell):
     kind = "evaluate"
     step = "evaluate"
     depends_on = (
-        *(ScoreCell, CounterfactualCell, MarginsCell, KernelCell, GramCell),
+        *(ScoreCell, TopCell, CounterfactualCell, MarginsCell, KernelCell, GramCell),
         *(FeaturizeCell, FisherCell),
     )
     run = "trak_dist.stages.evaluate:evaluate"
@@ -59,7 +60,7 @@ class EvaluateCell(Cell):
         return ()
 
     def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
-        scores = list(ScoreCell.of_targets(plan, self.targets))
+        scores = list(scored_by(plan, self.targets))
         yield from scores
         if self.targets == TRAIN:
             for model_id in plan.model_ids if scores[0] in done else ():

@@ -137,6 +137,15 @@ def of_checkpoint(plan: Plan, model_id: int) -> str:
     return f"models/{model_id}/{plan.projection_id}"
 
 
+def cells_with(
+    plan: Plan, model_id: int, split: str, rows: Rows
+) -> Iterator[tuple[FeaturizeCell, Rows]]:
+    """The cells that have some of these rows of a split, each with those it has, in order."""
+    for block in plan.split(split).blocks(overlapping=rows):
+        some = Rows(max(rows.start, block.start), min(rows.stop, block.stop))
+        yield FeaturizeCell(model_id, split, block), some
+
+
 def largest_cell(plan: Plan) -> int:
     """Entries of grads in the largest cell."""
     return max(min(s.cell_rows, s.rows) for s in plan.splits) * plan.store_dim

@@ -10,6 +10,7 @@ from trak_dist.cells.cell import Cell
 from trak_dist.cells.evaluate import EvaluateCell, evaluated_on
 from trak_dist.cells.ownership import OwnedFile
 from trak_dist.cells.score import ScoreCell
+from trak_dist.cells.top import TopCell, scored_by
 from trak_dist.plan import Plan, cached_on_plan, digest
 
 VERSION = 2  # of what a report shows: with another one the reports of old runs are drawn again
@@ -21,7 +22,7 @@ class ReportCell(Cell):
 
     kind = "report"
     step = "report"
-    depends_on = (EvaluateCell, ScoreCell)
+    depends_on = (EvaluateCell, ScoreCell, TopCell)
     run = "trak_dist.stages.report:report"
     gpu = False
     runs_problem = True
@@ -50,7 +51,7 @@ class ReportCell(Cell):
         evaluated = [EvaluateCell(self.targets)] if plan.is_evaluated(self.targets) else []
         yield from evaluated
         if all(cell in done for cell in evaluated):
-            yield from ScoreCell.of_targets(plan, self.targets)
+            yield from scored_by(plan, self.targets)
 
     def files(self) -> Mapping[str, OwnedFile]:
         page = f"report/{self.targets}"

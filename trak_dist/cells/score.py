@@ -12,12 +12,13 @@ from trak_dist.cells.fisher import FisherCell
 from trak_dist.cells.gram import kernel_dim
 from trak_dist.cells.kernel import KernelCell, kernel_identity
 from trak_dist.cells.ownership import ArraySpec, OwnedRows
-from trak_dist.cells.precondition import PreconditionCell
+from trak_dist.cells.precondition import PreconditionCell, largest_block
 from trak_dist.coordinates import TRAIN, Rows
 from trak_dist.plan import Plan, cached_on_plan, digest
 from trak_dist.plan_inputs import CHUNK_BYTES, Split
 from trak_dist.spacing import evenly_spaced
 
+ALL_BYTES = 2**36  # of a target set's scores, up to which all are kept if the user does not say
 HALVES_TARGETS = 64  # of each target set, for which scores of halves of the ensemble are kept
 
 
@@ -44,17 +45,17 @@ class ScoreCell(Cell):
 
     @classmethod
     def of(cls, plan: Plan) -> Iterator[Self]:
-        for name in plan.scored_names():
+        for name in _with_all_scores(plan):
             yield from cls.of_targets(plan, name)
 
     @classmethod
     def of_targets(cls, plan: Plan, targets: str) -> Iterator[Self]:
-        """Those of one target set, in order of rows."""
+        """Those of one target set all of whose scores are kept, in order of rows."""
         return (cls(targets, rows) for rows in _cut(plan, targets).blocks())
 
     @classmethod
     def count(cls, plan: Plan) -> int:
-        return sum(_cut(plan, name).cells for name in plan.scored_names())
+        return sum(_cut(plan, name).cells for name in _with_all_scores(plan))
 
     def identity(self, plan: Plan) -> str:
         return _identity(plan, self.targets)
@@ -63,14 +64,7 @@ class ScoreCell(Cell):
         return ()
 
     def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
-        itself = self.targets == TRAIN
-        for model_id in plan.model_ids:
-            solved = KernelCell(model_id) if itself else PreconditionCell(model_id, self.targets)
-            yield solved
-            for split in dict.fromkeys((TRAIN, self.targets)) if solved in done else ():
-                yield from FeaturizeCell.of_split(plan, model_id, split)
-            if itself and plan.dual and solved in done:
-                yield from FisherCell.of_checkpoint(plan, model_id)
+        yield from made_of(plan, self.targets, done)
 
     @property
     def dependency_group(self) -> Hashable:
@@ -106,15 +100,41 @@ class ScoreCell(Cell):
 
     @classmethod
     def one_per_array(cls, plan: Plan) -> Iterator[Self]:
-        yield from (next(cls.of_targets(plan, name)) for name in plan.scored_names())
+        yield from (next(cls.of_targets(plan, name)) for name in _with_all_scores(plan))
 
     @classmethod
     def memory(cls, plan: Plan) -> int:
-        """B, or the factor, and a chunk's rows solved."""
-        k, t = plan.proj_dim, max((split.rows for split in plan.targets), default=0)
+        """The B of a block, or the factor, and a chunk's rows solved."""
+        k, t = plan.proj_dim, largest_block(plan)
         d, rows = kernel_dim(plan), _cut(plan, TRAIN).cell_rows
         alone = 8 * d * d + (16 * largest_cell(plan) + 16 * d * rows if plan.dual else 0)
         return max(8 * k * t, alone * plan.self_influence) + 6 * CHUNK_BYTES
+
+
+def keeps_top(plan: Plan, targets: str) -> bool:
+    """Whether of a target set's scores only the strongest of each target are kept.
+
+    Streamed rows are scored by `TRAKer`, which hands out all scores.
+    """
+    if targets == TRAIN or plan.spec.scores.keep != "auto":
+        return targets != TRAIN and plan.spec.scores.keep == "top"
+    return not plan.train.streamed and 4 * plan.train.rows * plan.split(targets).rows > ALL_BYTES
+
+
+def _with_all_scores(plan: Plan) -> Iterator[str]:
+    return (name for name in plan.scored_names() if not keeps_top(plan, name))
+
+
+def made_of(plan: Plan, targets: str, done: Collection[Cell]) -> Iterator[Cell]:
+    """What scores of a target set are made of; of a checkpoint that is not solved, that only."""
+    itself = targets == TRAIN
+    for model_id in plan.model_ids:
+        solved = KernelCell(model_id) if itself else PreconditionCell(model_id, targets)
+        yield solved
+        for split in dict.fromkeys((TRAIN, targets)) if solved in done else ():
+            yield from FeaturizeCell.of_split(plan, model_id, split)
+        if itself and plan.dual and solved in done:
+            yield from FisherCell.of_checkpoint(plan, model_id)
 
 
 def columns(plan: Plan, targets: str) -> int:

@@ -82,6 +82,24 @@ class ReduceConfig:
     threads: int = field(default=1, metadata={"min": 1})
 
 
+UNLIMITED = (
+    2**63 - 1
+)  # a number that plans of earlier versions do not say, where there was no limit
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoresConfig:
+    """What is kept of the scores: all n_train × n_targets, or of each target the strongest.
+
+    `count` are the highest, and as many the lowest, of each target; `block_targets` targets are
+    preconditioned and scored at once (0: as many as take a moderate amount of memory).
+    """
+
+    keep: str = field(default="auto", metadata={"choices": ("auto", "all", "top")})
+    count: int = field(default=1000, metadata={"min": 1})
+    block_targets: int = field(default=0, metadata={"min": 0})
+
+
 @dataclass(frozen=True, kw_only=True)
 class StoreConfig:
     """How chunks are encoded; every chunk carries a CRC-32C whatever the choice."""
@@ -103,6 +121,7 @@ class Spec:
     projection: ProjectionConfig = ProjectionConfig()
     featurize: FeaturizeConfig = FeaturizeConfig()
     reduce: ReduceConfig = ReduceConfig()
+    scores: ScoresConfig = ScoresConfig()
     store: StoreConfig = StoreConfig()
 
 

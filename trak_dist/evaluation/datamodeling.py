@@ -2,7 +2,8 @@
 
 The masks are multiplied into the grads first, Z = (masks ⊙ Q) X, so that a λ costs no scores:
 predictions are Z (UᵀU + λI)⁻¹ Gᵀ, from one decomposition per checkpoint and dimension. The
-run's own LDS is taken from its scores as stored.
+run's own LDS is taken from its scores as stored or, where only the strongest are, from predictions
+at its λ.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from trak_dist.cells import (
     MarginsCell,
     ScoreCell,
 )
+from trak_dist.cells.score import keeps_top
 from trak_dist.cells.train import retrained
 from trak_dist.coordinates import TRAIN
 from trak_dist.errors import EvaluationError
@@ -84,9 +86,11 @@ def datamodeling_scores(session: Session, cell: EvaluateCell) -> dict[str, Any]:
             next="see that they are outputs of models trained on different subsets",
         )
     margins = truth.margins.mean(axis=1)
-    own = _predictions(session, cell, truth.masks)[:, informative]
+    curves, at_own_lambda = _curves(session, cell, truth, informative)
+    own = at_own_lambda
+    if not keeps_top(plan, cell.targets):
+        own = _predictions(session, cell, truth.masks)[:, informative]
     per_target = lds.spearman(own, margins)
-    curves = list(_curves(session, cell, truth, informative))
     whole = next(c for c in curves if c.checkpoints == len(plan.model_ids))
     reliable = lds.reliability(truth.margins)
     shown = evenly_spaced(len(informative), SHOWN_TARGETS)
@@ -129,25 +133,31 @@ def _predictions(
 def _own_lambda(session: Session) -> list[float]:
     """The run's λ of each checkpoint, as a multiple of the mean diagonal of UᵀU."""
     run = session.run
-    cells = [KernelCell(m) for m in run.plan.model_ids]
-    receipts = run.receipts.done(cells)
     grams = (contents.read(run, GramCell(m), "gram") for m in run.plan.model_ids)
-    return [
-        receipts[c].fact("lambda_absolute", (int, float)) / (float(np.trace(g)) / run.plan.proj_dim)
-        for c, g in zip(cells, grams, strict=True)
-    ]
+    diagonals = (float(np.trace(gram)) / run.plan.proj_dim for gram in grams)
+    return [x / d for x, d in zip(_absolute_lambdas(session), diagonals, strict=True)]
+
+
+def _absolute_lambdas(session: Session) -> list[float]:
+    cells = [KernelCell(m) for m in session.run.plan.model_ids]
+    receipts = session.run.receipts.done(cells)
+    return [receipts[c].fact("lambda_absolute", (int, float)) for c in cells]
 
 
 def _curves(
     session: Session, cell: EvaluateCell, truth: GroundTruthData, informative: NDArray[np.intp]
-) -> Iterator[Curve]:
-    """Of ensembles of the first 1, 2, … checkpoints, and of the whole one at smaller dimensions."""
+) -> tuple[list[Curve], NDArray[np.float64]]:
+    """Of ensembles of the first 1, 2, … checkpoints, and of the whole one at smaller dimensions.
+
+    Then the predictions (subsets, targets) of the whole one at the run's own λ.
+    """
     plan = session.run.plan
     members = len(plan.model_ids)
     sizes = [size * plan.models_each for size in SIZES]
     cases = [(size, plan.proj_dim) for size in (*(s for s in sizes if s < members), members)]
     cases += [(members, dim) for dim in _smaller_dims(plan.spec.projection.kind, plan.proj_dim)]
-    shape = (len(LAMBDAS), *truth.margins[:, 0].shape)
+    own_lambdas = _absolute_lambdas(session)
+    shape = (len(LAMBDAS) + 1, *truth.margins[:, 0].shape)
     totals = {case: torch.zeros(shape, dtype=torch.float64) for case in cases}
     out_to_loss = [_out_to_loss(session, m) for m in plan.model_ids]
     for position, model_id in enumerate(plan.model_ids):
@@ -160,7 +170,7 @@ def _curves(
         gram: Tensor | None = None
         for dim in sorted({dim for size, dim in cases if size > position}, reverse=True):
             spectrum, gram = _spectrum(session, model_id, dim, gram)
-            lambdas = [x * spectrum.mean_diagonal for x in LAMBDAS]
+            lambdas = [*(x * spectrum.mean_diagonal for x in LAMBDAS), own_lambdas[position]]
             for size in [size for size, d in cases if d == dim and size > position]:
                 totals[size, dim] += spectrum.predictions(
                     projection.fold(sums[size], dim),
@@ -168,8 +178,12 @@ def _curves(
                     lambdas,
                     plan.spec.reduce.kernel_scale,
                 ).cpu()
-    for (size, dim), predicted in totals.items():
-        yield _curve(size, dim, predicted.numpy(), truth.margins.mean(axis=1))
+    margins = truth.margins.mean(axis=1)
+    curves = [
+        _curve(size, dim, predicted[:-1].numpy(), margins)
+        for (size, dim), predicted in totals.items()
+    ]
+    return curves, totals[members, plan.proj_dim][-1].numpy()
 
 
 def _curve(

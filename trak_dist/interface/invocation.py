@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from trak_dist.configuration.config import Config, Spec
+from trak_dist.configuration.config import UNLIMITED, Config, Spec
 from trak_dist.configuration.dotted import differences, flatten
 from trak_dist.configuration.field_checks import control_character
 from trak_dist.configuration.validation import config_from_mapping
@@ -94,7 +94,8 @@ class Invocation:
         return [
             f"{key}={old}"
             for key, (old, _) in found.items()
-            if old is not None and not any(_overlap(key, name) for name in self.explicit)
+            if old not in (None, UNLIMITED)
+            and not any(_overlap(key, name) for name in self.explicit)
         ]
 
     def merged(self, plan: Plan | None) -> Config:

@@ -9,6 +9,7 @@ from statistics import median
 
 from trak_dist import graph, resources
 from trak_dist.cells import KINDS, STAGE_STEPS, Cell, FeaturizeCell, count, of_stage
+from trak_dist.cells.top_part import kept, with_tops
 from trak_dist.configuration.config import ClusterConfig, SlurmConfig
 from trak_dist.plan import Plan
 from trak_dist.store.receipts import rows_per_second
@@ -113,7 +114,7 @@ def description(run: Run) -> str:
         f"{plan.train.rows} train rows, {plan.described_ensemble}, "
         f"{', '.join(f'{s.name} {s.rows}' for s in plan.targets)} targets, p {plan.parameters:,}, "
         f"gradients by {plan.gradients}, {plan.spec.projection.kind} to {plan.proj_dim}, "
-        f"{_kernel(plan)}"
+        f"{_kernel(plan)}{_kept_scores(plan)}"
         f"{count(plan)} cells, {mebibytes(resources.disk_bytes(plan))}"
     )
 
@@ -123,6 +124,12 @@ def _kernel(plan: Plan) -> str:
     curvature = "" if plan.curvature == "none" else f"curvature {plan.curvature_id}, "
     parts = f"Gram in {plan.gram_parts} parts, " if plan.gram_parts else ""
     return curvature + (f"dual of {plan.curvature_rows} rows, " if plan.dual else parts)
+
+
+def _kept_scores(plan: Plan) -> str:
+    """Of which target sets only the strongest scores are kept."""
+    names = ", ".join(with_tops(plan))
+    return f"the {kept(plan)} strongest scores of each target of {names}, " if names else ""
 
 
 def mebibytes(size: int) -> str:

@@ -12,17 +12,41 @@ class Strongest:
     """The `count` largest scores of each column seen so far; ties go to the lower row."""
 
     def __init__(self, columns: int, count: int) -> None:
-        self._count = count
+        self.count = count
         self.scores: NDArray[Any] = np.empty((columns, 0), np.float32)
         self.rows: NDArray[Any] = np.empty((columns, 0), np.int64)
 
     def add(self, scores: NDArray[Any], rows: NDArray[Any]) -> None:
         """Scores (columns, n), of these rows, that come after those of before."""
+        if self.scores.shape[1] == self.count:
+            scores, rows = _above(self.scores[:, -1:], scores, rows)
+            if not scores.shape[1]:
+                return
         all_scores = np.concatenate([self.scores, scores], axis=1)
         all_rows = np.concatenate([self.rows, rows], axis=1)
-        order = strongest(all_scores, self._count)
+        order = strongest(all_scores, self.count)
         self.scores = np.take_along_axis(all_scores, order, axis=1)
         self.rows = np.take_along_axis(all_rows, order, axis=1)
+
+
+def _above(
+    least: NDArray[Any], scores: NDArray[Any], rows: NDArray[Any]
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """What is larger than the `least` (columns, 1) that is kept; columns with less are filled up.
+
+    Of rows that are spread evenly few are, so that nothing else needs to be sorted.
+    """
+    above = ~(scores <= least)  # also NaN, and beside NaN all
+    most = int(above.sum(axis=1).max(initial=0))
+    if 4 * most > scores.shape[1]:
+        return scores, rows
+    column, place = np.nonzero(above)
+    first = np.searchsorted(column, np.arange(len(scores)))
+    slot = np.arange(len(column)) - first[column]
+    few = np.full((len(scores), most), -np.inf, scores.dtype), np.zeros((len(scores), most), int)
+    few[0][column, slot] = scores[column, place]
+    few[1][column, slot] = rows[column, place]
+    return few
 
 
 def strongest(scores: NDArray[Any], count: int) -> NDArray[np.intp]:

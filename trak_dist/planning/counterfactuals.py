@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
+from trak_dist.cells.score import keeps_top
 from trak_dist.configuration.config import Counterfactuals
 from trak_dist.errors import ConfigError
 from trak_dist.plan import Plan
@@ -40,6 +41,14 @@ def with_counterfactuals(
             where="counterfactuals.remove",
             next=f"counterfactuals.remove={max(1, plan.train.rows // 40)}",
         )
+    for split in plan.targets if requested.targets else ():
+        if keeps_top(plan, split.name) and max(requested.remove) > plan.spec.scores.count:
+            raise ConfigError(
+                f"the {max(requested.remove)} most helpful rows are to be removed, and of the "
+                f"scores of {split.name!r} the {plan.spec.scores.count} highest are kept",
+                where="counterfactuals.remove",
+                next=f"scores.count={max(requested.remove)}, or scores.keep=all",
+            )
     single_target_sets = [split.name for split in plan.targets if split.rows == 1]
     if requested.targets and single_target_sets:
         raise ConfigError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trak_dist import commands
-from trak_dist.cells import ScoreCell
+from trak_dist.cells import ScoreCell, TopCell
 from trak_dist.errors import PlanMismatch
 from trak_dist.ops import dual
 from trak_dist.plan import Plan
@@ -26,13 +26,14 @@ def check_no_scores(run: Run, plan: Plan) -> None:
     same_kernels = plan.model_ids == run.plan.model_ids and plan.kernel_id == run.plan.kernel_id
     if same_kernels and not other_grads:
         return
-    if other_grads and run.receipts.done(ScoreCell.of(run.plan)):
+    scored = run.receipts.done([*ScoreCell.of(run.plan), *TopCell.of(run.plan)])
+    if other_grads and scored:
         raise PlanMismatch(
             f"the run has scores, whose gradients are by {run.plan.gradients}",
             where=str(run.layout.run_dir),
             next="another run_dir, with this featurize.gradients",
         )
-    if run.receipts.done(ScoreCell.of(run.plan)):
+    if scored:
         member = run.layout.sweeps / plan.reduce_id
         exists = plan.reduce_id in run.layout.members()
         raise PlanMismatch(

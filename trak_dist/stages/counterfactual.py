@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from trak_dist.cells import CounterfactualCell, ScoreCell
+from trak_dist.cells import CounterfactualCell, scored_by
 from trak_dist.coordinates import AtRandom, HelpfulTo
 from trak_dist.ops import draws, lds
 from trak_dist.runtime.cell_result import CellResult
@@ -36,7 +36,7 @@ def counterfactual(session: Session, cell: CounterfactualCell) -> CellResult:
         case AtRandom():
             remaining[draws.some_rows(cell.seed, plan.train.rows, cell.removed)] = False
         case HelpfulTo(target):
-            require(run, list(ScoreCell.of_targets(plan, cell.targets)), needed_by=cell)
+            require(run, list(scored_by(plan, cell.targets)), needed_by=cell)
             (top,) = Results(run).top(cell.targets, [target], cell.removed)
             remaining[torch.from_numpy(top.helpful)] = False
     seed = draws.stream_key("counterfactual", cell.seed) & SEEDS  # one for all that is compared

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from trak_dist.cells import CounterfactualCell, EvaluateCell, FeaturizeCell, ScoreCell
+from trak_dist.cells import CounterfactualCell, EvaluateCell, FeaturizeCell, scored_by
 from trak_dist.coordinates import TRAIN
 from trak_dist.evaluation import self_influence
 from trak_dist.evaluation.datamodeling import datamodeling_scores
@@ -31,7 +31,7 @@ def evaluate(session: Session, cell: EvaluateCell) -> CellResult:
         If the ground truth can't be used.
     """
     run, plan = session.run, session.run.plan
-    require(run, list(ScoreCell.of_targets(plan, cell.targets)), needed_by=cell)
+    require(run, list(scored_by(plan, cell.targets)), needed_by=cell)
     found: dict[str, Any] = {"targets": cell.targets, "model_ids": list(plan.model_ids)}
     if cell.targets == TRAIN:
         grads = [c for m in plan.model_ids for c in FeaturizeCell.of_split(plan, m, TRAIN)]

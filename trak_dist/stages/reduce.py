@@ -6,15 +6,19 @@ Everything is read from the store in a cell's rows at a time, so memory does not
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from trak_dist import commands
 from trak_dist.cells import FeaturizeCell, GramCell, GramPartCell, KernelCell, PreconditionCell
+from trak_dist.cells.featurize import cells_with
 from trak_dist.cells.gram_part import curvature_cells
+from trak_dist.cells.precondition import array_of, target_blocks
 from trak_dist.checks import gradient_audit
-from trak_dist.coordinates import TRAIN
+from trak_dist.coordinates import TRAIN, Rows
 from trak_dist.errors import NonFiniteGram, SingularGram
 from trak_dist.ops import dual, kernel
 from trak_dist.runtime import curvature
@@ -143,7 +147,13 @@ def _factorised(session: Session, model_id: int) -> kernel.Kernel:
 
 
 def precondition(session: Session, cell: PreconditionCell) -> CellResult:
-    """Solve the kernel for the grads of one target set, a target cell's rows at a time."""
+    """Solve the kernel for the grads of one target set, a target cell's rows at a time.
+
+    Raises
+    ------
+    MissingInputs, MixedRun
+        If the targets' cells are not all done, or were not made from the same things.
+    """
     run, plan = session.run, session.run.plan
     opened = curvature.open_kernel(session, KernelCell(cell.model_id), needed_by=cell)
     targets = list(FeaturizeCell.of_split(plan, cell.model_id, cell.targets))
@@ -153,8 +163,15 @@ def precondition(session: Session, cell: PreconditionCell) -> CellResult:
     if plan.split(cell.targets).streamed:
         parts.discard(run.layout.parts(plan, cell.model_id, cell.targets))
     dtype = getattr(torch, plan.precondition_dtype)
-    result = torch.empty(plan.proj_dim, plan.split(cell.targets).rows, dtype=dtype)
-    for target in targets:
-        solved = opened.precondition(read_grads(session, target))
-        result[:, target.rows.start : target.rows.stop] = solved.cpu()
-    return CellResult(contents.write(run, cell, {"precond": result.numpy()}))
+
+    def solved(block: Rows) -> NDArray[Any]:
+        result = torch.empty(plan.proj_dim, len(block), dtype=dtype)
+        sources = cells_with(plan, cell.model_id, cell.targets, block)
+        for source, some in sources:
+            columns = opened.precondition(some.of(read_grads(session, source), source.rows))
+            some.of(result.T, block)[:] = columns.T.cpu()
+        return result.numpy()
+
+    blocks = target_blocks(plan, cell.targets)
+    each = ((array_of(plan, cell.targets, block), solved(block)) for block in blocks)
+    return CellResult(contents.write_each(run, cell, each))

@@ -29,8 +29,9 @@ from trak_dist.runtime.inputs import require
 from trak_dist.runtime.session import Session
 from trak_dist.spacing import evenly_spaced
 from trak_dist.store import atomic
+from trak_dist.store.kept_tops import Top
 from trak_dist.store.receipts import audit_summary
-from trak_dist.store.results import Results, Top
+from trak_dist.store.results import Results
 
 SHOWN_TARGETS = 12
 SHOWN_EXAMPLES = 5
@@ -120,7 +121,8 @@ def _stability(session: Session, targets: str) -> dict[str, Any]:
 
 def _lines(session: Session, cell: ReportCell) -> list[_Line]:
     columns = evenly_spaced(session.run.plan.split(cell.targets).rows, SHOWN_TARGETS)
-    tops = Results(session.run).top(cell.targets, columns, SHOWN_EXAMPLES)
+    count = min(SHOWN_EXAMPLES, session.run.plan.spec.scores.count)
+    tops = Results(session.run).top(cell.targets, columns, count)
     return [_line(session, cell, top) for top in tops]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,12 @@ def array_regions(run: Run, cell: Cell) -> dict[str, ArrayRegion]:
 
 
 def write(run: Run, cell: Cell, values: Mapping[str, NDArray[Any]]) -> dict[str, str]:
-    """Write to disk what `cell` owns; the digests of it.
+    """Write to disk what `cell` owns; the digests of it, as `write_each`."""
+    return write_each(run, cell, values.items())
+
+
+def write_each(run: Run, cell: Cell, values: Iterable[tuple[str, NDArray[Any]]]) -> dict[str, str]:
+    """Write to disk what `cell` owns, each array as it comes; the digests by their names.
 
     Raises
     ------
@@ -48,14 +53,14 @@ def write(run: Run, cell: Cell, values: Mapping[str, NDArray[Any]]) -> dict[str,
         If the file system refuses.
     """
     run.check_not_superseded(cell)
-    owned = array_regions(run, cell)
-    assert owned.keys() == values.keys()
-    digests = {}
-    for name, region in owned.items():
-        assert len(values[name]) == region.stop - region.start
+    owned, digests = array_regions(run, cell), {}
+    for name, array in values:
+        region = owned.pop(name)
+        assert len(array) == region.stop - region.start
         digests[name] = arrays.write_rows(
-            region.path, region.spec, region.start, values[name], plan=_plan(run)
+            region.path, region.spec, region.start, array, plan=_plan(run)
         )
+    assert not owned
     return digests
 
 

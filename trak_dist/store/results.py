@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +12,17 @@ from numpy.typing import NDArray
 
 from trak_dist import commands, in_process
 from trak_dist.cells import STAGE_STEPS, EvaluateCell, ScoreCell, of_stage
-from trak_dist.cells.score import halves_targets
+from trak_dist.cells.score import halves_targets, keeps_top
+from trak_dist.cells.top_part import kept
 from trak_dist.coordinates import TRAIN
 from trak_dist.errors import ConfigError, CorruptChunk, MissingInputs
 from trak_dist.hashing import digest_of
 from trak_dist.ops.strongest import Strongest
 from trak_dist.plan import Plan
-from trak_dist.store import atomic, contents
+from trak_dist.store import atomic, contents, kept_tops
+from trak_dist.store.kept_tops import Top
 from trak_dist.store.record import Receipt
 from trak_dist.store.run import Run
-
-
-@dataclass(frozen=True)
-class Top:
-    """The train rows with the highest (`helpful`) and lowest (`harmful`) scores for one target.
-
-    Each is ordered from the strongest on; rows (count,) int64, scores (count,) float32.
-    """
-
-    target: int
-    helpful: NDArray[np.int64]
-    helpful_scores: NDArray[np.float32]
-    harmful: NDArray[np.int64]
-    harmful_scores: NDArray[np.float32]
 
 
 class Results:
@@ -150,6 +137,8 @@ class Results:
                 f"{width - 1}",
                 next="name columns that there are, and a count of at least 1",
             )
+        if keeps_top(self.plan, targets):
+            return kept_tops.read(self._run, targets, columns, count)
         best = Strongest(len(columns), count)
         worst = Strongest(len(columns), count)
         for start, block in self._blocks(targets):
@@ -173,6 +162,8 @@ class Results:
             As `halves` does.
         """
         self._check_has_halves(targets)
+        if keeps_top(self.plan, targets):
+            return kept_tops.read_halves(self._run, targets, count)
         columns = len(halves_targets(self.plan, targets))
         best = Strongest(2 * columns, count)
         for start, block in self._blocks(targets, "halves"):
@@ -251,6 +242,13 @@ class Results:
         if targets not in (*names, TRAIN):
             raise ConfigError(
                 f"the run has no target set {targets!r}", next=f"one of {', '.join(names)}"
+            )
+        if keeps_top(self.plan, targets):
+            raise ConfigError(
+                f"of the scores of {targets!r} only the {kept(self.plan)} highest and "
+                "lowest of each target are kept",
+                where=str(self._run.layout.run_dir),
+                next=f"top({targets!r}, …); or {self._command('stage=reduce', 'scores.keep=all')}",
             )
         cells = list(ScoreCell.of_targets(self._run.plan, targets))
         done = self._run.receipts.done(cells)
