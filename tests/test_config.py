@@ -25,7 +25,7 @@ from trak_dist.settings import CONF
 
 SETTINGS = (
     "accept_source, checkpoints, cluster, counterfactuals, featurize, force, ground_truth, limit, "
-    "problem, proj_dim, projection, reduce, repair, run_dir, self_influence, stage, store, "
+    "problem, proj_dim, projection, reduce, repair, run_dir, scores, self_influence, stage, store, "
     "store_dim, targets, trust, watch"
 )
 GOOD: dict[str, Any] = {"problem": {"_target_": "a.b", "rows": 3}, "run_dir": "runs/a"}

@@ -488,7 +488,8 @@ def test_an_unknown_step(main: Main, log) -> None:
     assert main("featurise") == 1
     assert (
         "'featurise' is not a step\n"
-        "  next:  one of train, featurize, gram, kernel, score, counterfactual, evaluate, report"
+        "  next:  one of train, featurize, gram, kernel, score, top, counterfactual, evaluate, "
+        "report"
     ) in log[-1]
 
 

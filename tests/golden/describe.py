@@ -20,7 +20,7 @@ from trak_dist.executors import batch
 from trak_dist.store import contents, prepare
 from trak_dist.store.run import Run
 
-STEPS = [step for step in cells.STEPS if step != "gram"]  # which they had not
+STEPS = [step for step in cells.STEPS if step not in ("gram", "top")]  # which they had not
 MEMORY = ("featurize", "gram", "kernel", "precondition", "score", "evaluate")  # others had none
 GPU = ("train", "featurize", "kernel", "score", "evaluate", "report")  # of counterfactual: wrong
 
