@@ -67,6 +67,19 @@ def test_a_chunk_that_was_never_written_reads_as_nan(tmp_path: Path, dtype: str)
     np.testing.assert_array_equal(read[8:16], rows(8, 16).astype(dtype))
 
 
+def test_a_chunk_of_int8_that_was_never_written_reads_as_what_nobody_writes(tmp_path: Path) -> None:
+    spec = ArraySpec(shape=(20, 3), chunks=(8, 3), dtype="int8")
+    arrays.ensure(tmp_path / "a", spec)
+    values = np.array([[-127, 0, 127]] * 8, np.int8)
+    arrays.write_rows(tmp_path / "a", spec, 8, values)
+    np.testing.assert_array_equal(arrays.read_rows(tmp_path / "a", spec, 8, 16), values)
+    assert arrays.was_written(values)
+    for start in (0, 16):
+        missing = arrays.read_rows(tmp_path / "a", spec, start, 20)
+        assert (missing[:4] == -128).all()
+        assert not arrays.was_written(missing)
+
+
 def test_rows_come_back_bit_for_bit_through_any_zarr_reader(made: Path, spec: ArraySpec) -> None:
     for start, stop in ((16, 20), (0, 16)):  # several chunks, and the last, shorter one
         digest = arrays.write_rows(made, spec, start, rows(start, stop))

@@ -1,8 +1,8 @@
 """Chunked arrays on Zarr v3: created under a temporary name and renamed, written by whole chunks.
 
 The only module that imports zarr. Every chunk carries a CRC-32C; a chunk that was never written
-reads as NaN, or 0 of whole numbers; a writer owns whole chunks and never touches metadata, which is
-checked against what is planned whenever an array is opened.
+reads as NaN, of int8 as -128, of uint8 as 0; a writer owns whole chunks and never touches metadata,
+which is checked against what is planned whenever an array is opened.
 """
 
 from __future__ import annotations
@@ -169,9 +169,23 @@ def read_rows(
         ) from error
 
 
+def was_written(values: NDArray[Any]) -> bool:
+    """Whether no entry is the one of a chunk that is missing; of uint8 that can't be told."""
+    if values.dtype.kind == "i":
+        return bool((values != np.iinfo(values.dtype).min).all())
+    return bool(np.isfinite(values).all())
+
+
 def content_digest(values: NDArray[Any]) -> str:
     """Digest of the values as C-ordered bytes, whatever the codec."""
     return digest_of(np.ascontiguousarray(values).data)
+
+
+def _fill_value(dtype: np.dtype[Any]) -> float:
+    """What nobody writes."""
+    if dtype.kind == "i":
+        return np.iinfo(dtype).min
+    return float("nan") if dtype.kind == "f" else 0
 
 
 def _there(path: Path) -> bool:
@@ -192,7 +206,7 @@ def _create(store: LocalStore | MemoryStore, spec: ArraySpec) -> Any:
         shape=spec.shape,
         chunks=spec.chunks,
         dtype=spec.dtype,
-        fill_value=float("nan") if np.dtype(spec.dtype).kind == "f" else 0,
+        fill_value=_fill_value(np.dtype(spec.dtype)),
         filters=None,
         compressors=[*codecs, Crc32cCodec()],
         attributes=dict(spec.attributes),

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from trak_dist import commands
@@ -65,7 +64,7 @@ def read(run: Run, cell: Cell, name: str) -> NDArray[Any]:
     Raises
     ------
     CorruptChunk
-        If it can't be read, or holds NaN: cells write finite values only, so a NaN is the fill
+        If it can't be read, or holds NaN, or -128 of int8: no cell writes that, so it is the fill
         value of a chunk that is gone.
     """
     region = array_regions(run, cell)[name]
@@ -82,7 +81,7 @@ def read(run: Run, cell: Cell, name: str) -> NDArray[Any]:
 
 def _read(run: Run, region: ArrayRegion) -> NDArray[Any]:
     values = arrays.read_rows(region.path, region.spec, region.start, region.stop, plan=_plan(run))
-    if not np.isfinite(values).all():
+    if not arrays.was_written(values):
         raise CorruptChunk("a chunk is missing")
     return values
 
