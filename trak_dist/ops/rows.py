@@ -9,7 +9,7 @@ from torch import Tensor
 # Row maxima land here: far from float16's overflow, and with 29 binary orders of magnitude
 # below the maximum before an entry is subnormal.
 FLOAT16_PEAK = 2.0**15
-INT8_PEAK = 127.0  # -128 is that of a chunk that was never written
+INT8_PEAK = 127.0  # symmetric; -128 is what other readers find where a chunk is missing
 
 
 def encode(

@@ -18,6 +18,9 @@ class Strongest:
 
     def add(self, scores: NDArray[Any], rows: NDArray[Any]) -> None:
         """Scores (columns, n), of these rows, that come after those of before."""
+        if self.scores.shape[1] == self._count:  # most can't be among them: others are as strong
+            some = ~(scores <= self.scores[:, -1:]).all(axis=0)
+            scores, rows = scores[:, some], rows[:, some]
         all_scores = np.concatenate([self.scores, scores], axis=1)
         all_rows = np.concatenate([self.rows, rows], axis=1)
         order = strongest(all_scores, self._count)

@@ -1,8 +1,9 @@
 """Chunked arrays on Zarr v3: created under a temporary name and renamed, written by whole chunks.
 
 The only module that imports zarr; `chunks` has the files of chunks. A chunk that was never written
-reads as NaN, of int8 as -128, of uint8 as 0. A writer owns whole chunks and never touches metadata,
-which is checked against what is planned whenever an array is read or written.
+is an error here; for other readers it holds NaN, of int8 -128, of uint8 0. A writer owns whole
+chunks and never touches metadata, which is checked against what is planned whenever an array is
+read or written.
 """
 
 from __future__ import annotations
@@ -166,7 +167,7 @@ def read_rows(
     Raises
     ------
     CorruptChunk
-        If a checksum does not match or a chunk is cut short.
+        If a chunk is missing or cut short, or its checksum does not match.
     StoreError
         If there is no such array, or it is not as `spec` says.
     """
@@ -184,6 +185,8 @@ def read_rows(
                 above = np.empty((end - first, *spec.shape[1:]), spec.dtype)
                 chunks.read(chunk, above, spec)
                 part[...] = above[begin - first :]
+    except FileNotFoundError as error:
+        raise CorruptChunk("a chunk is missing", where=str(path)) from error
     except (ValueError, RuntimeError, OSError) as error:
         raise CorruptChunk(
             f"rows {start}-{stop} can't be read: {error}",
@@ -196,13 +199,6 @@ def chunk_file(path: Path, spec: ArraySpec, row: int) -> Path:
     """The file of the chunk that begins with a row; a chunk has all columns."""
     assert spec.chunks[1:] == spec.shape[1:]
     return path.joinpath("c", str(row // spec.chunks[0]), *["0"] * len(spec.shape[1:]))
-
-
-def was_written(values: NDArray[Any]) -> bool:
-    """Whether no entry is the one of a chunk that is missing; of uint8 that can't be told."""
-    if values.dtype.kind == "i":
-        return bool((values != np.iinfo(values.dtype).min).all())
-    return bool(np.isfinite(values).all())
 
 
 def content_digest(values: NDArray[Any]) -> str:

@@ -26,7 +26,7 @@ _CHECKSUM = struct.Struct("<I")
 
 
 def fill_value(dtype: str) -> float:
-    """The entries of a chunk that was never written; nobody writes it, but for 0 of uint8."""
+    """What Zarr readers find where a chunk was never written; no cell writes it, but for uint8."""
     kind = np.dtype(dtype).kind
     if kind == "i":
         return np.iinfo(dtype).min
@@ -46,10 +46,12 @@ def encoded(values: NDArray[Any], spec: ArraySpec) -> Sequence[atomic.Content]:
 
 
 def read(path: Path, into: NDArray[Any], spec: ArraySpec) -> None:
-    """Read a chunk into its first rows; of one that was never written, the fill value.
+    """Read a chunk's first rows.
 
     Raises
     ------
+    FileNotFoundError
+        If it was never written.
     ValueError, RuntimeError
         If it is not as it was written.
     OSError
@@ -57,11 +59,7 @@ def read(path: Path, into: NDArray[Any], spec: ArraySpec) -> None:
     """
     whole = into.shape == spec.chunks and into.flags.c_contiguous
     values = into if whole else np.empty(spec.chunks, spec.dtype)
-    try:
-        descriptor = atomic.retry_stale(lambda: os.open(path, os.O_RDONLY))
-    except FileNotFoundError:
-        into[...] = fill_value(spec.dtype)
-        return
+    descriptor = atomic.retry_stale(lambda: os.open(path, os.O_RDONLY))
     try:
         if spec.compression == "zstd":
             content = np.empty(max(0, os.fstat(descriptor).st_size - _CHECKSUM.size), np.uint8)

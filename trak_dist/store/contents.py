@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from trak_dist import commands
@@ -58,18 +59,23 @@ def write(run: Run, cell: Cell, values: Mapping[str, NDArray[Any]]) -> dict[str,
     return digests
 
 
-def read(run: Run, cell: Cell, name: str) -> NDArray[Any]:
+def read(run: Run, cell: Cell, name: str, *, into: NDArray[Any] | None = None) -> NDArray[Any]:
     """Read back one of the arrays that `cell` wrote.
+
+    Parameters
+    ----------
+    into : array, optional
+        Whose first rows take it: memory that is used again is faster than new memory.
 
     Raises
     ------
     CorruptChunk
-        If it can't be read, or holds NaN, or -128 of int8: no cell writes that, so it is the fill
-        value of a chunk that is gone.
+        If it is gone or damaged, or not finite. Grads were finite when they were written, and have
+        a checksum: to look again would take as long as to read them.
     """
     region = array_regions(run, cell)[name]
     try:
-        return _read(run, region)
+        return _read(run, region, into, finite=name != "grads")
     except CorruptChunk as error:
         raise CorruptChunk(
             f"{name} of {cell.id} is damaged: {error.what}",
@@ -79,10 +85,13 @@ def read(run: Run, cell: Cell, name: str) -> NDArray[Any]:
         ) from error
 
 
-def _read(run: Run, region: ArrayRegion) -> NDArray[Any]:
-    values = arrays.read_rows(region.path, region.spec, region.start, region.stop, plan=_plan(run))
-    if not arrays.was_written(values):
-        raise CorruptChunk("a chunk is missing")
+def _read(
+    run: Run, region: ArrayRegion, into: NDArray[Any] | None = None, *, finite: bool = False
+) -> NDArray[Any]:
+    rows = region.start, region.stop
+    values = arrays.read_rows(region.path, region.spec, *rows, plan=_plan(run), into=into)
+    if finite and not np.isfinite(values).all():
+        raise CorruptChunk("its entries are not finite")
     return values
 
 
