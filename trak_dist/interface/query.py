@@ -6,15 +6,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
-from typing import Any
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, Num
-from numpy.typing import NDArray
+from jaxtyping import Float
 from torch import Tensor
 
 from trak_dist import datasets, trust
@@ -26,7 +28,6 @@ from trak_dist.ops import rows as row_format
 from trak_dist.ops.batches import examples_in, rows_of
 from trak_dist.ops.scores import Ensemble
 from trak_dist.ops.strongest import Strongest
-from trak_dist.plan import Plan
 from trak_dist.plan_inputs import ProbedDataset, Split
 from trak_dist.runtime.computed_rows import compute_rows
 from trak_dist.runtime.curvature import open_kernel
@@ -38,18 +39,21 @@ from trak_dist.store.run import Run
 from trak_dist.worker import cell_numerics
 
 QUERY = "query"
-PIECE_BYTES = 2**20  # of rows that are decoded and multiplied at once: in the processor's cache
+PIECE_BYTES = 2**19  # of rows that are decoded and multiplied at once: in the processor's cache
+MIN_ROWS = 32
+THREADS = 4
+
+Asked = TypeVar("Asked")
+Found = TypeVar("Found")
 
 
 def strongest_rows(run: Run, examples: Any, *, count: int) -> list[Top]:
     """The strongest train rows for each of some examples; see `Results.query`."""
     check_askable(run, count)
     device = open_device("auto")
-    threads = torch.get_num_threads()
     with cell_numerics(device):
         session = _opened(run, device, examples)
         solved = {m: _solved(session, m) for m in run.plan.model_ids}
-        torch.set_num_threads(threads)
         return ranked(run, solved, count)
 
 
@@ -132,20 +136,10 @@ def _solved(session: _QuerySession, model_id: int) -> Float[Tensor, "k targets"]
     return solved.repeat(plan.store_dim // plan.proj_dim, 1)  # in place of folding each train row
 
 
-@dataclass(frozen=True)
-class StoredRows:
-    """Train rows of one checkpoint as stored: grads (rows, k), scales and Q (rows,)."""
-
-    model_id: int
-    grads: NDArray[Any]
-    row_scale: NDArray[np.float32]
-    out_to_loss: NDArray[np.float32]
-
-
 def ranked(run: Run, solved: Mapping[int, Float[Tensor, "k targets"]], count: int) -> list[Top]:
     """The strongest of all train rows, by B of each checkpoint.
 
-    Memory is that of two chunks, whatever the number of rows.
+    A few threads read and multiply a chunk each, a piece at a time, so memory is little.
 
     Raises
     ------
@@ -154,13 +148,14 @@ def ranked(run: Run, solved: Mapping[int, Float[Tensor, "k targets"]], count: in
     """
     targets = next(iter(solved.values())).shape[1]
     best, worst = Strongest(targets, count), Strongest(targets, count)
-    product = _Product(run.plan, next(iter(solved.values())).device)
-    read_ahead = _read_ahead(run)
-    for rows in run.plan.train.blocks():
+    multiply = _Multiply(run, solved)
+    blocks = list(run.plan.train.blocks())
+    cells = (FeaturizeCell(m, TRAIN, rows) for rows in blocks for m in solved)
+    products = _in_order(multiply, cells)
+    for rows in blocks:
         ensemble = Ensemble()
-        for stored in itertools.islice(read_ahead, len(solved)):
-            of_model = product(stored, solved[stored.model_id])
-            ensemble.add(of_model, torch.from_numpy(stored.out_to_loss).to(of_model.device))
+        for product, out_to_loss in itertools.islice(products, len(solved)):
+            ensemble.add(product, out_to_loss)
         scores = ensemble.scores().float().cpu().numpy().T
         if not np.isfinite(scores).all():
             raise NonFiniteGradient(
@@ -177,43 +172,37 @@ def ranked(run: Run, solved: Mapping[int, Float[Tensor, "k targets"]], count: in
     ]
 
 
-def _read_ahead(run: Run) -> Iterator[StoredRows]:
-    """All train rows, chunk by chunk, each of all checkpoints; a thread reads the next chunk."""
-    plan = run.plan
-    cells = (FeaturizeCell(m, TRAIN, rows) for rows in plan.train.blocks() for m in plan.model_ids)
-    shape = (min(plan.train.cell_rows, plan.train.rows), plan.store_dim)
-    memory = [np.empty(shape, plan.spec.featurize.dtype) for _ in range(2)]
-
-    def read(at: int, cell: FeaturizeCell) -> StoredRows:
-        grads = contents.read(run, cell, "grads", into=memory[at % 2])
-        others = (contents.read(run, cell, name) for name in ("row_scale", "out_to_loss"))
-        return StoredRows(cell.model_id, grads, *others)
-
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        ahead = None
-        for at, cell in enumerate(cells):
-            last, ahead = ahead, pool.submit(read, at, cell)
-            if last:
-                yield last.result()
-        if ahead:
-            yield ahead.result()
+def _in_order(do: Callable[[Asked], Found], asked: Iterable[Asked]) -> Iterator[Found]:
+    """What `do` gives of each, in order; as many threads as there are cores, a few at most."""
+    threads = min(THREADS, len(os.sched_getaffinity(0)))
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        running: deque[Future[Found]] = deque()
+        for one in asked:
+            running.append(pool.submit(do, one))
+            if len(running) > threads:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
 
 
-class _Product:
-    """X B of stored rows, decoded a piece at a time in the same memory."""
+class _Multiply(threading.local):
+    """X B and Q of a chunk of stored rows, decoded in memory that each thread has once."""
 
-    def __init__(self, plan: Plan, device: torch.device) -> None:
-        dtype = getattr(torch, plan.precondition_dtype)
-        rows = max(1, PIECE_BYTES // (dtype.itemsize * plan.store_dim))
-        self._piece = torch.empty(rows, plan.store_dim, dtype=dtype, device=device)
+    def __init__(self, run: Run, solved: Mapping[int, Float[Tensor, "k targets"]]) -> None:
+        some = next(iter(solved.values()))
+        self._run, self._solved = run, solved
+        rows = max(MIN_ROWS, PIECE_BYTES // (some.itemsize * len(some)))
+        self._decoded = some.new_empty(rows, len(some))
 
-    def __call__(
-        self, stored: StoredRows, b: Float[Tensor, "k targets"]
-    ) -> Float[Tensor, "rows targets"]:
-        grads: Num[Tensor, "rows k"] = torch.from_numpy(stored.grads)
-        found = b.new_empty(len(grads), b.shape[1])
-        for start in range(0, len(grads), len(self._piece)):
-            rows = grads[start : start + len(self._piece)]
-            piece = self._piece[: len(rows)].copy_(rows)
-            torch.mm(piece, b, out=found[start : start + len(rows)])
-        return found.mul_(torch.from_numpy(stored.row_scale).to(found)[:, None])
+    def __call__(self, cell: FeaturizeCell) -> tuple[Tensor, Tensor]:
+        b, start = self._solved[cell.model_id], 0
+        scale, out_to_loss = (
+            torch.from_numpy(contents.read(self._run, cell, name)).to(b.device)
+            for name in ("row_scale", "out_to_loss")
+        )
+        found = b.new_empty(len(cell.rows), b.shape[1])
+        for piece in contents.read_pieces(self._run, cell, "grads", len(self._decoded)):
+            rows = self._decoded[: len(piece)].copy_(torch.from_numpy(piece))
+            torch.mm(rows, b, out=found[start : start + len(piece)])
+            start += len(piece)
+        return found.mul_(scale.to(found)[:, None]), out_to_loss

@@ -17,6 +17,7 @@ import shutil
 import tempfile
 import time
 import uuid
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -147,13 +148,7 @@ def write_rows(
 
 
 def read_rows(
-    path: Path,
-    spec: ArraySpec,
-    start: int,
-    stop: int,
-    *,
-    plan: str = "stage=plan",
-    into: NDArray[Any] | None = None,
+    path: Path, spec: ArraySpec, start: int, stop: int, *, plan: str = "stage=plan"
 ) -> NDArray[Any]:
     """Rows `start` to `stop` of the array at `path`.
 
@@ -161,8 +156,6 @@ def read_rows(
     ----------
     plan : str
         The command that makes the array where it is missing, for the message.
-    into : array, optional
-        Whose first rows take them: memory that is used again is faster than new memory.
 
     Raises
     ------
@@ -172,19 +165,40 @@ def read_rows(
         If there is no such array, or it is not as `spec` says.
     """
     _check(path, spec, plan=plan)
-    rows = stop - start
-    found = np.empty((rows, *spec.shape[1:]), spec.dtype) if into is None else into[:rows]
-    step = spec.chunks[0]
-    try:
+    found, step = np.empty((stop - start, *spec.shape[1:]), spec.dtype), spec.chunks[0]
+    with _damage(path, start, stop):
         for first in range(start - start % step, stop, step):
             begin, end = max(start, first), min(stop, first + step)
-            chunk, part = chunk_file(path, spec, first), found[begin - start : end - start]
+            part = found[begin - start : end - start]
             if begin == first:
-                chunks.read(chunk, part, spec)
+                chunks.read(chunk_file(path, spec, first), part, spec)
             else:
                 above = np.empty((end - first, *spec.shape[1:]), spec.dtype)
-                chunks.read(chunk, above, spec)
+                chunks.read(chunk_file(path, spec, first), above, spec)
                 part[...] = above[begin - first :]
+    return found
+
+
+def read_pieces(
+    path: Path, spec: ArraySpec, start: int, stop: int, *, rows: int, plan: str = "stage=plan"
+) -> Iterator[NDArray[Any]]:
+    """The rows of one chunk, some at a time in the same memory; fails as `read_rows`.
+
+    That they are as they were written is known once all are read.
+    """
+    assert start % spec.chunks[0] == 0 and stop - start <= spec.chunks[0]
+    _check(path, spec, plan=plan)
+    left = stop - start
+    with _damage(path, start, stop):
+        for piece in chunks.pieces(chunk_file(path, spec, start), spec, rows):
+            yield piece[: max(0, left)]  # the last chunk is filled up
+            left -= rows
+
+
+@contextlib.contextmanager
+def _damage(path: Path, start: int, stop: int) -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError as error:
         raise CorruptChunk("a chunk is missing", where=str(path)) from error
     except (ValueError, RuntimeError, OSError) as error:
@@ -192,7 +206,6 @@ def read_rows(
             f"rows {start}-{stop} can't be read: {error}",
             where=str(path),
         ) from error
-    return found
 
 
 def chunk_file(path: Path, spec: ArraySpec, row: int) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,13 +60,8 @@ def write(run: Run, cell: Cell, values: Mapping[str, NDArray[Any]]) -> dict[str,
     return digests
 
 
-def read(run: Run, cell: Cell, name: str, *, into: NDArray[Any] | None = None) -> NDArray[Any]:
+def read(run: Run, cell: Cell, name: str) -> NDArray[Any]:
     """Read back one of the arrays that `cell` wrote.
-
-    Parameters
-    ----------
-    into : array, optional
-        Whose first rows take it: memory that is used again is faster than new memory.
 
     Raises
     ------
@@ -74,8 +70,30 @@ def read(run: Run, cell: Cell, name: str, *, into: NDArray[Any] | None = None) -
         a checksum: to look again would take as long as to read them.
     """
     region = array_regions(run, cell)[name]
+    with _damage(run, cell, name, region):
+        values = _read(run, region)
+        if name != "grads" and not np.isfinite(values).all():
+            raise CorruptChunk("its entries are not finite")
+    return values
+
+
+def read_pieces(run: Run, cell: Cell, name: str, rows: int) -> Iterator[NDArray[Any]]:
+    """The same of a cell with one chunk, so many rows at a time, each in the memory of the last.
+
+    That they are as they were written is known once all are read.
+    """
+    region = array_regions(run, cell)[name]
+    with _damage(run, cell, name, region):
+        yield from arrays.read_pieces(
+            *(region.path, region.spec, region.start, region.stop), rows=rows, plan=_plan(run)
+        )
+
+
+@contextlib.contextmanager
+def _damage(run: Run, cell: Cell, name: str, region: ArrayRegion) -> Iterator[None]:
+    """Name the cell whose array is damaged."""
     try:
-        return _read(run, region, into, finite=name != "grads")
+        yield
     except CorruptChunk as error:
         raise CorruptChunk(
             f"{name} of {cell.id} is damaged: {error.what}",
@@ -85,14 +103,8 @@ def read(run: Run, cell: Cell, name: str, *, into: NDArray[Any] | None = None) -
         ) from error
 
 
-def _read(
-    run: Run, region: ArrayRegion, into: NDArray[Any] | None = None, *, finite: bool = False
-) -> NDArray[Any]:
-    rows = region.start, region.stop
-    values = arrays.read_rows(region.path, region.spec, *rows, plan=_plan(run), into=into)
-    if finite and not np.isfinite(values).all():
-        raise CorruptChunk("its entries are not finite")
-    return values
+def _read(run: Run, region: ArrayRegion) -> NDArray[Any]:
+    return arrays.read_rows(region.path, region.spec, region.start, region.stop, plan=_plan(run))
 
 
 def _plan(run: Run) -> str:
