@@ -40,10 +40,16 @@ class Top:
 
 
 class Results:
-    """The results of one run."""
+    """The results of one run.
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
+    Parameters
+    ----------
+    problem : trak_dist.Problem, optional
+        That of a run which was planned with an object of this process; `query` executes it.
+    """
+
+    def __init__(self, run: Run, problem: Any = None) -> None:
+        self._run, self._problem = run, problem
 
     @property
     def plan(self) -> Plan:
@@ -188,7 +194,8 @@ class Results:
             As cells that featurize a target set.
         """
         query = importlib.import_module("trak_dist.interface.query")  # above this module, and torch
-        found: list[Top] = query.strongest_rows(self._run, examples, count=count)
+        with in_process.holding(self._problem):
+            found: list[Top] = query.strongest_rows(self._run, examples, count=count)
         return found
 
     def top_of_halves(self, targets: str, count: int) -> NDArray[np.int64]:
