@@ -79,7 +79,7 @@ def test_every_bad_field_is_named_at_once_with_its_path() -> None:
             "projection.kind: 'sparse' is not one of sjlt, rademacher, gaussian, identity",
             "projection.sed: unknown; did you mean 'seed'?",
             "featurize.batch_rows: 2.5 is not of type int",
-            "featurize.dtype: 'float64' is not one of float16, float32",
+            "featurize.dtype: 'float64' is not one of float16, float32, int8",
             "featurize.params: [1] is not a name or a list of names",
             "reduce.lambda_reg: -1 is not a finite number of at least 0",
             "reduce.lambda_unit: 'none' is not one of mean_diagonal, absolute",

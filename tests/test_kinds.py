@@ -70,7 +70,7 @@ def test_each_array_has_one_cell_to_make_it_by_and_its_chunks_one_owner(plan: Pl
 
 def test_disk_is_what_the_arrays_and_checkpoints_hold(tmp_path: Path) -> None:
     run = describe.planned(tmp_path / "run", PLANS[-1].read_text())
-    sizes = {"float16": 2, "float32": 4, "float64": 8, "uint8": 1}
+    sizes = {"float16": 2, "float32": 4, "float64": 8, "uint8": 1, "int8": 1}
     stored = 0
     for array in describe.arrays(run).values():
         if array != "group":

@@ -106,7 +106,7 @@ class Plan:
 
         One step above that of the stored grads: products with large entries of B cancel.
         """
-        return "float32" if self.spec.featurize.dtype == "float16" else "float64"
+        return "float64" if self.spec.featurize.dtype == "float32" else "float32"
 
     @property
     def curvature(self) -> str:

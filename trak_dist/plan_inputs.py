@@ -140,8 +140,11 @@ def cell_rows(rows: int, *, row_bytes: int, batch_rows: int) -> int:
 
 
 def planned_cell_rows(rows: int, spec: Spec, dim: int) -> int:
-    """Rows of a cell of grads with `dim` columns: as set, or what fits."""
-    row_bytes = dim * (2 if spec.featurize.dtype == "float16" else 4)
+    """Rows of a cell of grads with `dim` columns: as set, or what fits.
+
+    Of int8 as many as of float16: a cell that reads them holds them as float32.
+    """
+    row_bytes = dim * (4 if spec.featurize.dtype == "float32" else 2)
     return spec.featurize.cell_rows or cell_rows(
         rows, row_bytes=row_bytes, batch_rows=spec.featurize.batch_rows
     )

@@ -245,7 +245,7 @@ def test_bad_values_are_reported_all_at_once(launch, tiny_run) -> None:
         2,
         "error: the configuration is not valid:\n"
         "  proj_dim: 0 is not a finite number of at least 1\n",
-        "  featurize.dtype: 'float8' is not one of float16, float32\n",
+        "  featurize.dtype: 'float8' is not one of float16, float32, int8\n",
         "  reduce.lambda_reg: -1 is not a finite number of at least 0",
     )
 

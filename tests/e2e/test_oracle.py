@@ -20,7 +20,7 @@ from trak_dist.ops.projection import make_projector
 
 PROBLEMS: dict[str, Any] = {"tiny": tiny, "small_cnn": small_cnn}
 DIM, SEED = 16, 3
-TOLERANCE = {"float32": 1e-4, "float16": 5e-3}
+TOLERANCE = {"float32": 1e-4, "float16": 5e-3, "int8": 0.03}
 WELL_CONDITIONED = 1e5
 
 
@@ -57,6 +57,7 @@ SETTINGS = [
     Setting("rademacher", *ABSOLUTE[1], "mean_abs"),
     Setting("gaussian", *ABSOLUTE[0], "none"),
     Setting("gaussian", *RELATIVE[1], "mean_abs"),
+    Setting("sjlt", "int8"),
 ]
 
 
@@ -132,7 +133,7 @@ def test_scores_of_a_convolutional_net_agree_with_a_float64_oracle(
     assert_scores(found, members(tmp_path, "small_cnn", setting.projection), setting)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_scores_hold_near_the_largest_condition_number_promised(
     launch, tmp_path: Path, dtype: str
 ) -> None:

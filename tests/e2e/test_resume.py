@@ -252,6 +252,26 @@ def test_a_chunk_lost_since_its_receipt_fails_the_reduce_which_names_its_cell(
     assert "featurize/1/train/8-16" in ended.err
 
 
+def test_a_lost_chunk_of_int8_grads_is_found_and_made_again(
+    tmp_path: Path, command, tiny_run: list[str], attempts: list[str]
+) -> None:
+    asked = (*tiny_run, "targets=val", "featurize.dtype=int8")
+    assert command(*asked).code == 0
+    run, before = Run.open(tmp_path / "run"), scores(tmp_path / "run")
+    (grads_of(run) / "grads/c/1/0").unlink()
+    for cell in run.receipts.done(ScoreCell.of(run.plan)):
+        run.receipts.revoke(cell, why="so that they are read")
+    ended = command(*asked)
+    assert ended.code == 1
+    assert "grads of featurize/1/train/8-16 is damaged: a chunk is missing" in ended.err
+    found = command("stage=verify", "repair=true", f"run_dir={tmp_path / 'run'}").out
+    assert "damaged featurize/1/train/8-16: grads: a chunk is missing" in found
+    attempts.clear()
+    assert command(*asked).code == 0
+    assert "featurize/1/train/8-16" in attempts
+    np.testing.assert_array_equal(scores(tmp_path / "run"), before)
+
+
 def test_a_lost_chunk_of_out_to_loss_is_not_scored_as_nan(made, tmp_path: Path, command) -> None:
     run = fork(made["featurize"], tmp_path / "run")
     (grads_of(run) / "out_to_loss" / "c" / "1").unlink()

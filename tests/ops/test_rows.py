@@ -1,4 +1,4 @@
-"""Rows as stored: what float16 with a scale per row keeps, whatever the size of the row."""
+"""Rows as stored: what float16 or int8 with a scale per row keeps, whatever the size of the row."""
 
 from __future__ import annotations
 
@@ -51,6 +51,22 @@ def test_the_round_trip_error_is_bounded_row_by_row(exponent: float, seed: int) 
     assert_kept(row(10**exponent, seed))
 
 
+@pytest.mark.parametrize("size", [1e-35, 1e-8, 1.0, 1e30, 3.4e38])
+def test_int8_rows_keep_each_entry_to_half_a_step_of_the_largest_ones(size: float) -> None:
+    rows = torch.cat([row(size, seed) for seed in range(50)])
+    stored, scale = encode(rows, "int8")
+    assert (stored.dtype, scale.dtype) == (torch.int8, torch.float32)
+    assert stored.int().abs().amax(1).tolist() == [127] * 50
+    error = (decode(stored, scale).double() - rows.double()).abs().amax(1)
+    assert (error <= rows.double().abs().amax(1) / 127 / 2 * (1 + 2.0**-9)).all()
+
+
+def test_int8_rows_are_rounded_to_nearest_and_are_never_the_number_of_a_missing_chunk() -> None:
+    rows = torch.tensor([[127.0, -127.0, 2.4, -2.6, 0.4], [-1.27, 0.0, 0.006, -0.004, 0.0]])
+    stored, _ = encode(rows, "int8")
+    assert stored.tolist() == [[127, -127, 2, -3, 0], [-127, 0, 1, 0, 0]]
+
+
 def test_rows_of_unlike_size_do_not_disturb_each_other() -> None:
     rows = torch.cat([row(1e-30), row(1e30), row(1.0)])
     assert_kept(rows)
@@ -66,9 +82,10 @@ def test_naive_float16_would_lose_these_rows() -> None:
         assert row(size).half().abs().max() == lost
 
 
-def test_zero_rows_stay_zero() -> None:
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_zero_rows_stay_zero(dtype: str) -> None:
     rows = torch.cat([row(1.0), torch.zeros(1, 64), row(1e-30)])
-    found = decode(*encode(rows, "float16"))
+    found = decode(*encode(rows, dtype))
     assert (found[1] == 0).all()
     assert (found[[0, 2]].abs().amax(1) > 0).all()
 
@@ -86,9 +103,10 @@ def test_no_rows_are_no_rows() -> None:
     assert (stored.shape, scale.shape) == ((0, 8), (0,))
 
 
-def test_the_row_of_smallest_numbers_is_not_divided_by_zero() -> None:
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_the_row_of_smallest_numbers_is_not_divided_by_zero(dtype: str) -> None:
     """Below about 4e-34 the scale itself would be subnormal; it stops at the smallest normal."""
     for size in (1e-37, 1e-40, 1e-44):
-        stored, scale = encode(row(size), "float16")
+        stored, scale = encode(row(size), dtype)
         assert (scale >= torch.finfo(torch.float32).tiny).all()
         assert decode(stored, scale).isfinite().all()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from trak_dist.ops import strongest as module
 from trak_dist.ops.strongest import Strongest, strongest
 
 
@@ -21,15 +22,21 @@ def test_the_strongest_are_those_of_a_stable_sort(n: int, count: int) -> None:
         assert np.array_equal(strongest(scores, count), by_sort)
 
 
-@pytest.mark.parametrize("count", [1, 3, 8])
-def test_block_after_block_they_are_those_of_all(count: int) -> None:
+@pytest.mark.parametrize("first", [0, 3, 1024])
+@pytest.mark.parametrize("count", [1, 4, 50])
+def test_the_strongest_of_blocks_are_those_of_all(
+    monkeypatch: pytest.MonkeyPatch, first: int, count: int
+) -> None:
+    monkeypatch.setattr(module, "FIRST", first)
     random = np.random.default_rng(count)
-    scores = random.integers(-40, 41, (15, 90)).astype(np.float32)
-    scores[0], scores[1, ::3], scores[2, 50:] = 7, np.nan, np.inf
-    found = Strongest(len(scores), count)
-    for start in range(0, 90, 9):
-        block = scores[:, start : start + 9]
-        found.add(block, np.broadcast_to(np.arange(start, start + 9), block.shape))
-    by_sort = np.argsort(-scores, axis=1, kind="stable")[:, :count]
-    assert np.array_equal(found.rows, by_sort)
-    assert np.array_equal(found.scores, np.take_along_axis(scores, by_sort, axis=1), equal_nan=True)
+    for trial in range(20):
+        scores = random.integers(-3, 4, (5, 40)).astype(np.float32)
+        if trial % 2:
+            scores[random.random(scores.shape) < 0.7] = random.choice([np.nan, np.inf, -0.0])
+        rows = np.broadcast_to(np.arange(40), scores.shape)
+        found, cuts = Strongest(5, count), np.sort(random.integers(0, 41, 3))
+        for some in np.split(np.arange(40), cuts):
+            found.add(scores[:, some], rows[:, some])
+        wanted = np.argsort(-scores, axis=1, kind="stable")[:, :count]
+        np.testing.assert_array_equal(found.rows, wanted)
+        np.testing.assert_array_equal(found.scores, np.take_along_axis(scores, wanted, axis=1))

@@ -28,7 +28,7 @@ def content_digest(state: Mapping[str, Tensor]) -> str:
     return truncated(sha)
 
 
-def load_into(run: Run, model: nn.Module, checkpoint: Checkpoint) -> str:
+def load_into(run: Run, model: nn.Module, checkpoint: Checkpoint, *, publish: bool = True) -> str:
     """Load a checkpoint's weights into `model`; the digest of their content.
 
     The first worker to load a checkpoint publishes its digest; the others compare.
@@ -42,7 +42,7 @@ def load_into(run: Run, model: nn.Module, checkpoint: Checkpoint) -> str:
     path = run.layout.checkpoint(checkpoint.file)
     fitted = state_dicts.fit_state_dict(state_dicts.read(path), model, where=str(path))
     digest = content_digest(fitted.state)
-    check_weights(run, checkpoint.model_id, digest, publish=True)
+    check_weights(run, checkpoint.model_id, digest, publish=publish)
     check_distinct_weights(run, ids_by_weights(run), checkpoint.model_id, digest)
     fitted.load_into(model)
     return digest

@@ -57,7 +57,7 @@ class FeaturizeConfig:
     random: str = field(default="refused", metadata={"choices": ("refused", "by_example")})
     batch_rows: int = field(default=64, metadata={"min": 1})
     cell_rows: int = field(default=0, metadata={"min": 0})  # 0: chosen when planning
-    dtype: str = field(default="float16", metadata={"choices": ("float16", "float32")})
+    dtype: str = field(default="float16", metadata={"choices": ("float16", "float32", "int8")})
     threads: int = field(default=1, metadata={"min": 1})
 
 

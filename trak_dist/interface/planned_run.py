@@ -79,9 +79,10 @@ class PlannedRun:
 
     def results(self) -> Results:
         """The run for reading, as `open_run` gives it."""
-        from trak_dist.store.results import open_run
+        from trak_dist.store.results import Results
+        from trak_dist.store.run import Run
 
-        return open_run(self.run_dir)
+        return Results(Run.open(self.run_dir), self.problem)
 
 
 def plan_run(

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+FIRST = 1024
+
 
 class Strongest:
     """The `count` largest scores of each column seen so far; ties go to the lower row."""
@@ -18,6 +20,10 @@ class Strongest:
 
     def add(self, scores: NDArray[Any], rows: NDArray[Any]) -> None:
         """Scores (columns, n), of these rows, that come after those of before."""
+        n, first = scores.shape[1], FIRST + self.count
+        if self.scores.shape[1] < self.count and n > first:  # by which most others are left out
+            self.add(scores[:, :first], rows[:, :first])
+            scores, rows = scores[:, first:], rows[:, first:]
         if self.scores.shape[1] == self.count:
             scores, rows = _above(self.scores[:, -1:], scores, rows)
             if not scores.shape[1]:

@@ -38,7 +38,12 @@ class Sessions:
 
 
 class Session:
-    """One job's view of a run; holds one checkpoint's model at a time."""
+    """One job's view of a run; holds one checkpoint's model at a time.
+
+    One that `only_reads` publishes no digest of a checkpoint that it is the first to load.
+    """
+
+    only_reads = False
 
     def __init__(self, run: Run, device: torch.device) -> None:
         self.run = run
@@ -99,7 +104,8 @@ class Session:
         if current is None or (current.model_id, current.method) != (model_id, method):
             plan, problem = self.run.plan, self.problem
             model: nn.Module = problem.model.to(self.device).eval()
-            digest = digests.load_into(self.run, model, plan.checkpoint(model_id))
+            checkpoint = plan.checkpoint(model_id)
+            digest = digests.load_into(self.run, model, checkpoint, publish=not self.only_reads)
             seed = plan.dropout_seed(model_id)
             model = model if seed is None else thinned(model, seed)
             self._featurizer = CheckpointFeaturizer(

@@ -1,8 +1,9 @@
 """Chunked arrays on Zarr v3: created under a temporary name and renamed, written by whole chunks.
 
-The only module that imports zarr. Every chunk carries a CRC-32C; a chunk that was never written
-reads as NaN, or 0 of whole numbers; a writer owns whole chunks and never touches metadata, which is
-checked against what is planned whenever an array is opened.
+The only module that imports zarr; `chunks` has the files of chunks. A chunk that was never written
+is an error here; for other readers it holds NaN, of int8 -128, of uint8 0. A writer owns whole
+chunks and never touches metadata, which is checked against what is planned whenever an array is
+read or written.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import logging
 import shlex
 import shutil
 import tempfile
+import time
 import uuid
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -28,12 +31,12 @@ from zarr.storage import LocalStore, MemoryStore
 from trak_dist.cells.ownership import ArraySpec
 from trak_dist.errors import ArrayNotFound, CorruptChunk, StoreError
 from trak_dist.hashing import digest_of
-from trak_dist.store import atomic
+from trak_dist.store import atomic, chunks
 
-# Passed to open_array it is silently ignored (zarr 3.1.6), so it is set for the whole process.
-zarr.config.set({"array.write_empty_chunks": True})
+SETTLED_NS = 2 * 10**9  # a file that has not changed for so long has another time when it does
 
 log = logging.getLogger(__name__)
+_checked: dict[Path, tuple[tuple[int, ...], ArraySpec]] = {}
 
 
 def ensure_group(path: Path) -> None:
@@ -129,16 +132,18 @@ def write_rows(
     StoreError
         If the array is not as `spec` says, or the file system refuses.
     """
-    array = _checked(path, spec, mode="r+", plan=plan)
-    step = array.chunks[0]
-    assert start % step == 0 and (len(values) % step == 0 or start + len(values) == array.shape[0])
-    assert values.dtype == array.dtype and values.shape[1:] == array.shape[1:]
-    with atomic.write_errors(path), ThreadPoolExecutor(max_workers=1) as pool:
-        array[start : start + len(values)] = values
+    first = _check(path, spec, plan=plan)
+    step = spec.chunks[0]
+    assert start % step == 0 and (len(values) % step == 0 or start + len(values) == spec.shape[0])
+    assert values.dtype == spec.dtype and values.shape[1:] == spec.shape[1:]
+    with ThreadPoolExecutor(max_workers=1) as pool:
         digest = pool.submit(content_digest, values)  # while the disk writes
-        blocks = range(start // step, -(-(start + len(values)) // step))
-        files = [file for block in blocks for file in _chunk_files(path, array, block)]
-        atomic.fsync_files(files, below=path)
+        files = (
+            (chunk_file(path, spec, start + at), chunks.encoded(values[at : at + step], spec))
+            for at in range(0, len(values), step)
+        )
+        # The array's own directory names `c`, once and for all.
+        atomic.write_files(files, below=path if first else path / "c")
     return digest.result()
 
 
@@ -155,18 +160,58 @@ def read_rows(
     Raises
     ------
     CorruptChunk
-        If a checksum does not match or a chunk is cut short.
+        If a chunk is missing or cut short, or its checksum does not match.
     StoreError
         If there is no such array, or it is not as `spec` says.
     """
-    array = _checked(path, spec, mode="r", plan=plan)
+    _check(path, spec, plan=plan)
+    found, step = np.empty((stop - start, *spec.shape[1:]), spec.dtype), spec.chunks[0]
+    with _damage(path, start, stop):
+        for first in range(start - start % step, stop, step):
+            begin, end = max(start, first), min(stop, first + step)
+            part = found[begin - start : end - start]
+            if begin == first:
+                chunks.read(chunk_file(path, spec, first), part, spec)
+            else:
+                above = np.empty((end - first, *spec.shape[1:]), spec.dtype)
+                chunks.read(chunk_file(path, spec, first), above, spec)
+                part[...] = above[begin - first :]
+    return found
+
+
+def read_pieces(
+    path: Path, spec: ArraySpec, start: int, stop: int, *, rows: int, plan: str = "stage=plan"
+) -> Iterator[NDArray[Any]]:
+    """The rows of one chunk, some at a time in the same memory; fails as `read_rows`.
+
+    That they are as they were written is known once all are read.
+    """
+    assert start % spec.chunks[0] == 0 and stop - start <= spec.chunks[0]
+    _check(path, spec, plan=plan)
+    left = stop - start
+    with _damage(path, start, stop):
+        for piece in chunks.pieces(chunk_file(path, spec, start), spec, rows):
+            yield piece[: max(0, left)]  # the last chunk is filled up
+            left -= rows
+
+
+@contextlib.contextmanager
+def _damage(path: Path, start: int, stop: int) -> Iterator[None]:
     try:
-        return np.asarray(array[start:stop])
+        yield
+    except FileNotFoundError as error:
+        raise CorruptChunk("a chunk is missing", where=str(path)) from error
     except (ValueError, RuntimeError, OSError) as error:
         raise CorruptChunk(
             f"rows {start}-{stop} can't be read: {error}",
             where=str(path),
         ) from error
+
+
+def chunk_file(path: Path, spec: ArraySpec, row: int) -> Path:
+    """The file of the chunk that begins with a row; a chunk has all columns."""
+    assert spec.chunks[1:] == spec.shape[1:]
+    return path.joinpath("c", str(row // spec.chunks[0]), *["0"] * len(spec.shape[1:]))
 
 
 def content_digest(values: NDArray[Any]) -> str:
@@ -186,37 +231,55 @@ def _serialised(spec: ArraySpec) -> bytes:
 
 
 def _create(store: LocalStore | MemoryStore, spec: ArraySpec) -> Any:
-    codecs = [ZstdCodec(level=1)] if spec.compression == "zstd" else []
+    codecs = [ZstdCodec(level=chunks.ZSTD_LEVEL)] if spec.compression == "zstd" else []
     return zarr.create_array(
         store=store,
         shape=spec.shape,
         chunks=spec.chunks,
         dtype=spec.dtype,
-        fill_value=float("nan") if np.dtype(spec.dtype).kind == "f" else 0,
+        fill_value=chunks.fill_value(spec.dtype),
         filters=None,
         compressors=[*codecs, Crc32cCodec()],
         attributes=dict(spec.attributes),
     )
 
 
-def _checked(path: Path, spec: ArraySpec, *, mode: Any, plan: str) -> Any:
-    """The array at `path`, if it is as `spec` says."""
-    array = _array(path, mode=mode, plan=plan)
-    if differences := _differences(array, spec):
+def _check(path: Path, spec: ArraySpec, *, plan: str) -> bool:
+    """Check that the array at `path` is as `spec` says; whether this process had not yet.
+
+    Metadata that was read before is read again if its file has changed.
+    """
+    stamp = _stamp(path)
+    if stamp and _checked.get(path) == (stamp, spec):
+        return False
+    if differences := _differences(_array(path, plan=plan), spec):
         raise StoreError(
             f"the array's metadata is not what is planned: {differences}",
             where=str(path / "zarr.json"),
             next=f"{_removal_command(path)}, then {plan}, which makes it anew; the chunks stay",
         )
-    return array
+    if stamp and time.time_ns() - stamp[-1] > SETTLED_NS:
+        _checked[path] = stamp, spec
+    return True
 
 
-def _array(path: Path, *, mode: Any = "r", plan: str = "stage=plan") -> Any:
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """What changes whenever metadata is written; None if there is none."""
+    file = path / "zarr.json"
+    try:
+        with atomic.read_errors(file):
+            found = atomic.retry_stale(file.stat)
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _array(path: Path, *, plan: str = "stage=plan") -> Any:
     next_step = f"{plan} makes what is missing, and metadata that can't be read"
     if not _there(path):  # first, since zarr would create a directory
         raise ArrayNotFound("no readable array: it is missing", where=str(path), next=next_step)
     try:
-        return zarr.open_array(LocalStore(path, read_only=mode == "r"), mode=mode)
+        return zarr.open_array(LocalStore(path, read_only=True), mode="r")
     except Exception as error:  # for damaged metadata zarr raises many types
         raise StoreError(
             f"no readable array ({type(error).__name__}: {error})",
@@ -257,11 +320,3 @@ def _metadata(array: Any) -> dict[str, Any]:
 
 def _removal_command(path: Path) -> str:
     return f"rm {shlex.quote(str(path / 'zarr.json'))}"
-
-
-def _chunk_files(path: Path, array: Any, block: int) -> list[Path]:
-    columns = [range(-(-n // c)) for n, c in zip(array.shape[1:], array.chunks[1:], strict=True)]
-    keys: list[tuple[int, ...]] = [(block,)]
-    for column in columns:
-        keys = [(*key, i) for key in keys for i in column]
-    return [path / array.metadata.encode_chunk_key(key) for key in keys]

@@ -8,7 +8,7 @@ import errno
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -18,6 +18,7 @@ STALE_TRIES = 5
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 _AT_FDCWD, _RENAME_NOREPLACE = -100, 1  # Linux's
 Found = TypeVar("Found")
+Content = bytes | memoryview
 
 
 @contextlib.contextmanager
@@ -160,16 +161,51 @@ def write(path: Path, content: bytes) -> None:
     StoreError
         If the file system refuses.
     """
-    with write_errors(path), _temporary(path) as temporary:
+    with write_errors(path):
+        try:
+            _replace(path, [content])
+        except FileNotFoundError:
+            _ensure_directory(path.parent)
+            _replace(path, [content])
+        fsync_directory(path.parent)
+
+
+def write_files(files: Iterable[tuple[Path, Sequence[Content]]], *, below: Path) -> None:
+    """Publish files, each of several parts, with the names of their directories in `below`.
+
+    Raises
+    ------
+    StoreError
+        If the file system refuses.
+    """
+    written = []
+    for path, content in files:
+        with write_errors(path):
+            try:
+                _replace(path, content)
+            except FileNotFoundError:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                _replace(path, content)
+        written.append(path)
+    with write_errors(below):
+        _fsync_directories(written, below=below)
+
+
+def _replace(path: Path, content: Sequence[Content]) -> None:
+    """Write a file to disk and give it its name, over what was there."""
+    temporary = _temporary_name(path)
+    try:
         _write(temporary, content)
         temporary.replace(path)
-        fsync_directory(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_once(path: Path, content: bytes) -> bytes:
     """Publish `content` at `path` unless something is there; return what is there in the end."""
     with write_errors(path), _temporary(path) as temporary:
-        _write(temporary, content)
+        _write(temporary, [content])
         try:
             _name_once(temporary, path)
         except FileExistsError:
@@ -217,7 +253,11 @@ def publish_directory(path: Path, build: Callable[[Path], None]) -> bool:
     """
     with write_errors(path), _temporary(path) as temporary:
         build(temporary)
-        fsync_files([file for file in temporary.rglob("*") if file.is_file()], below=temporary)
+        files = [file for file in temporary.rglob("*") if file.is_file()]
+        for path_inside in files:
+            with path_inside.open("rb") as file:
+                os.fsync(file.fileno())
+        _fsync_directories(files, below=temporary)
         try:
             temporary.rename(path)
         except OSError as error:
@@ -228,11 +268,8 @@ def publish_directory(path: Path, build: Callable[[Path], None]) -> bool:
         return True
 
 
-def fsync_files(files: Sequence[Path], *, below: Path) -> None:
-    """Force written files to disk, with their names and those of their directories in `below`."""
-    for path in files:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
+def _fsync_directories(files: Iterable[Path], *, below: Path) -> None:
+    """Force the names of files to disk, and those of their directories in `below`."""
     parents = {parent for path in files for parent in path.parents}
     for directory in sorted(p for p in parents if p.is_relative_to(below)):
         fsync_directory(directory)
@@ -256,7 +293,7 @@ def fsync_directory(path: Path) -> None:
 def _temporary(path: Path) -> Iterator[Path]:
     """A temporary name next to `path`, removed in the end."""
     _ensure_directory(path.parent)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary = _temporary_name(path)
     try:
         yield temporary
     finally:
@@ -274,8 +311,14 @@ def _ensure_directory(path: Path) -> None:
         fsync_directory(path.parent)
 
 
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+
+
+def _write(path: Path, content: Sequence[Content]) -> None:
+    with path.open("wb", buffering=0) as file:
+        for part in content:
+            view = memoryview(part)
+            while view:
+                view = view[file.write(view) :]
         os.fsync(file.fileno())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,12 +71,34 @@ def read(run: Run, cell: Cell, name: str) -> NDArray[Any]:
     Raises
     ------
     CorruptChunk
-        If it can't be read, or holds NaN: cells write finite values only, so a NaN is the fill
-        value of a chunk that is gone.
+        If it is gone or damaged, or not finite. Grads were finite when they were written, and have
+        a checksum: to look again would take as long as to read them.
     """
     region = array_regions(run, cell)[name]
+    with _damage(run, cell, name, region):
+        values = _read(run, region)
+        if name != "grads" and not np.isfinite(values).all():
+            raise CorruptChunk("its entries are not finite")
+    return values
+
+
+def read_pieces(run: Run, cell: Cell, name: str, rows: int) -> Iterator[NDArray[Any]]:
+    """The same of a cell with one chunk, so many rows at a time, each in the memory of the last.
+
+    That they are as they were written is known once all are read.
+    """
+    region = array_regions(run, cell)[name]
+    with _damage(run, cell, name, region):
+        yield from arrays.read_pieces(
+            *(region.path, region.spec, region.start, region.stop), rows=rows, plan=_plan(run)
+        )
+
+
+@contextlib.contextmanager
+def _damage(run: Run, cell: Cell, name: str, region: ArrayRegion) -> Iterator[None]:
+    """Name the cell whose array is damaged."""
     try:
-        return _read(run, region)
+        yield
     except CorruptChunk as error:
         raise CorruptChunk(
             f"{name} of {cell.id} is damaged: {error.what}",
@@ -86,10 +109,7 @@ def read(run: Run, cell: Cell, name: str) -> NDArray[Any]:
 
 
 def _read(run: Run, region: ArrayRegion) -> NDArray[Any]:
-    values = arrays.read_rows(region.path, region.spec, region.start, region.stop, plan=_plan(run))
-    if not np.isfinite(values).all():
-        raise CorruptChunk("a chunk is missing")
-    return values
+    return arrays.read_rows(region.path, region.spec, region.start, region.stop, plan=_plan(run))
 
 
 def _plan(run: Run) -> str:

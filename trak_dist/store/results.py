@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,10 +27,16 @@ from trak_dist.store.run import Run
 
 
 class Results:
-    """The results of one run."""
+    """The results of one run.
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
+    Parameters
+    ----------
+    problem : trak_dist.Problem, optional
+        That of a run which was planned with an object of this process; `query` executes it.
+    """
+
+    def __init__(self, run: Run, problem: Any = None) -> None:
+        self._run, self._problem = run, problem
 
     @property
     def plan(self) -> Plan:
@@ -150,6 +157,35 @@ class Results:
             Top(target, best.rows[i], best.scores[i], worst.rows[i], -worst.scores[i])
             for i, target in enumerate(columns)
         ]
+
+    def query(self, examples: Any, *, count: int = 10) -> list[Top]:
+        """The strongest train rows for targets that no target set has; nothing is written.
+
+        Their gradients are computed with each checkpoint of the ensemble, as those of a target set
+        are, and all stored train rows are read once. It executes the run's problem, and loads
+        torch.
+
+        Parameters
+        ----------
+        examples : tuple or dataset
+            A batch as collate gives it (a tuple, or one mapping or tensor), or anything else with a
+            length and examples by number, which collate takes.
+        count : int
+            Rows of each kind, for each example.
+
+        Raises
+        ------
+        MissingInputs
+            If the train rows or the kernels are not all there.
+        UntrustedProblem
+            If somebody else planned the run, and its problem may not be executed.
+        ConfigError, ProblemError, CheckpointError, DatasetError, NonFiniteGradient, WrongGradient
+            As cells that featurize a target set.
+        """
+        query = importlib.import_module("trak_dist.interface.query")  # above this module, and torch
+        with in_process.holding(self._problem):
+            found: list[Top] = query.strongest_rows(self._run, examples, count=count)
+        return found
 
     def top_of_halves(self, targets: str, count: int) -> NDArray[np.int64]:
         """The `count` strongest train rows by either half (2, some targets, count), as `halves`.
