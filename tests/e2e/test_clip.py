@@ -74,7 +74,7 @@ def test_scores_of_a_run_are_those_of_the_oracle(
     assert errors.max() < 2e-3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_curvature_of_a_run_is_the_fisher_matrix_of_both_choices(
     made: dict[str, str], checkpoints: str, tmp_path: Path
 ) -> None:

@@ -116,6 +116,7 @@ def test_a_run_says_what_its_ensemble_is(run, tmp_path: Path) -> None:
     assert "(1 each)" in page, "halves are of checkpoints"
 
 
+@pytest.mark.long
 def test_every_executor_gives_the_same_scores(run, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(Path(tiny_dropout.__file__).parent)
     assert run("debug").code == 0

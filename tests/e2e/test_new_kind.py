@@ -44,6 +44,7 @@ def with_kind(tmp_path: Path):
     return run
 
 
+@pytest.mark.long
 def test_a_new_kind_runs_resumes_and_is_verified_like_any_other(with_kind, tmp_path: Path) -> None:
     write_checkpoints(tmp_path / "checkpoints", count=2)
     launch = (

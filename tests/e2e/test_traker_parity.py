@@ -71,7 +71,7 @@ def test_scores_equal_those_of_the_reference_implementation(launch, tmp_path: Pa
     )
 
 
-@pytest.mark.parametrize("name", parity.CASES)
+@pytest.mark.parametrize("name", ["image", pytest.param("text", marks=pytest.mark.long)])
 @pytest.mark.filterwarnings("ignore:::trak")
 def test_scores_of_traker_equal_those_of_the_reference_implementation(
     name: str, tmp_path: Path

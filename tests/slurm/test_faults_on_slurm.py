@@ -89,6 +89,7 @@ def test_a_lost_node_is_no_loss(
     assert np.array_equal(scores(run), expected)
 
 
+@pytest.mark.long
 def test_a_killed_worker_begins_again(launch, path: Path, expected: np.ndarray) -> None:
     run = path / "run"
     (path / "act").write_text("die")
@@ -169,6 +170,7 @@ def test_the_controller_and_accounting_come_and_go(
     assert np.array_equal(scores(run), expected)
 
 
+@pytest.mark.long
 def test_a_cell_that_always_fails_ends_what_waits_for_it(
     launch, path: Path, expected: np.ndarray
 ) -> None:
