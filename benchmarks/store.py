@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from trak_dist.cells.ownership import ArraySpec
-from trak_dist.plan import CHUNK_BYTES
+from trak_dist.plan_inputs import CHUNK_BYTES
 from trak_dist.store import arrays
 
 ROUNDS, CHUNKS, COLUMNS = 7, 4, 2048
