@@ -31,6 +31,8 @@ class CounterfactualCell(Cell):
     memory_is_bound = False
     threads_from = "featurize"
     if_too_large = "a smaller model or batch in train_checkpoint"
+    if_too_long = ""
+    work_unit = "train_rows"
 
     targets: str
     selection: Selection
@@ -86,6 +88,9 @@ class CounterfactualCell(Cell):
     @property
     def chain(self) -> Hashable:
         return self.targets, self.selection
+
+    def work(self, plan: Plan) -> int:
+        return plan.train.rows - self.removed
 
     @classmethod
     def memory(cls, plan: Plan) -> int:

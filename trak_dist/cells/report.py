@@ -29,6 +29,8 @@ class ReportCell(Cell):
     threads_from = "reduce"
     per_member = True
     if_too_large = "fewer targets in a set"
+    if_too_long = ""
+    work_unit = "pages"
 
     targets: str
 
@@ -57,6 +59,9 @@ class ReportCell(Cell):
         endings = {"examples": ".png", "lds": ".lds.png", "counterfactuals": ".counterfactuals.png"}
         pictures = {n: OwnedFile(page + end, always=False) for n, end in endings.items()}
         return {"page": OwnedFile(f"{page}.html"), **pictures}
+
+    def work(self, plan: Plan) -> int:
+        return 1
 
     @classmethod
     def memory(cls, plan: Plan) -> int:
