@@ -30,7 +30,9 @@ class KernelCell(Cell):
     threads_from = "reduce"
     per_member = False
     if_too_large = "a smaller proj_dim (memory goes with its square)"
-    if_too_long = "a smaller proj_dim (time goes with its cube), or more reduce.threads in a new run"
+    if_too_long = (
+        "a smaller proj_dim (time goes with its cube), or more reduce.threads in a new run"
+    )
     work_unit = "products"
 
     model_id: int

@@ -159,7 +159,10 @@ def measured_rates(plan: Plan, done: Mapping[Cell, Receipt]) -> dict[type[Cell],
             devices[type(cell)] = str(receipt.job.get("device", "cpu"))
     return {
         kind: Rate(
-            median(rates), "receipts", f"{len(rates)} {kind.kind} cells on {devices[kind]}", devices[kind]
+            median(rates),
+            "receipts",
+            f"{len(rates)} {kind.kind} cells on {devices[kind]}",
+            devices[kind],
         )
         for kind, rates in found.items()
     }
@@ -215,38 +218,42 @@ def estimate(
     steps = [step for stage in stages for step in STAGE_STEPS[stage]]
     kinds = [k for step in steps for k in STEPS[step] if any(c not in done for c in k.of(plan))]
     known = rates(plan, measured_rates(plan, done), trial, kinds)
-    on_slurm = isinstance(cluster, SlurmConfig)
-    rows = _rows_per_task(cluster, known) if on_slurm else 1
+    rows = rows_per_task(cluster, known)
     costs = []
     for step in steps:
         tasks = graph.tasks(plan, step, skip=done, rows_per_task=rows)
-        each, processes = _on_slurm(cluster, step, tasks) if on_slurm else (_on_gpu(step, gpus), 1)
+        if isinstance(cluster, SlurmConfig):
+            from trak_dist.executors import batch  # loads submitit
+
+            shape = batch.gpus(cluster, step), batch.processes(cluster, step, tasks), START_SECONDS
+        else:  # a process goes on to its next task
+            shape = int(bool(gpus) and any(kind.gpu for kind in STEPS[step])), 1, 0
         if tasks:
-            costs.append(_step_cost(plan, step, tasks, known, gpus=each, processes=processes))
+            costs.append(_step_cost(plan, step, tasks, known, *shape))
     files = resources.files(plan)
     return Cost(
         steps=tuple(costs),
-        at_once=cluster.array_parallelism if on_slurm else workers,
+        at_once=cluster.array_parallelism if isinstance(cluster, SlurmConfig) else workers,
         store_bytes=resources.disk_bytes(plan) + SMALL_FILE_BYTES * files,
         files=files,
     )
 
 
-def _step_cost(
+def _step_cost(  # noqa: PLR0913, PLR0917
     plan: Plan,
     step: str,
     tasks: Sequence[graph.Task],
     known: Mapping[type[Cell], Rate],
-    *,
     gpus: int,
     processes: int,
+    start_seconds: int,
 ) -> StepCost:
     cells = [cell for task in tasks for cell in task]
     kinds = dict.fromkeys(map(type, cells))
     by_task: list[float] = []
     for task in tasks if all(kind in known for kind in kinds) else ():
         shares = (graph.share(task, part, processes) for part in range(processes))
-        by_task.append(START_SECONDS + max(seconds_of(share, plan, known) for share in shares))
+        by_task.append(start_seconds + max(seconds_of(share, plan, known) for share in shares))
     longest = max(range(len(by_task)), key=by_task.__getitem__, default=0)
     return StepCost(
         step=step,
@@ -260,21 +267,12 @@ def _step_cost(
     )
 
 
-def _rows_per_task(cluster: SlurmConfig, known: Mapping[type[Cell], Rate]) -> int:
-    """Rows of a data shard, as submission cuts them."""
-    from trak_dist.executors import batch  # loads submitit
+def rows_per_task(cluster: ClusterConfig | SlurmConfig, known: Mapping[type[Cell], Rate]) -> int:
+    """Rows of a data shard, as submission cuts them; 0 where that needs a rate that is not known."""
+    if not isinstance(cluster, SlurmConfig):
+        return 1
+    from trak_dist.executors import batch
 
     measured = known[FeaturizeCell].per_second if FeaturizeCell in known else 0.0
     processes = max(1, batch.gpus(cluster, "featurize"))
     return cluster.rows_per_task or int(60 * cluster.minutes_per_task * measured * processes)
-
-
-def _on_slurm(cluster: SlurmConfig, step: str, tasks: Sequence[graph.Task]) -> tuple[int, int]:
-    """GPUs and processes of a task."""
-    from trak_dist.executors import batch
-
-    return batch.gpus(cluster, step), batch.processes(cluster, step, tasks)
-
-
-def _on_gpu(step: str, gpus: int) -> int:
-    return int(bool(gpus) and any(kind.gpu for kind in STEPS[step]))
