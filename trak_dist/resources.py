@@ -17,26 +17,34 @@ def disk_bytes(plan: Plan, kinds: Iterable[type[Cell]] = KINDS) -> int:
     return sum(kind.disk_bytes(plan) for kind in kinds)
 
 
-def files(plan: Plan) -> int:
-    """Files of a finished run: chunks, metadata, what else cells own, a receipt of each cell.
+def chunk_files(plan: Plan) -> int:
+    """Files that are chunks of arrays."""
+    return sum(_array_chunks(plan).values())
+
+
+def other_files(plan: Plan) -> int:
+    """The other files of a finished run: metadata, what else cells own, a receipt of each cell.
 
     The receipts of a checkpoint's featurize cells are one file in the end. Pictures of a report
     that depend on the examples are not counted, nor what a job logs.
     """
-    arrays = {
-        PurePosixPath(owned.path): owned.spec.chunk_files
-        for kind in KINDS
-        for cell in kind.one_per_array(plan)
-        for owned in cell.arrays(plan).values()
-    }
+    arrays = _array_chunks(plan)
     groups = {group for path in arrays for group in path.parents}
     firsts = [cell for kind in KINDS for cell in islice(kind.of(plan), 1)]
     own = sum(type(c).count(plan) * sum(f.always for f in c.files().values()) for c in firsts)
     gathered = 0 if plan.train.streamed else FeaturizeCell.count(plan) - len(plan.model_ids)
     checkpoints = len({plan.train_seed(model_id) for model_id in plan.model_ids})
-    masks = bool(plan.ground_truth.subsets)
-    plain = 1 + masks + checkpoints  # the plan, and a digest of each checkpoint
-    return sum(arrays.values()) + len(arrays) + len(groups) + own + count(plan) - gathered + plain
+    plain = 1 + bool(plan.ground_truth.subsets) + checkpoints  # plan, masks, checkpoints' digests
+    return len(arrays) + len(groups) + own + count(plan) - gathered + plain
+
+
+def _array_chunks(plan: Plan) -> dict[PurePosixPath, int]:
+    return {
+        PurePosixPath(owned.path): owned.spec.chunk_files
+        for kind in KINDS
+        for cell in kind.one_per_array(plan)
+        for owned in cell.arrays(plan).values()
+    }
 
 
 def shared_bytes(plan: Plan, base: Plan) -> int:

@@ -87,7 +87,7 @@ class Cost:
 
     @property
     def unknown(self) -> list[str]:
-        """The steps of which nothing says how long they take; hours and wall time leave them out."""
+        """The steps of which no rate is known; hours and wall time leave them out."""
         return [step.step for step in self.steps if step.seconds is None]
 
     @property
@@ -118,7 +118,8 @@ class Cost:
 
     def _lines(self) -> Iterator[str]:
         if self.steps:
-            yield f"{'estimate':<15}{'cells':>9}{'tasks':>9}{'hours':>9}     {'longest task':>13}  by"
+            heads = f"{'estimate':<15}{'cells':>9}{'tasks':>9}{'hours':>9}"
+            yield f"{heads}     {'longest task':>13}  by"
         for s in self.steps:
             hours = "?" if s.seconds is None else f"{s.seconds * max(1, s.gpus) / 3600:,.2f}"
             longest = "?" if s.longest_seconds is None else duration(s.longest_seconds)
@@ -196,7 +197,7 @@ def seconds_of(cells: Iterable[Cell], plan: Plan, known: Mapping[type[Cell], Rat
     return sum(cell.work(plan) / known[type(cell)].per_second for cell in cells)
 
 
-def estimate(
+def estimate(  # noqa: PLR0913
     plan: Plan,
     stages: Sequence[str],
     cluster: ClusterConfig | SlurmConfig,
@@ -230,12 +231,12 @@ def estimate(
             shape = int(bool(gpus) and any(kind.gpu for kind in STEPS[step])), 1, 0
         if tasks:
             costs.append(_step_cost(plan, step, tasks, known, *shape))
-    files = resources.files(plan)
+    others = resources.other_files(plan)
     return Cost(
         steps=tuple(costs),
         at_once=cluster.array_parallelism if isinstance(cluster, SlurmConfig) else workers,
-        store_bytes=resources.disk_bytes(plan) + SMALL_FILE_BYTES * files,
-        files=files,
+        store_bytes=resources.disk_bytes(plan) + SMALL_FILE_BYTES * others,
+        files=resources.chunk_files(plan) + others,
     )
 
 
@@ -268,7 +269,7 @@ def _step_cost(  # noqa: PLR0913, PLR0917
 
 
 def rows_per_task(cluster: ClusterConfig | SlurmConfig, known: Mapping[type[Cell], Rate]) -> int:
-    """Rows of a data shard, as submission cuts them; 0 where that needs a rate that is not known."""
+    """Rows of a data shard, as submission cuts them; 0 where no rate is known for that."""
     if not isinstance(cluster, SlurmConfig):
         return 1
     from trak_dist.executors import batch
