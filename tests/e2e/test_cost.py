@@ -8,11 +8,15 @@ from typing import Any
 
 import pytest
 import tiny
+from test_plan import PLAN
 
 import trak_dist
 from trak_dist import PlannedRun
-from trak_dist.cells import FeaturizeCell
-from trak_dist.interface import cost
+from trak_dist.cells import FeaturizeCell, GramCell
+from trak_dist.configuration.config import ClusterConfig, SlurmConfig
+from trak_dist.errors import ConfigError
+from trak_dist.interface import cost, time_limit
+from trak_dist.store.record import Receipt
 from trak_dist.store.run import Run
 
 
@@ -100,12 +104,10 @@ def test_on_slurm_tasks_are_those_that_are_submitted(plan, monkeypatch) -> None:
 
 
 def test_a_kind_without_a_rate_is_said_and_left_out() -> None:
-    from test_plan import PLAN
-
     found = cost.estimate(
         PLAN,
         ["train", "reduce"],
-        trak_dist_cluster(),
+        ClusterConfig(kind="debug"),
         done={},
         trial=lambda: 1.0,
         workers=1,
@@ -116,7 +118,68 @@ def test_a_kind_without_a_rate_is_said_and_left_out() -> None:
     assert "and train, of which nothing is known" in str(found)
 
 
-def trak_dist_cluster():
-    from trak_dist.configuration.config import ClusterConfig
+# Cells that no attempt could finish --------------------------------------------------------------
 
-    return ClusterConfig(kind="debug")
+
+def checked(run: Run | None, rate: float = 1.0, **settings: Any) -> None:
+    settings = {"time": 10, "gpus_per_node": 0, **settings}
+    time_limit.check_time(
+        run.plan if run else PLAN,
+        run,
+        ["featurize", "reduce"],
+        SlurmConfig(**settings),
+        lambda: rate,
+    )
+
+
+def test_a_cell_that_a_trial_says_is_too_long_is_refused() -> None:
+    rows = PLAN.train.cell_rows
+    limit = 600 - 15 - 60
+    checked(None, rate=rows / (4 * limit - 1))
+    with pytest.raises(ConfigError) as error:
+        checked(None, rate=rows / (4 * limit + 1))
+    assert str(error.value) == (
+        "featurize/0/train/0-4 would take about 35 min, by a trial on this CPU, 0.0019 rows/s; "
+        "cluster.time is 10 minutes: no attempt would finish it\n"
+        "  where: cluster.time\n"
+        "  next:  cluster.time=55"
+    )
+    with pytest.raises(ConfigError) as error:
+        checked(None, rate=rows / 1e5, time=400)
+    assert error.value.next == "cluster.time=2503"
+    checked(None, rate=rows / 1e9, gpus_per_node=1)  # a CPU's trial says nothing of a GPU
+
+
+def test_a_cell_that_finished_ones_say_is_too_long_is_refused(plan) -> None:
+    planned = plan()
+    run = Run.open(planned.run_dir)
+    first, *_ = FeaturizeCell.of(run.plan)
+
+    def finish(cell, *, seconds: float, device: str = "cpu") -> None:
+        job = {"seconds": seconds, "device": device}
+        key = cell.key(run.plan)
+        run.receipts.publish(
+            cell, Receipt(cell=cell.id, key=key, fingerprint=run.plan.fingerprint, job=job)
+        )
+
+    finish(first, seconds=1049.0)
+    checked(run, time=10)
+    finish(first, seconds=8000.0)
+    checked(run, time=100)
+    finish(first, seconds=12000.0)
+    with pytest.raises(ConfigError) as error:
+        checked(run, time=100)
+    assert error.value.what == (
+        f"{first.id} would take about 3.3 h, by 1 featurize cells on cpu; "
+        "cluster.time is 100 minutes: no attempt would finish it"
+    )
+    assert error.value.next == "cluster.time=303"
+    checked(run, time=100, gpus_per_node=1)
+    finish(first, seconds=12000.0, device="NVIDIA H100")
+    checked(run, time=100)
+    with pytest.raises(ConfigError):
+        checked(run, time=100, gpus_per_node=1)
+    finish(GramCell(0), seconds=7e4)
+    with pytest.raises(ConfigError, match="gram/0 would take") as error:
+        checked(run, time=100)
+    assert error.value.next.endswith(", or reduce.gram_rows=…, which sums it in parts")

@@ -182,7 +182,7 @@ def rates(
             found[kind] = alike[0]
         elif kind.work_unit == "rows" and plan.has_problem:
             rate = trial()
-            found[kind] = Rate(rate, "trial", f"a trial on this CPU, {rate:,.1f} rows/s")
+            found[kind] = Rate(rate, "trial", f"a trial on this CPU, {rate:,.3g} rows/s")
         elif kind.work_unit == "products":
             cores = kind.threads(plan)
             text = f"{PRODUCTS_PER_SECOND:.0e} products/s of a core"
