@@ -51,7 +51,8 @@ class Plan:
     `mislabelled` digests which train labels are known to be wrong, if any are; `gradients` is the
     gradient method, resolved from that of the spec; `activations` are the bytes that the forward
     pass of an example keeps for the backward pass; `curvatures` are those that the model output
-    offers, the best first; empty in plans of earlier versions.
+    offers, the best first; empty in plans of earlier versions; `problem_bytes` are those of memory
+    that planning grew by (0: not measured).
     """
 
     spec: Spec
@@ -71,6 +72,7 @@ class Plan:
     gradients: str = field(default="vmap", metadata={"choices": GRADIENTS[1:]})
     activations: int = field(default=0, metadata={"min": 0})
     curvatures: tuple[str, ...] = ()
+    problem_bytes: int = field(default=0, compare=False, metadata={"min": 0})
 
     @property
     def splits(self) -> tuple[Split, ...]:

@@ -11,6 +11,7 @@ from trak_dist.cells.evaluate import EvaluateCell, evaluated_on
 from trak_dist.cells.ownership import OwnedFile
 from trak_dist.cells.score import ScoreCell
 from trak_dist.plan import Plan, cached_on_plan, digest
+from trak_dist.plan_inputs import CHUNK_BYTES
 
 VERSION = 2  # of what a report shows: with another one the reports of old runs are drawn again
 
@@ -65,7 +66,8 @@ class ReportCell(Cell):
 
     @classmethod
     def memory(cls, plan: Plan) -> int:
-        return 0
+        """Blocks of scores and what is selected of them; pictures."""
+        return 4 * CHUNK_BYTES
 
 
 @cached_on_plan

@@ -237,6 +237,7 @@ def _with_problem(resolved: Resolved, run: Run | None, plan: Plan | None, note: 
     if plan and not plan.has_problem:
         _check_needs_no_problem(invocation, config, plan.rows_from)
         return plan
+    before = machine.resident_bytes()
     problem, source = building.build(spec, import_root=import_root)
     problem = problems.with_random_policy(problem, config.spec.featurize.random)
     known = plan.targets if plan else ()
@@ -244,6 +245,7 @@ def _with_problem(resolved: Resolved, run: Run | None, plan: Plan | None, note: 
         for found in problems.notes(problem):
             note(found)
         plan = planning.make_plan(config, problem, source, notify=note)
+        plan = replace(plan, problem_bytes=max(1, machine.resident_bytes() - before))
     else:
         trained = sum(c.trained for c in plan.checkpoints)
         more = invocation.names("checkpoints.train")
