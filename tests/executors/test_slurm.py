@@ -255,8 +255,8 @@ def test_what_was_submitted_before_sbatch_refused_is_reported_and_left_alone_aft
         "sbatch refused the kernel array: sbatch: error: Batch job submission failed: Invalid qos "
         "specification; submitted before: 1, 2\n"
         "  where: cluster\n"
-        "  next:  cluster.qos=…, one of those that sacctmgr show assoc user=$USER format=qos lists; "
-        "cluster.dry_run=true shows the script",
+        "  next:  cluster.qos=…, one of those that sacctmgr show assoc user=$USER format=qos "
+        "lists; cluster.dry_run=true shows the script",
     )
     assert records(tmp_path) == [1, 2]
     ended = launch(*slurm_run)
