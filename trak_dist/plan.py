@@ -26,7 +26,7 @@ from trak_dist.hashing import digest_of
 from trak_dist.plan_inputs import Checkpoint, ImportedTruth, Source, Split, planned_cell_rows
 
 SCHEMA = 1
-GRAM_PRODUCTS = 2**45  # of rows with themselves in one task: about 15 minutes of a CPU core
+GRAM_PRODUCTS = 2**45  # of rows with themselves in one task: 15 to 40 minutes of a CPU core
 REDUCE_KEYS = ("proj_dim", "reduce.", "checkpoints.use")
 GRADIENTS_KEY = "featurize.gradients"
 # What is asked for; what became of it enters digests by itself.

@@ -80,7 +80,7 @@ def test_the_command_line_says_it_when_a_run_is_planned(launch, tiny_run) -> Non
         "1e+10 products/s of a core",
         "longest task: report/val, 10 s",
         "CPU hours; 0.1 MiB in 196 files",
-        "with 1 tasks at once",
+        "with 1 task at once",
     ):
         assert said in ended.out
 

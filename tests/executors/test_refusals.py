@@ -53,8 +53,8 @@ NODE = (
             "Invalid generic resource (gres) specification",
             (
                 "cluster.gpus_per_node=2 asks for GPUs that cluster.partition does not have by "
-                "that name: another partition, or cluster.gpus_per_node=0 and +cluster.sbatch.gres=… as "
-                "your site says"
+                "that name: another partition, or cluster.gpus_per_node=0 and "
+                "+cluster.sbatch.gres=… as your site says"
             ),
         ),
         ("Requested node configuration is not available", NODE),

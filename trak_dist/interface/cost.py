@@ -135,7 +135,9 @@ class Cost:
             f"in all {self.gpu_hours:,.2f} GPU hours, {self.cpu_hours:,.2f} CPU hours{but}; "
             f"{self.store_bytes / 2**20:,.1f} MiB in {self.files:,} files"
         )
-        at_once = f"{self.at_once} tasks" if self.at_once else "all tasks of a step"
+        at_once = (
+            f"{self.at_once} task{'s' * (self.at_once > 1)}" if self.at_once else "all of a step"
+        )
         yield f"{duration(self.wall_seconds(self.at_once))} with {at_once} at once{but}"
 
 
