@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,10 +75,9 @@ def test_disk_is_what_the_arrays_and_checkpoints_hold(tmp_path: Path) -> None:
     stored = 0
     for array in describe.arrays(run).values():
         if array != "group":
-            entries = 1
-            for size in array["shape"]:
-                entries *= size
-            stored += entries * sizes[array["data_type"]]
+            chunk = array["chunks"]
+            chunks = math.prod(-(-n // c) for n, c in zip(array["shape"], chunk, strict=True))
+            stored += chunks * (math.prod(chunk) * sizes[array["data_type"]] + 4)
     trained = sum(cell.kind == "train" for cell in of_run(run.plan))
     assert resources.disk_bytes(run.plan) == stored + 4 * run.plan.parameters * trained
 
@@ -99,8 +99,10 @@ def made(**changes: Any) -> type[Cell]:
         "run": "nowhere:at_all",
         "gpu": False,
         "if_too_large": "nothing",
+        "if_too_long": "nothing",
+        "work_unit": "products",
         "__annotations__": {"model_id": int},
-        **{name: getattr(GramCell, name) for name in ("identity", "dependencies")},
+        **{name: getattr(GramCell, name) for name in ("identity", "dependencies", "work")},
         **{n: classmethod(lambda cls, plan: 0) for n in ("of", "count", "memory")},
     }
     body = {name: value for name, value in {**body, **changes}.items() if value is not None}
@@ -123,7 +125,8 @@ def test_two_kinds_of_one_name_are_refused() -> None:
         *(({name: None}, f"leaves out {name}") for name in ("kind", "step", "depends_on", "run")),
         *(({name: None}, f"leaves out {name}") for name in ("gpu", "runs_problem", "if_too_large")),
         *(({name: None}, f"leaves out {name}") for name in ("memory_is_bound", "threads_from")),
-        *(({name: None}, f"leaves out {name}") for name in ("of", "count", "memory")),
+        *(({name: None}, f"leaves out {name}") for name in ("of", "count", "memory", "work")),
+        *(({name: None}, f"leaves out {name}") for name in ("if_too_long", "work_unit")),
         *(({name: None}, f"leaves out {name}") for name in ("identity", "dependencies")),
         *(({name: None}, f"leaves out {name}") for name in ("receipt_group", "per_member")),
         ({"kind": None, "memory": None}, "leaves out kind, memory"),

@@ -19,6 +19,7 @@ from trak_dist import commands
 from trak_dist.cells import ReportCell, scored_by
 from trak_dist.errors import TrakDistError
 from trak_dist.evaluation import quality
+from trak_dist.interface.cost import Cost
 from trak_dist.interface.execution import Outcome
 from trak_dist.interface.progress import Progress
 from trak_dist.interface.summary import description
@@ -66,6 +67,11 @@ def interrupted() -> None:
 def planned(run: Run) -> None:
     """Print what the run is, in one line."""
     out.print(f"plan: {description(run)}, in {run.layout.run_dir}")
+
+
+def cost(found: Cost) -> None:
+    """Print what a run will cost."""
+    out.print(str(found))
 
 
 class ProgressDisplay:

@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 
 from trak_dist import console, settings, sweep
 from trak_dist.cells import of_stage
-from trak_dist.configuration.config import Config
+from trak_dist.configuration.config import Config, SlurmConfig
 from trak_dist.errors import ConfigError, ProblemError, TrakDistError
 from trak_dist.interface import execution, options, preparation
 from trak_dist.interface.planned_run import STAGES_WITHOUT_PLANNING
@@ -119,6 +119,8 @@ def _launch(composed: DictConfig, overrides: Sequence[str], combination: Combina
 def _execute(prepared: Prepared, combination: Combination | None) -> int:
     run, cluster = prepared.run, prepared.config.cluster
     stages = execution.stages_of(prepared.config)
+    if not stages or (isinstance(cluster, SlurmConfig) and cluster.dry_run):
+        console.cost(execution.cost_of(prepared))
     if not stages:
         return DONE
     if cluster.kind == "debug":

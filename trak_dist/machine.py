@@ -29,6 +29,15 @@ def memory_bytes() -> int:
     return min(limits)
 
 
+def resident_bytes() -> int:
+    """Bytes of memory that this process holds now; 0 where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError):
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
 @dataclass(frozen=True)
 class StepProcess:
     """One of `count` processes that one srun started; `local` is its number on its node."""

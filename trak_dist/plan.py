@@ -26,7 +26,7 @@ from trak_dist.hashing import digest_of
 from trak_dist.plan_inputs import Checkpoint, ImportedTruth, Source, Split, planned_cell_rows
 
 SCHEMA = 1
-GRAM_PRODUCTS = 2**45  # of rows with themselves in one task: about 15 minutes of a CPU core
+GRAM_PRODUCTS = 2**45  # of rows with themselves in one task: 15 to 40 minutes of a CPU core
 REDUCE_KEYS = ("proj_dim", "reduce.", "scores.", "checkpoints.use")
 GRADIENTS_KEY = "featurize.gradients"
 # What is asked for; what became of it enters digests by itself.
@@ -51,7 +51,7 @@ class Plan:
     `mislabelled` digests which train labels are known to be wrong, if any are; `gradients` is the
     gradient method, resolved from that of the spec; `activations` are the bytes that the forward
     pass of an example keeps for the backward pass; `curvatures` are those that the model output
-    offers, the best first; empty in plans of earlier versions.
+    offers, the best first; `problem_bytes` are those that planning grew by, 0 if not measured.
     """
 
     spec: Spec
@@ -71,6 +71,7 @@ class Plan:
     gradients: str = field(default="vmap", metadata={"choices": GRADIENTS[1:]})
     activations: int = field(default=0, metadata={"min": 0})
     curvatures: tuple[str, ...] = ()
+    problem_bytes: int = field(default=0, compare=False, metadata={"min": 0})
 
     @property
     def splits(self) -> tuple[Split, ...]:
@@ -167,8 +168,7 @@ class Plan:
 
     def with_settings(self, spec: Spec, use: Sequence[int]) -> Plan:
         """The plan with other settings; for other grads the cells are cut as in a new run."""
-        same = spec.reduce == self.spec.reduce
-        lambda_from = self.lambda_from if same else None
+        lambda_from = self.lambda_from if spec.reduce == self.spec.reduce else None
         changed = replace(self, spec=spec, use=tuple(use), lambda_from=lambda_from)
         if changed.projection_id == self.projection_id:
             return changed

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import islice
+from pathlib import PurePosixPath
 
-from trak_dist.cells import KINDS, Cell, FeaturizeCell
+from trak_dist.cells import KINDS, Cell, FeaturizeCell, count
 from trak_dist.errors import MemoryRefused
 from trak_dist.plan import Plan
 
@@ -14,6 +15,36 @@ from trak_dist.plan import Plan
 def disk_bytes(plan: Plan, kinds: Iterable[type[Cell]] = KINDS) -> int:
     """Bytes of what all cells of some kinds write, uncompressed."""
     return sum(kind.disk_bytes(plan) for kind in kinds)
+
+
+def chunk_files(plan: Plan) -> int:
+    """Files that are chunks of arrays."""
+    return sum(_array_chunks(plan).values())
+
+
+def other_files(plan: Plan) -> int:
+    """The other files of a finished run: metadata, what else cells own, a receipt of each cell.
+
+    The receipts of a checkpoint's featurize cells are one file in the end. Pictures of a report
+    that depend on the examples are not counted, nor what a job logs.
+    """
+    arrays = _array_chunks(plan)
+    groups = {group for path in arrays for group in path.parents}
+    firsts = [cell for kind in KINDS for cell in islice(kind.of(plan), 1)]
+    own = sum(type(c).count(plan) * sum(f.always for f in c.files().values()) for c in firsts)
+    gathered = 0 if plan.train.streamed else FeaturizeCell.count(plan) - len(plan.model_ids)
+    checkpoints = len({plan.train_seed(model_id) for model_id in plan.model_ids})
+    plain = 1 + bool(plan.ground_truth.subsets) + checkpoints  # plan, masks, checkpoints' digests
+    return len(arrays) + len(groups) + own + count(plan) - gathered + plain
+
+
+def _array_chunks(plan: Plan) -> dict[PurePosixPath, int]:
+    return {
+        PurePosixPath(owned.path): owned.spec.chunk_files
+        for kind in KINDS
+        for cell in kind.one_per_array(plan)
+        for owned in cell.arrays(plan).values()
+    }
 
 
 def shared_bytes(plan: Plan, base: Plan) -> int:

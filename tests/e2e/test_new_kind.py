@@ -85,5 +85,5 @@ from trak_dist.store.run import Run
 plan = Run.open(Path(sys.argv[1])).plan
 first, *_ = graph.tasks(plan, "kernel")
 print(",".join(cell.kind for cell in first if cell.kind != "precondition"))
-print(resources.disk_bytes(plan, [SpectrumCell]) == 2 * 8 * 8)
+print(resources.disk_bytes(plan, [SpectrumCell]) == 2 * (8 * 8 + 4))
 """

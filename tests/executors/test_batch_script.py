@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from trak_dist.cells import Cell, parse_cell
 from trak_dist.configuration.config import CpuJobsConfig, SlurmConfig
 from trak_dist.executors import batch
 from trak_dist.executors.batch import BatchRequest
+from trak_dist.plan import Plan
 from trak_dist.store.run import Run
 
 pytestmark = pytest.mark.slow
@@ -100,7 +102,7 @@ def test_the_script_of_a_featurize_array(script: Script, run: Run) -> None:
 #SBATCH --job-name=trak-featurize-3-0123456789ab
 #SBATCH --kill-on-invalid-dep=yes
 #SBATCH --mail-type=FAIL
-#SBATCH --mem=9216M
+#SBATCH --mem=5120M
 #SBATCH --nodes=1
 #SBATCH --open-mode=append
 #SBATCH --output={logs}/%A_%a_0_log.out
@@ -217,7 +219,27 @@ def test_a_task_has_a_process_for_each_gpu_that_has_a_cell(script: Script) -> No
     assert count("kernel", chain, sbatch={"ntasks_per_node": 2}) == 2
     assert count("featurize", cells, gpus_per_node=8, sbatch={"ntasks": "1"}) == 1
     asked = options(script("featurize", processes=3, gpus_per_node=3))
-    assert {"ntasks-per-node=3", "gpus-per-node=3", f"mem={3 * 9216}M"} <= {*asked}
+    assert {"ntasks-per-node=3", "gpus-per-node=3", f"mem={3 * 5120}M"} <= {*asked}
+
+
+def test_memory_is_what_cells_the_users_data_and_libraries_take(run: Run) -> None:
+    def asked(step: str, plan: Plan, processes: int = 1, **settings: object) -> float:
+        array = BatchRequest(name="", step=step, tasks=1, dependency="", number=1)
+        array = replace(array, processes=processes)
+        return batch.memory_gb(plan, SlurmConfig(**settings), array)  # type: ignore[arg-type]
+
+    assert 0 < run.plan.problem_bytes < 2**29
+    plan = replace(run.plan, problem_bytes=3 * 2**30)
+    # Libraries 1, CUDA 3, twice the user's 3, and what is begun of another.
+    assert asked("featurize", plan) == 1 + 3 + 7
+    assert asked("featurize", plan, processes=2) == 2 * 11
+    assert asked("featurize", plan, gpus_per_node=0) == 1 + 7
+    assert asked("report", plan) == 1 + 7
+    assert asked("kernel", plan) == asked("score", plan) == asked("submit", plan) == 1 + 1
+    assert asked("kernel", plan, memory_gb=0.5) == 0.5
+    unmeasured = replace(plan, problem_bytes=0)
+    assert asked("featurize", unmeasured, gpus_per_node=0) == 9
+    assert asked("kernel", unmeasured) == 2
 
 
 def test_every_step_without_a_gpu_goes_where_cpu_jobs_says(script: Script) -> None:

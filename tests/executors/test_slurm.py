@@ -226,7 +226,8 @@ def test_sbatch_refuses(launch, slurm_run, fake_slurm, tmp_path: Path) -> None:
         "sbatch refused the featurize array: sbatch: error: Batch job submission failed: Invalid "
         "account\n"
         "  where: cluster\n"
-        "  next:  correct the setting it names; cluster.dry_run=true shows the script",
+        "  next:  cluster.account=…, one of those that sacctmgr show assoc user=$USER lists; "
+        "cluster.dry_run=true shows the script",
     )
     assert len(fake_slurm.calls("sbatch")) == 1
     assert records(tmp_path) == []
@@ -240,7 +241,8 @@ def test_nodes_with_less_memory_than_a_task_asks_for(launch, slurm_run, fake_slu
         "sbatch refused the featurize array: sbatch: error: Memory specification can not be "
         "satisfied\n"
         "  where: cluster\n"
-        "  next:  cluster.memory_gb=… with less than the 1 GiB that a task asks for",
+        "  next:  cluster.memory_gb=… with less than the 1 GiB that a task asks for; "
+        "cluster.dry_run=true shows the script",
     )
 
 
@@ -253,7 +255,8 @@ def test_what_was_submitted_before_sbatch_refused_is_reported_and_left_alone_aft
         "sbatch refused the kernel array: sbatch: error: Batch job submission failed: Invalid qos "
         "specification; submitted before: 1, 2\n"
         "  where: cluster\n"
-        "  next:  correct the setting it names; cluster.dry_run=true shows the script",
+        "  next:  cluster.qos=…, one of those that sacctmgr show assoc user=$USER format=qos "
+        "lists; cluster.dry_run=true shows the script",
     )
     assert records(tmp_path) == [1, 2]
     ended = launch(*slurm_run)

@@ -17,6 +17,9 @@ from trak_dist.coordinates import Rows
 from trak_dist.hashing import digest_of
 from trak_dist.plan import Plan
 
+# Rows through the model; multiplications in float64; rows of a set to train on; pages.
+WorkUnit = Literal["rows", "products", "train_rows", "pages"]
+
 
 class Cell(ABC):
     """The unit of work, ownership and recovery.
@@ -42,6 +45,10 @@ class Cell(ABC):
         The section of settings that says how many threads torch may use: they set how sums round.
     if_too_large : str
         What to set so that its memory is less.
+    if_too_long : str
+        What to set so that it takes less time; empty if nothing does.
+    work_unit : str
+        What `work` counts: kinds that count the same take their time from one rate.
     """
 
     kind: ClassVar[str]
@@ -53,6 +60,8 @@ class Cell(ABC):
     memory_is_bound: ClassVar[bool]
     threads_from: ClassVar[Literal["featurize", "reduce"]]
     if_too_large: ClassVar[str]
+    if_too_long: ClassVar[str]
+    work_unit: ClassVar[WorkUnit]
 
     @property
     def id(self) -> str:
@@ -148,6 +157,10 @@ class Cell(ABC):
         return sum(rows.spec.nbytes for rows in owned)
 
     # What it needs to run -------------------------------------------------------------------
+
+    @abstractmethod
+    def work(self, plan: Plan) -> int:
+        """How much of its `work_unit` it does, by which its time is estimated."""
 
     @classmethod
     @abstractmethod

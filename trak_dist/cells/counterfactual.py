@@ -32,6 +32,8 @@ class CounterfactualCell(Cell):
     memory_is_bound = False
     threads_from = "featurize"
     if_too_large = "a smaller model or batch in train_checkpoint"
+    if_too_long = ""
+    work_unit = "train_rows"
 
     targets: str
     selection: Selection
@@ -87,6 +89,9 @@ class CounterfactualCell(Cell):
     @property
     def chain(self) -> Hashable:
         return self.targets, self.selection
+
+    def work(self, plan: Plan) -> int:
+        return plan.train.rows - self.removed
 
     @classmethod
     def memory(cls, plan: Plan) -> int:

@@ -42,6 +42,8 @@ class EvaluateCell(Cell):
     threads_from = "reduce"
     per_member = True
     if_too_large = "fewer ground_truth.subsets or a smaller proj_dim"
+    if_too_long = "a smaller proj_dim, or fewer ground_truth.subsets"
+    work_unit = "products"
 
     targets: str
 
@@ -80,6 +82,14 @@ class EvaluateCell(Cell):
 
     def files(self) -> Mapping[str, OwnedFile]:
         return {"figures": OwnedFile(f"report/{self.targets}.json")}
+
+    def work(self, plan: Plan) -> int:
+        """Of each checkpoint eigenvectors, sums over subsets, predictions by λ and ensemble."""
+        subsets, d, k = plan.ground_truth.subsets, kernel_dim(plan), plan.proj_dim
+        if not plan.has_ground_truth(self.targets):
+            return 0
+        each = ENSEMBLES * plan.train.rows + PREDICTIONS * plan.split(self.targets).rows
+        return len(plan.model_ids) * (5 * d**3 + subsets * k * each)
 
     @classmethod
     def memory(cls, plan: Plan) -> int:

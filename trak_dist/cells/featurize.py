@@ -31,6 +31,8 @@ class FeaturizeCell(Cell):
     threads_from = "featurize"
     per_member = False
     if_too_large = "a smaller featurize.batch_rows or proj_dim"
+    if_too_long = "a smaller featurize.cell_rows, in a new run"
+    work_unit = "rows"
 
     model_id: int
     split: str
@@ -92,6 +94,9 @@ class FeaturizeCell(Cell):
     def one_per_array(cls, plan: Plan) -> Iterator[Self]:
         for model_id in plan.model_ids:
             yield from (next(cls.of_split(plan, model_id, s.name)) for s in plan.splits)
+
+    def work(self, plan: Plan) -> int:
+        return len(self.rows)
 
     @classmethod
     def memory(cls, plan: Plan) -> int:

@@ -32,6 +32,8 @@ class FisherCell(Cell):
     threads_from = "featurize"
     per_member = False
     if_too_large = FeaturizeCell.if_too_large
+    if_too_long = FeaturizeCell.if_too_long
+    work_unit = "rows"
 
     model_id: int
     draw: int
@@ -87,6 +89,9 @@ class FisherCell(Cell):
         first = Rows(0, fisher_sample(plan).cell_rows)
         for model_id in plan.model_ids:
             yield from (cls(model_id, draw, first) for draw in range(_draws(plan)))
+
+    def work(self, plan: Plan) -> int:
+        return len(self.rows)
 
     @classmethod
     def memory(cls, plan: Plan) -> int:

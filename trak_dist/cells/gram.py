@@ -31,6 +31,8 @@ class GramCell(Cell):
     threads_from = "reduce"
     per_member = False
     if_too_large = "a smaller proj_dim or featurize.cell_rows"
+    if_too_long = "reduce.gram_rows=…, which sums it in parts"
+    work_unit = "products"
 
     model_id: int
 
@@ -64,6 +66,13 @@ class GramCell(Cell):
     @classmethod
     def one_per_array(cls, plan: Plan) -> Iterator[Self]:
         return cls.of(plan)
+
+    def work(self, plan: Plan) -> int:
+        """Half of r · k² by symmetry, of the dual r² · k; the sums of parts."""
+        r, k = plan.curvature_rows, plan.proj_dim
+        if plan.gram_parts:
+            return plan.gram_parts * k**2
+        return r**2 * k // 2 if plan.dual else r * k**2 // 2
 
     @classmethod
     def memory(cls, plan: Plan) -> int:

@@ -29,6 +29,8 @@ class GramPartCell(Cell):
     threads_from = "reduce"
     per_member = False
     if_too_large = "a smaller proj_dim or featurize.cell_rows"
+    if_too_long = "a smaller reduce.gram_rows"
+    work_unit = "products"
 
     model_id: int
     part: int
@@ -78,6 +80,11 @@ class GramPartCell(Cell):
     @classmethod
     def one_per_array(cls, plan: Plan) -> Iterator[Self]:
         yield from (cls(m, 0) for m in plan.model_ids if plan.gram_parts)
+
+    def work(self, plan: Plan) -> int:
+        """Half of rows · k², by symmetry."""
+        rows, k = plan.curvature_rows, plan.proj_dim
+        return rows * k**2 // (2 * plan.gram_parts)
 
     @classmethod
     def memory(cls, plan: Plan) -> int:

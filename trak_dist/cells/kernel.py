@@ -30,6 +30,10 @@ class KernelCell(Cell):
     threads_from = "reduce"
     per_member = False
     if_too_large = "a smaller proj_dim (memory goes with its square)"
+    if_too_long = (
+        "a smaller proj_dim (time goes with its cube), or more reduce.threads in a new run"
+    )
+    work_unit = "products"
 
     model_id: int
 
@@ -63,6 +67,10 @@ class KernelCell(Cell):
     @classmethod
     def one_per_array(cls, plan: Plan) -> Iterator[Self]:
         return cls.of(plan)
+
+    def work(self, plan: Plan) -> int:
+        """The factor and the inverse: d³ / 6 and d³ / 3."""
+        return kernel_dim(plan) ** 3 // 2
 
     @classmethod
     def memory(cls, plan: Plan) -> int:

@@ -26,6 +26,8 @@ class MarginsCell(Cell):
     threads_from = "featurize"
     per_member = False
     if_too_large = "a smaller featurize.batch_rows"
+    if_too_long = ""
+    work_unit = "rows"
 
     subset: str
     seed: int
@@ -80,6 +82,9 @@ class MarginsCell(Cell):
     def one_per_array(cls, plan: Plan) -> Iterator[Self]:
         seeds = range(plan.ground_truth.seeds if plan.ground_truth.subsets else 0)
         yield from (cls("0", seed, split.name) for split in plan.targets for seed in seeds)
+
+    def work(self, plan: Plan) -> int:
+        return plan.split(self.targets).rows
 
     @classmethod
     def memory(cls, plan: Plan) -> int:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from string import ascii_lowercase
 from typing import Any, Literal
 
+CHECKSUM_BYTES = 4  # of each chunk
+
 
 @dataclass(frozen=True, kw_only=True)
 class ArraySpec:
@@ -26,8 +28,14 @@ class ArraySpec:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its entries, uncompressed."""
-        return math.prod(self.shape) * int(self.dtype.lstrip(ascii_lowercase)) // 8
+        """Bytes of its chunks, uncompressed: the last ones are as large as the others."""
+        entry = int(self.dtype.lstrip(ascii_lowercase)) // 8
+        return self.chunk_files * (math.prod(self.chunks) * entry + CHECKSUM_BYTES)
+
+    @property
+    def chunk_files(self) -> int:
+        """How many chunks it has, each a file."""
+        return math.prod(-(-n // c) for n, c in zip(self.shape, self.chunks, strict=True))
 
 
 @dataclass(frozen=True)

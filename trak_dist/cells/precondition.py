@@ -34,6 +34,8 @@ class PreconditionCell(Cell):
     threads_from = "reduce"
     per_member = False
     if_too_large = "a smaller proj_dim, or fewer targets in a set"
+    if_too_long = "fewer targets in a set, or a smaller proj_dim"
+    work_unit = "products"
 
     model_id: int
     targets: str
@@ -75,6 +77,11 @@ class PreconditionCell(Cell):
     @classmethod
     def one_per_array(cls, plan: Plan) -> Iterator[Self]:
         return cls.of(plan)
+
+    def work(self, plan: Plan) -> int:
+        """Two triangular systems; in the dual also U Gᵀ, and Uᵀ times what is solved."""
+        k, d, t = plan.proj_dim, kernel_dim(plan), plan.split(self.targets).rows
+        return t * (d**2 + (2 * d * k if plan.dual else 0))
 
     @classmethod
     def memory(cls, plan: Plan) -> int:

@@ -12,6 +12,7 @@ from trak_dist.cells.ownership import OwnedFile
 from trak_dist.cells.score import ScoreCell
 from trak_dist.cells.top import TopCell, scored_by
 from trak_dist.plan import Plan, cached_on_plan, digest
+from trak_dist.plan_inputs import CHUNK_BYTES
 
 VERSION = 2  # of what a report shows: with another one the reports of old runs are drawn again
 
@@ -30,6 +31,8 @@ class ReportCell(Cell):
     threads_from = "reduce"
     per_member = True
     if_too_large = "fewer targets in a set"
+    if_too_long = ""
+    work_unit = "pages"
 
     targets: str
 
@@ -59,9 +62,13 @@ class ReportCell(Cell):
         pictures = {n: OwnedFile(page + end, always=False) for n, end in endings.items()}
         return {"page": OwnedFile(f"{page}.html"), **pictures}
 
+    def work(self, plan: Plan) -> int:
+        return 1
+
     @classmethod
     def memory(cls, plan: Plan) -> int:
-        return 0
+        """Blocks of scores and what is selected of them; pictures."""
+        return 4 * CHUNK_BYTES
 
 
 @cached_on_plan

@@ -39,6 +39,8 @@ class ScoreCell(Cell):
     threads_from = "reduce"
     per_member = True
     if_too_large = "a smaller proj_dim, or fewer targets in a set"
+    if_too_long = "a smaller proj_dim, or fewer targets in a set"
+    work_unit = "products"
 
     targets: str
     rows: Rows
@@ -101,6 +103,15 @@ class ScoreCell(Cell):
     @classmethod
     def one_per_array(cls, plan: Plan) -> Iterator[Self]:
         yield from (next(cls.of_targets(plan, name)) for name in _with_all_scores(plan))
+
+    def work(self, plan: Plan) -> int:
+        """Of each checkpoint rows · k · t; of the train rows themselves a triangular system."""
+        k, d, models = plan.proj_dim, kernel_dim(plan), len(plan.model_ids)
+        if self.targets != TRAIN:
+            each = k * plan.split(self.targets).rows
+        else:
+            each = d**2 // 2 + (d * k if plan.dual else 0)
+        return models * len(self.rows) * each
 
     @classmethod
     def memory(cls, plan: Plan) -> int:

@@ -36,6 +36,8 @@ class TopCell(Cell):
     threads_from = "reduce"
     per_member = True
     if_too_large = "a smaller scores.block_targets or scores.count"
+    if_too_long = "a smaller scores.block_targets or scores.count"
+    work_unit = "products"
 
     targets: str
     block: Rows
@@ -88,6 +90,11 @@ class TopCell(Cell):
     @classmethod
     def one_per_array(cls, plan: Plan) -> Iterator[Self]:
         return cls.of(plan)
+
+    def work(self, plan: Plan) -> int:
+        """The scores that are compared, as if each were a product."""
+        parts = sum(1 for _ in TopPartCell.of_block(plan, self.targets, self.block))
+        return 2 * parts * len(self.block) * kept(plan)
 
     @classmethod
     def memory(cls, plan: Plan) -> int:

@@ -36,6 +36,8 @@ class TopPartCell(Cell):
     threads_from = "reduce"
     per_member = True
     if_too_large = "a smaller scores.block_targets or scores.count"
+    if_too_long = "a smaller scores.block_targets or scores.count, or more reduce.threads"
+    work_unit = "products"
 
     targets: str
     block: Rows
@@ -99,6 +101,10 @@ class TopPartCell(Cell):
         for name in with_tops(plan):
             for block in target_blocks(plan, name):
                 yield next(cls.of_block(plan, name, block))
+
+    def work(self, plan: Plan) -> int:
+        """X B of each checkpoint."""
+        return len(self.rows) * len(self.block) * plan.proj_dim * len(plan.model_ids)
 
     @classmethod
     def memory(cls, plan: Plan) -> int:

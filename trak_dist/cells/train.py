@@ -26,6 +26,8 @@ class TrainCell(Cell):
     threads_from = "featurize"
     per_member = False
     if_too_large = "a smaller model or batch in train_checkpoint"
+    if_too_long = ""
+    work_unit = "train_rows"
 
     subset: str
     seed: int
@@ -66,6 +68,10 @@ class TrainCell(Cell):
     @classmethod
     def disk_bytes(cls, plan: Plan) -> int:
         return 4 * plan.parameters * cls.count(plan)
+
+    def work(self, plan: Plan) -> int:
+        share = 1.0 if self.subset == FULL else plan.ground_truth.alpha
+        return round(share * plan.train.rows)
 
     @classmethod
     def memory(cls, plan: Plan) -> int:

@@ -66,7 +66,7 @@ class ReduceConfig:
     """The kernel: the curvature that it inverts, its regularisation, scale and form.
 
     `fisher_draws` labels are drawn for each of `fisher_rows` train rows (0: all). `gram_rows` rows
-    are summed by one task (0: as many as take about a quarter of an hour).
+    are summed by one task (0: as many as take about half an hour).
     """
 
     curvature: str = field(default="auto", metadata={"choices": CURVATURES})

@@ -20,15 +20,20 @@ import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from trak_dist import graph, slurm
-from trak_dist.cells import STEPS
+from trak_dist.cells import STEPS, count
 from trak_dist.configuration.config import SlurmConfig
 from trak_dist.errors import QueueFull, SlurmError, SlurmRefused, SlurmTimeout
+from trak_dist.executors import refusals
 from trak_dist.machine import LOG_VARIABLE
 from trak_dist.plan import Plan
 from trak_dist.store import atomic
 from trak_dist.store.run import Run
 
-BASE_GB = 8  # interpreter, libraries, CUDA's own, the user's data
+# What a task holds besides its cells and the user's data: 0.25 to 0.35 GiB of resident memory by
+# benchmarks/memory_of_tasks.py; a torch for CUDA has larger libraries. CUDA's own is not measured.
+BASE_GB, CUDA_GB = 1, 3
+UNMEASURED_GB = 7  # the user's data, in plans of earlier versions and of streamed rows
+CELL_RECORD_BYTES = 5 * 2**10  # of what submits the rest
 TRIES, PAUSE_SECONDS = 4, 5.0
 # What sbatch says where a limit on submitted jobs is reached, and where trying again may help.
 FULL = ("MaxSubmitJob", "GrpSubmitJob", "job queue full", "temporarily unable to accept")
@@ -113,10 +118,15 @@ def submit(run: Run, cluster: SlurmConfig, batch: BatchRequest) -> str:
 
 
 def _hint(plan: Plan, cluster: SlurmConfig, batch: BatchRequest, answer: str) -> str:
-    if "Memory" in answer:
-        requested = math.ceil(memory_gb(plan, cluster, batch))
-        return f"cluster.memory_gb=… with less than the {requested} GiB that a task asks for"
-    return "correct the setting it names; cluster.dry_run=true shows the script"
+    elsewhere = not on_gpu(batch.step) and any(vars(cluster.cpu_jobs).values())
+    return refusals.hint(
+        answer,
+        to="cluster.cpu_jobs." if elsewhere else "cluster.",
+        gb=math.ceil(memory_gb(plan, cluster, batch)),
+        gpus=gpus(cluster, batch.step),
+        cpus=_cpus(plan, cluster, batch.step),
+        minutes=cluster.time,
+    )
 
 
 def script(run: Run, cluster: SlurmConfig, batch: BatchRequest) -> str:
@@ -128,8 +138,13 @@ def memory_gb(plan: Plan, cluster: SlurmConfig, batch: BatchRequest) -> float:
     """Memory that a task asks for, all of its processes together."""
     if cluster.memory_gb:
         return cluster.memory_gb
-    largest = max((kind.memory(plan) for kind in STEPS.get(batch.step, ())), default=0)
-    return batch.processes * (BASE_GB + -(-largest // 2**30))
+    kinds = [kind for kind in STEPS.get(batch.step, ()) if kind.count(plan)]
+    needed = max((kind.memory(plan) for kind in kinds), default=CELL_RECORD_BYTES * count(plan))
+    base = BASE_GB + (CUDA_GB if gpus(cluster, batch.step) else 0)
+    if any(kind.runs_problem for kind in kinds):  # twice: a worker reads more of it than planning
+        base += 0 if plan.problem_bytes else UNMEASURED_GB
+        needed += 2 * plan.problem_bytes
+    return batch.processes * (base + -(-needed // 2**30))
 
 
 def on_gpu(step: str) -> bool:
@@ -192,7 +207,7 @@ def _executor(run: Run, cluster: SlurmConfig, batch: BatchRequest) -> _Sbatch:
 
 
 def _parameters(run: Run, cluster: SlurmConfig, batch: BatchRequest) -> dict[str, Any]:
-    cpus = cluster.cpus_per_task or 1 + _threads(run.plan, batch.step)
+    cpus = _cpus(run.plan, cluster, batch.step)
     logs = shlex.quote(str(run.layout.job_logs(batch.number)))
     log = '"${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}_%t_log.out"'
     parameters: dict[str, Any] = {
@@ -226,6 +241,10 @@ def _parameters(run: Run, cluster: SlurmConfig, batch: BatchRequest) -> dict[str
     }
     # Without a wckey of submitit's: some sites refuse those that they don't know.
     return {k: v for k, v in parameters.items() if v is not None} | {"wckey": None}
+
+
+def _cpus(plan: Plan, cluster: SlurmConfig, step: str) -> int:
+    return cluster.cpus_per_task or 1 + _threads(plan, step)
 
 
 def _threads(plan: Plan, step: str) -> int:

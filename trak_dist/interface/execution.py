@@ -15,6 +15,7 @@ from trak_dist import graph, in_process, machine
 from trak_dist.cells import STAGE_STEPS, Cell, of_run, of_stage
 from trak_dist.configuration.config import ClusterConfig, Config, SlurmConfig
 from trak_dist.errors import CellsFailed, MissingInputs
+from trak_dist.interface.cost import Cost, estimate
 from trak_dist.interface.preparation import Prepared, gpus
 from trak_dist.interface.progress import Counter, OnProgress, Progress
 from trak_dist.status.state import Status, read_status
@@ -135,6 +136,22 @@ def execute(
             if not outcome.complete:
                 break
     return outcome
+
+
+def cost_of(prepared: Prepared) -> Cost:
+    """An estimate of what the cells that are missing will cost; of `plan` those of all stages."""
+    from trak_dist import planning
+
+    run, config = prepared.run, prepared.config
+    return estimate(
+        run.plan,
+        stages_of(config) or list(STAGE_STEPS),
+        config.cluster,
+        done=run.receipts.done(of_run(run.plan)),
+        trial=functools.partial(planning.trial_rate, run.plan),
+        workers=prepared.workers,
+        gpus=0 if isinstance(config.cluster, SlurmConfig) else gpus(config.cluster),
+    )
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from trak_dist.cells import STAGE_STEPS
 from trak_dist.configuration.config import STAGES
 from trak_dist.errors import ConfigError
 from trak_dist.interface import execution, keywords, preparation, summary
+from trak_dist.interface.cost import Cost
 from trak_dist.interface.execution import Outcome
 from trak_dist.interface.keywords import ProblemLike
 from trak_dist.interface.preparation import Prepared
@@ -52,6 +53,15 @@ class PlannedRun:
         config = self.prepared.config
         stages = execution.stages_of(config) or list(STAGE_STEPS)
         return summary.summarize(self.prepared.run, stages, config.cluster, self.prepared.workers)
+
+    @cached_property
+    def cost(self) -> Cost:
+        """Tasks, hours, wall time, bytes and files of what is left, as estimated when first asked.
+
+        Where no receipt says how fast rows are, a trial of some is computed.
+        """
+        with in_process.holding(self.problem):
+            return execution.cost_of(self.prepared)
 
     def execute(self, *, on_progress: OnProgress | None = None, wait: bool = False) -> Outcome:
         """Run the cells that are missing. A failed cell is in the outcome, not raised.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -133,6 +134,12 @@ def prepare_run(resolved: Resolved, note: Note) -> Prepared:
     if config.stage == "evaluate":
         truth.check_has_ground_truth(plan)
     workers = _fit_workers(plan, config.cluster)
+    if isinstance(config.cluster, SlurmConfig):
+        from trak_dist.interface.time_limit import check_time  # loads submitit
+
+        stages = [stage for stage in STAGE_STEPS if config.stage in ("all", "plan", stage)]
+        trial = functools.partial(planning.trial_rate, plan)
+        check_time(plan, run, stages, config.cluster, trial)
     existing = resources.disk_bytes(run.plan) if run else 0
     if base and not run:
         existing = resources.shared_bytes(plan, base.plan)
@@ -230,6 +237,7 @@ def _with_problem(resolved: Resolved, run: Run | None, plan: Plan | None, note: 
     if plan and not plan.has_problem:
         _check_needs_no_problem(invocation, config, plan.rows_from)
         return plan
+    before = machine.resident_bytes()
     problem, source = building.build(spec, import_root=import_root)
     problem = problems.with_random_policy(problem, config.spec.featurize.random)
     known = plan.targets if plan else ()
@@ -237,6 +245,7 @@ def _with_problem(resolved: Resolved, run: Run | None, plan: Plan | None, note: 
         for found in problems.notes(problem):
             note(found)
         plan = planning.make_plan(config, problem, source, notify=note)
+        plan = replace(plan, problem_bytes=max(1, machine.resident_bytes() - before))
     else:
         trained = sum(c.trained for c in plan.checkpoints)
         more = invocation.names("checkpoints.train")

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 from trak_dist import graph, resources
-from trak_dist.cells import KINDS, STAGE_STEPS, Cell, FeaturizeCell, count, of_stage
+from trak_dist.cells import KINDS, STAGE_STEPS, count, of_stage
 from trak_dist.cells.top_part import kept, with_tops
 from trak_dist.configuration.config import ClusterConfig, SlurmConfig
+from trak_dist.interface import cost
 from trak_dist.plan import Plan
-from trak_dist.store.receipts import rows_per_second
-from trak_dist.store.record import Receipt
 from trak_dist.store.run import Run
 
 
@@ -138,43 +136,16 @@ def mebibytes(size: int) -> str:
 
 
 def _stage(run: Run, name: str, cluster: ClusterConfig | SlurmConfig) -> StageSummary:
-    cells = list(of_stage(run.plan, name))
+    plan, cells = run.plan, list(of_stage(run.plan, name))
     done = run.receipts.done(cells)
     missing = [cell for cell in cells if cell not in done]
-    tasks = _tasks(run, name, cluster, done) if missing else 0
-    return StageSummary(len(done), len(missing), tasks, _worker_minutes(missing, done))
-
-
-def _tasks(
-    run: Run, stage: str, cluster: ClusterConfig | SlurmConfig, done: Mapping[Cell, Receipt]
-) -> int | None:
-    rows = 1
-    if stage == "featurize" and isinstance(cluster, SlurmConfig):
-        measured = rows_per_second(done.values())
-        rows = cluster.rows_per_task or int(60 * cluster.minutes_per_task * measured)
-        if not rows:
-            return None  # a trial says, when they are submitted
-    steps = STAGE_STEPS[stage]
-    return sum(len(graph.tasks(run.plan, s, skip=done, rows_per_task=rows)) for s in steps)
-
-
-def _worker_minutes(missing: Sequence[Cell], done: Mapping[Cell, Receipt]) -> float | None:
-    """By rows for featurize cells, else by the median cell of each kind."""
-    total = 0.0
-    for kind in {type(cell) for cell in missing}:
-        cells = [cell for cell in missing if type(cell) is kind]
-        receipts = [receipt for cell, receipt in done.items() if type(cell) is kind]
-        if kind is FeaturizeCell:
-            rate = rows_per_second(receipts)
-            rows = sum(len(cell.rows) for cell in cells if isinstance(cell, FeaturizeCell))
-            seconds = rows / rate if rate else None
-        else:
-            measured = [s for r in receipts if isinstance(s := r.job.get("seconds"), int | float)]
-            seconds = len(cells) * median(measured) if measured else None
-        if seconds is None:
-            return None
-        total += seconds / 60
-    return total
+    measured = cost.measured_rates(plan, done)
+    rows = cost.rows_per_task(cluster, measured) if name == "featurize" else 1
+    made = [graph.tasks(plan, s, skip=done, rows_per_task=rows) for s in STAGE_STEPS[name]]
+    tasks = sum(map(len, made)) if rows or not missing else None  # a trial says
+    known = all(type(cell) in measured for cell in missing)
+    minutes = cost.seconds_of(missing, plan, measured) / 60 if known else None
+    return StageSummary(len(done), len(missing), tasks, minutes)
 
 
 def _or_unknown(value: float | None) -> str:

@@ -24,8 +24,10 @@ from trak_dist.ops.batches import Batch, examples_in
 from trak_dist.ops.gradients import LoopGradients
 from trak_dist.ops.model_outputs import bad_label, prepared
 from trak_dist.ops.model_state import ModelStateGuard
-from trak_dist.plan import Plan
+from trak_dist.plan import Plan, cached_on_plan
 from trak_dist.problem import MapDataset, Problem, user_code_errors
+
+TRIAL_SECONDS, TRIAL_BYTES = 0.2, 2**30  # what a trial takes at most, and a batch of it holds
 
 
 def first_batch(problem: Problem, dataset: MapDataset, *, name: str) -> tuple[Any, ...]:
@@ -93,24 +95,35 @@ def check_labels(
         )
 
 
+@cached_on_plan
 def trial_rate(plan: Plan) -> float:
-    """Rows per second of two examples' grads on this CPU: about what a worker does at least.
+    """Rows per second of grads on this CPU, of a batch that takes a while or is a worker's own.
 
-    The first pass, which also allocates and draws, is not counted.
+    The first pass of a batch, which also allocates and draws, is not counted.
     """
     problem = building.rebuild(plan.spec.problem, plan.source)
     problem = problems.with_random_policy(problem, plan.spec.featurize.random)
-    torch.set_num_threads(plan.spec.featurize.threads)
-    compute_in = plan.spec.featurize.compute
-    batch = batch_in(compute_in, first_batch(problem, problem.dataset(TRAIN), name=TRAIN))
-    size = examples_in(batch)
+    featurize, dataset = plan.spec.featurize, problem.dataset(TRAIN)
     project = make_checkpoint_projector(plan, 0, problem.model)
-    model = model_in(compute_in, problem.model.eval())
+    model = model_in(featurize.compute, problem.model.eval())
     compute = make_gradient_computer(plan, plan.gradients, model, problem.model_output, project)
-    seconds = 0.0
-    for _ in range(2):
-        started = time.perf_counter()
-        into = torch.zeros(size, plan.store_dim)
-        compute(batch, projecting_sink(project, into))
-        seconds = time.perf_counter() - started
-    return size / seconds
+    most = TRIAL_BYTES // (plan.activations + 8 * plan.parameters)
+    most = max(2, min(featurize.batch_rows, plan.train.rows, most))
+    rows, threads = min(2, plan.train.rows), torch.get_num_threads()
+    torch.set_num_threads(featurize.threads)
+    try:
+        while True:
+            rows_of = range(min(rows, plan.train.rows))
+            batch = batch_in(
+                featurize.compute, datasets.batch(problem, dataset, rows_of, name=TRAIN)
+            )
+            size, seconds = examples_in(batch), 0.0
+            for _ in range(2):
+                started = time.perf_counter()
+                compute(batch, projecting_sink(project, torch.zeros(size, plan.store_dim)))
+                seconds = time.perf_counter() - started
+            if seconds > TRIAL_SECONDS or rows == most:
+                return size / seconds
+            rows = min(4 * rows, most)
+    finally:
+        torch.set_num_threads(threads)

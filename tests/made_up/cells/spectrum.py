@@ -28,6 +28,8 @@ class SpectrumCell(Cell):
     threads_from = "reduce"
     per_member = False
     if_too_large = "a smaller proj_dim (memory goes with its square)"
+    if_too_long = "a smaller proj_dim"
+    work_unit = "products"
 
     model_id: int
 
@@ -63,6 +65,9 @@ class SpectrumCell(Cell):
     @classmethod
     def one_per_array(cls, plan: Plan) -> Iterator[Self]:
         return cls.of(plan)
+
+    def work(self, plan: Plan) -> int:
+        return 5 * plan.proj_dim**3
 
     @classmethod
     def memory(cls, plan: Plan) -> int:
