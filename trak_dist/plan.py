@@ -46,13 +46,11 @@ class Plan:
 
     `parameters` is p, the number of parameters whose gradients are used; `dropout_seeds` is how
     many models are made of each checkpoint by dropout masks (0: it is one itself); `use` names the
-    models of the ensemble (empty: all); `self_influence` tells whether the train rows are
-    scored against themselves; `lambda_from` is how λ was selected, if not by the user;
-    `mislabelled` digests which train labels are known to be wrong, if any are; `gradients` is the
-    gradient method, resolved from that of the spec; `activations` are the bytes that the forward
-    pass of an example keeps for the backward pass; `curvatures` are those that the model output
-    offers, the best first; empty in plans of earlier versions; `problem_bytes` are those of memory
-    that planning grew by (0: not measured).
+    models of the ensemble (empty: all); `self_influence` tells whether the train rows are scored
+    against themselves; `lambda_from` is how λ was selected, if not by the user; `mislabelled`
+    digests which train labels are known to be wrong; `gradients` is the gradient method, resolved
+    from the spec's; `activations` are the bytes that an example's forward pass keeps; `curvatures`
+    are those that the output offers, the best first; `problem_bytes` what planning took of memory.
     """
 
     spec: Spec
