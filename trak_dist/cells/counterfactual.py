@@ -8,6 +8,7 @@ from typing import Self
 
 from trak_dist.cells.cell import Cell
 from trak_dist.cells.score import ScoreCell, scores_identity
+from trak_dist.cells.series import Series
 from trak_dist.cells.train import training, training_bytes
 from trak_dist.coordinates import AtRandom, HelpfulTo, Selection
 from trak_dist.plan import Plan, cached_on_plan, digest
@@ -75,7 +76,7 @@ class CounterfactualCell(Cell):
     def receipt_group(self, plan: Plan) -> tuple[str, ...]:
         return ()
 
-    def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
+    def needs(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell | Series[Cell]]:
         if self.needs_scores:
             yield from ScoreCell.of_targets(plan, self.targets)
 

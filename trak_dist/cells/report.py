@@ -10,6 +10,7 @@ from trak_dist.cells.cell import Cell
 from trak_dist.cells.evaluate import EvaluateCell, evaluated_on
 from trak_dist.cells.ownership import OwnedFile
 from trak_dist.cells.score import ScoreCell
+from trak_dist.cells.series import Series
 from trak_dist.plan import Plan, cached_on_plan, digest
 
 VERSION = 2  # of what a report shows: with another one the reports of old runs are drawn again
@@ -46,7 +47,7 @@ class ReportCell(Cell):
     def receipt_group(self, plan: Plan) -> tuple[str, ...]:
         return ()
 
-    def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
+    def needs(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell | Series[Cell]]:
         evaluated = [EvaluateCell(self.targets)] if plan.is_evaluated(self.targets) else []
         yield from evaluated
         if all(cell in done for cell in evaluated):

@@ -13,6 +13,7 @@ from trak_dist.cells.gram import kernel_dim
 from trak_dist.cells.kernel import KernelCell, kernel_identity
 from trak_dist.cells.ownership import ArraySpec, OwnedRows
 from trak_dist.cells.precondition import PreconditionCell
+from trak_dist.cells.series import Series
 from trak_dist.coordinates import TRAIN, Rows
 from trak_dist.plan import Plan, cached_on_plan, digest
 from trak_dist.plan_inputs import CHUNK_BYTES, Split
@@ -62,15 +63,15 @@ class ScoreCell(Cell):
     def receipt_group(self, plan: Plan) -> tuple[str, ...]:
         return ()
 
-    def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
+    def needs(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell | Series[Cell]]:
         itself = self.targets == TRAIN
         for model_id in plan.model_ids:
             solved = KernelCell(model_id) if itself else PreconditionCell(model_id, self.targets)
             yield solved
             for split in dict.fromkeys((TRAIN, self.targets)) if solved in done else ():
-                yield from FeaturizeCell.of_split(plan, model_id, split)
+                yield FeaturizeCell.blocks(plan, model_id, split)
             if itself and plan.dual and solved in done:
-                yield from FisherCell.of_checkpoint(plan, model_id)
+                yield from FisherCell.blocks(plan, model_id)
 
     @property
     def dependency_group(self) -> Hashable:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
+import numpy as np
+
 from trak_dist import graph, slurm
-from trak_dist.cells import STAGE_STEPS, STEPS, Cell, FeaturizeCell, of_run, of_step
+from trak_dist.cell_map import Owners
+from trak_dist.cells import STAGE_STEPS, STEPS, Cell, FeaturizeCell
 from trak_dist.configuration.config import SlurmConfig
 from trak_dist.errors import QueueFull, SlurmError, SlurmRefused
 from trak_dist.executors import batch
 from trak_dist.store.jobs import CONTINUATION, JobRecord, JobRecords
-from trak_dist.store.receipts import rows_per_second
 
 
 @dataclass(frozen=True)
@@ -65,20 +67,20 @@ class PendingGroups:
         self,
         jobs: JobRecords,
         order: SubmissionRequest,
-        owners: Mapping[Cell, str],
+        owners: Owners,
         *,
         skip: Collection[Cell] = (),
         rate: Rate = lambda: 0.0,
     ) -> None:
         plan = jobs.run.plan
         self.jobs = jobs
-        self.owners = dict(owners)
+        self.owners = owners
         self._plan, self._steps, self._skip = plan, order.steps, skip
-        self._done = jobs.run.receipts.done(of_run(plan))
+        progress = jobs.run.progress()
+        self._done = progress.done
         self.rows = order.cluster.rows_per_task
         if not self.rows and "featurize" in self._steps:
-            receipts = (r for c, r in self._done.items() if isinstance(c, FeaturizeCell))
-            measured = rows_per_second(receipts) or rate()
+            measured = progress.rows_per_second([FeaturizeCell]) or rate()
             workers = max(1, batch.gpus(order.cluster, "featurize"))
             self.rows = int(60 * order.cluster.minutes_per_task * measured * workers)
 
@@ -87,23 +89,24 @@ class PendingGroups:
 
     def forecast(self) -> tuple[list[graph.Task], list[Cell]]:
         """The tasks to come, and the cells whose dependencies no task makes."""
-        owners = dict(self.owners)
+        owners = self.owners.copy()
         tasks: list[graph.Task] = []
         blocked: list[Cell] = []
         for group in self._groups(owners):
-            cells = [cell for task in group.tasks for cell in task]
             if group.missing_inputs:
-                blocked += cells
+                blocked += [cell for task in group.tasks for cell in task]
             else:
                 tasks += group.tasks
-                owners.update(dict.fromkeys(cells, "planned"))
+                for task in group.tasks:
+                    owners.take(task, "planned")
         return tasks, blocked
 
     def queued(self) -> int:
         """How many cells of these steps are in the queue."""
-        return sum(1 for s in self._steps for c in of_step(self._plan, s) if c in self.owners)
+        kinds = [kind for step in self._steps for kind in STEPS[step]]
+        return sum(int(np.count_nonzero(numbers)) for _, numbers in self.owners.series(kinds))
 
-    def _groups(self, owners: dict[Cell, str]) -> Iterator[graph.TaskGroup]:
+    def _groups(self, owners: Owners) -> Iterator[graph.TaskGroup]:
         return graph.task_groups(
             self._plan,
             self._steps,
@@ -130,7 +133,7 @@ def make_submit(jobs: JobRecords, order: SubmissionRequest, rows: int) -> Submit
             step=step,
             fingerprint=jobs.run.plan.fingerprint,
             device=cluster.device if batch.on_gpu(step) else "cpu",
-            tasks=tuple(tuple(cell.id for cell in task) for task in tasks),
+            tasks=tuple(tuple(graph.ids(task)) for task in tasks),
             cluster=asdict(replace(cluster, rows_per_task=rows)),
             stages=order.stages,
             member=jobs.run.layout.member,
@@ -187,7 +190,7 @@ def submit_within_limits(
             room -= len(part)
             sizes[job_id] = len(part)
             for index, task in enumerate(part):
-                groups.owners.update(dict.fromkeys(task, f"{job_id}_{index}"))
+                groups.owners.take(task, f"{job_id}_{index}")
             cells = sum(map(len, part))
             result.jobs.append(SubmittedJob(group.step, job_id, len(part), cells, after))
     result.deferred_cells = sum(map(len, tasks)) - sum(line.cells for line in result.jobs)

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 from trak_dist import graph, resources
-from trak_dist.cells import KINDS, STAGE_STEPS, Cell, FeaturizeCell, count, of_stage
+from trak_dist.cells import KINDS, STAGE_STEPS, STEPS, FeaturizeCell, count
 from trak_dist.configuration.config import ClusterConfig, SlurmConfig
 from trak_dist.plan import Plan
-from trak_dist.store.receipts import rows_per_second
-from trak_dist.store.record import Receipt
+from trak_dist.store.progress import Progress
 from trak_dist.store.run import Run
 
 
@@ -131,39 +129,39 @@ def mebibytes(size: int) -> str:
 
 
 def _stage(run: Run, name: str, cluster: ClusterConfig | SlurmConfig) -> StageSummary:
-    cells = list(of_stage(run.plan, name))
-    done = run.receipts.done(cells)
-    missing = [cell for cell in cells if cell not in done]
-    tasks = _tasks(run, name, cluster, done) if missing else 0
-    return StageSummary(len(done), len(missing), tasks, _worker_minutes(missing, done))
+    kinds = [kind for step in STAGE_STEPS[name] for kind in STEPS[step]]
+    progress = run.progress(kinds)
+    done, missing = (progress.done.where(number, kinds=kinds) for number in (1, 0))
+    tasks = _tasks(run, name, cluster, progress) if missing else 0
+    return StageSummary(len(done), len(missing), tasks, _worker_minutes(progress))
 
 
 def _tasks(
-    run: Run, stage: str, cluster: ClusterConfig | SlurmConfig, done: Mapping[Cell, Receipt]
+    run: Run, stage: str, cluster: ClusterConfig | SlurmConfig, progress: Progress
 ) -> int | None:
     rows = 1
     if stage == "featurize" and isinstance(cluster, SlurmConfig):
-        measured = rows_per_second(done.values())
+        measured = progress.rows_per_second()
         rows = cluster.rows_per_task or int(60 * cluster.minutes_per_task * measured)
         if not rows:
             return None  # a trial says, when they are submitted
-    steps = STAGE_STEPS[stage]
+    steps, done = STAGE_STEPS[stage], progress.done
     return sum(len(graph.tasks(run.plan, s, skip=done, rows_per_task=rows)) for s in steps)
 
 
-def _worker_minutes(missing: Sequence[Cell], done: Mapping[Cell, Receipt]) -> float | None:
+def _worker_minutes(progress: Progress) -> float | None:
     """By rows for featurize cells, else by the median cell of each kind."""
     total = 0.0
-    for kind in {type(cell) for cell in missing}:
-        cells = [cell for cell in missing if type(cell) is kind]
-        receipts = [receipt for cell, receipt in done.items() if type(cell) is kind]
+    for kind, measured in progress.measured.items():
+        missing = progress.done.where(0, kinds=[kind])
+        if not missing:
+            continue
         if kind is FeaturizeCell:
-            rate = rows_per_second(receipts)
-            rows = sum(len(cell.rows) for cell in cells if isinstance(cell, FeaturizeCell))
-            seconds = rows / rate if rate else None
+            rate = progress.rows_per_second([kind])
+            seconds = missing.rows / rate if rate else None
         else:
-            measured = [s for r in receipts if isinstance(s := r.job.get("seconds"), int | float)]
-            seconds = len(cells) * median(measured) if measured else None
+            each = measured.median_seconds
+            seconds = None if each is None else len(missing) * each
         if seconds is None:
             return None
         total += seconds / 60
