@@ -7,7 +7,7 @@ cell was computed, and what its audit found.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,17 +41,24 @@ class Measured:
         """Of a cell; None if no receipt says it."""
         return float(np.median(self.seconds)) if self.seconds else None
 
-    def add(self, receipts: Iterable[tuple[Any, ...]]) -> None:
-        """Add what some receipts have at the paths `MEASURED`."""
-        for seconds, rows, *audit in receipts:
-            if isinstance(seconds, int | float):
-                self.seconds.append(seconds)
-                if isinstance(rows, int) and rows > 0 and seconds > 0:
-                    self.rates.append(rows / seconds)
-            if all(isinstance(found, int | float) for found in audit):
-                *counts, difference = audit
-                self.sums = [*map(sum, zip(self.sums, counts, strict=True))]
-                self.largest_difference = max(self.largest_difference or 0.0, difference)
+    def add(self, columns: Iterable[Sequence[Any]]) -> None:
+        """Add what some receipts have at each of the paths `MEASURED`."""
+        seconds, rows, *audit = map(_numbers, columns)
+        timed = [(n, s) for n, s in zip(rows, seconds, strict=True) if s is not None]
+        self.seconds.extend([s for _, s in timed])
+        self.rates.extend([n / s for n, s in timed if n and n > 0 and s > 0])
+        audits = [found for found in zip(*audit, strict=True) if None not in found]
+        if audits:
+            *sums, differences = zip(*audits, strict=True)
+            self.sums = [had + sum(new) for had, new in zip(self.sums, sums, strict=True)]
+            self.largest_difference = max(self.largest_difference or 0.0, *differences)
+
+
+def _numbers(column: Sequence[Any]) -> Sequence[float | None]:
+    """The numbers of a column, None for what is none."""
+    if {*map(type, column)} <= {int, float, type(None)}:
+        return column
+    return [value if isinstance(value, int | float) else None for value in column]
 
 
 @dataclass(frozen=True)
@@ -104,21 +111,22 @@ def read_progress(layout: Layout, plan: Plan, kinds: Kinds = KINDS) -> Progress:
 
 def _done_in(directory: Path, keys: Mapping[str, str], measured: Measured) -> set[str]:
     """The ids of the done cells in a directory, of those that have some keys."""
-    single = dict[str, bool]()
+    single, said = dict[str, bool](), list[list[Any]]()
     for path in receipts.singles(directory, keys):
         if fields := record.read_fields(path):
             name = fields["cell"]
             single[name] = fields["key"] == keys.get(name)
             if single[name]:
-                measured.add([tuple(fields[part].get(fact) for part, fact in MEASURED)])
+                said.append([fields[part].get(fact) for part, fact in MEASURED])
+    if said:
+        measured.add(zip(*said, strict=True))
     done = {name for name, fits in single.items() if fits}
     columns = receipts.read_columns(directory) if len(single) < len(keys) else None
     if columns:
         rows = receipts.rows_done(columns, keys, single)
         names, *values = (columns.column(*path) for path in (("cell",), *MEASURED))
         done.update(names[row] for row in rows)
-        every = list(zip(*values, strict=True))
-        measured.add(every if len(rows) == len(every) else [every[row] for row in rows])
+        measured.add([[column[row] for row in rows] for column in values])
     return done
 
 

@@ -71,7 +71,10 @@ class Failure:
     error_class: str = ""
 
 
-_FORM = {"cell": str, "key": str, "facts": dict, "job": dict}
+_FORM = {
+    **dict.fromkeys(("cell", "key", "fingerprint", "digest"), str),
+    **dict.fromkeys(("digests", "facts", "job"), dict),
+}
 _DIGEST = b',"digest":"'
 Kind = TypeVar("Kind", Receipt, Failure)
 
@@ -95,8 +98,8 @@ def read_fields(path: Path) -> Mapping[str, Any] | None:
     except FileNotFoundError:
         return None
     if _is_whole(text):
-        fields: dict[str, Any] = json.loads(text)
-        if all(isinstance(fields.get(name), kind) for name, kind in _FORM.items()):
+        fields: dict[str, Any] = json.loads(text.decode())
+        if {name: type(value) for name, value in fields.items()} == _FORM:
             return fields
     receipt = read(path, Receipt)
     return None if receipt is None else vars(receipt)
