@@ -151,6 +151,23 @@ class Chosen(Collection[Cell]):
             yield from (series[int(place)] for place in np.flatnonzero(mask))
 
 
+def others_by_checkpoint(plan: Plan) -> Iterator[CellMap]:
+    """For each checkpoint all cells but its own, then all but those that are of no single one."""
+    numbers = CellMap(plan, dtype=np.int64)
+    for series, own in numbers.series():
+        cells = series[:1] if isinstance(series, Blocks) else series
+        own[:] = [_number(cell, plan) for cell in cells]
+    for number in sorted({*np.concatenate(numbers.arrays).tolist()}, key=lambda n: (n == 0, n)):
+        others = CellMap(plan)
+        others.arrays = [(own != number).astype(np.uint8) for own in numbers.arrays]
+        yield others
+
+
+def _number(cell: Cell, plan: Plan) -> int:
+    checkpoint = cell.checkpoint(plan)
+    return 0 if checkpoint is None else 1 + checkpoint
+
+
 class Owners(CellMap):
     """Which task makes a cell, by the task's name."""
 

@@ -122,6 +122,11 @@ class Cell(ABC):
         for needed in self.needs(plan, done):
             yield from needed if isinstance(needed, Series) else (needed,)
 
+    def checkpoint(self, plan: Plan) -> int | None:
+        """The number of the one checkpoint that it is of; None if there is no such one."""
+        model_id = getattr(self, "model_id", None)
+        return None if model_id is None else plan.train_seed(model_id)
+
     @property
     def dependency_group(self) -> Hashable:
         """Cells of one step with equal values have the same dependencies in earlier steps."""

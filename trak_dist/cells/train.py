@@ -49,6 +49,9 @@ class TrainCell(Cell):
     def needs(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell | Series[Cell]]:
         yield from ()
 
+    def checkpoint(self, plan: Plan) -> int | None:
+        return self.seed if self.subset == FULL else None
+
     @property
     def dependency_group(self) -> Hashable:
         return None

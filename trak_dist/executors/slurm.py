@@ -112,6 +112,7 @@ def continue_submission(jobs: JobRecords, job: JobRecord) -> SubmissionResult:
     A cell that this command submitted before is not submitted again: it failed.
     """
     order = SubmissionRequest(cluster_from_mapping(job.cluster), job.stages, job.launch)
+    own_job = machine.process()["job_id"]
     while True:
         try:
             result = _continue_once(jobs, order)
@@ -122,7 +123,8 @@ def continue_submission(jobs: JobRecords, job: JobRecord) -> SubmissionResult:
         except SlurmError as error:  # Slurm does not answer, for now
             log.warning("%s; trying again in %.0f s", error.what, RETRY_SECONDS)
         else:
-            if not result.deferred_cells or result.continuation_job != machine.process()["job_id"]:
+            # Where there was no room for another continuation job, this one goes on.
+            if not result.deferred_cells or result.continuation_job not in ("", own_job):
                 return result
             log.info(
                 "no room for %d cells; trying again in %.0f s",

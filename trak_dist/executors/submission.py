@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 
 from trak_dist import graph, slurm
-from trak_dist.cell_map import Owners
+from trak_dist.cell_map import Owners, others_by_checkpoint
 from trak_dist.cells import STAGE_STEPS, STEPS, Cell, FeaturizeCell
 from trak_dist.configuration.config import SlurmConfig
 from trak_dist.errors import QueueFull, SlurmError, SlurmRefused
@@ -85,14 +85,20 @@ class PendingGroups:
             self.rows = int(60 * order.cluster.minutes_per_task * measured * workers)
 
     def __iter__(self) -> Iterator[graph.TaskGroup]:
-        return self._groups(self.owners)
+        return self._groups(self.owners, self._skip)
+
+    def by_checkpoint(self) -> Iterator[graph.TaskGroup]:
+        """All steps of one checkpoint before those of the next, where not all find room at once."""
+        for others in others_by_checkpoint(self._plan):
+            others.mark(self._skip, 1)
+            yield from self._groups(self.owners, others)
 
     def forecast(self) -> tuple[list[graph.Task], list[Cell]]:
         """The tasks to come, and the cells whose dependencies no task makes."""
         owners = self.owners.copy()
         tasks: list[graph.Task] = []
         blocked: list[Cell] = []
-        for group in self._groups(owners):
+        for group in self._groups(owners, self._skip):
             if group.missing_inputs:
                 blocked += [cell for task in group.tasks for cell in task]
             else:
@@ -106,13 +112,13 @@ class PendingGroups:
         kinds = [kind for step in self._steps for kind in STEPS[step]]
         return sum(int(np.count_nonzero(numbers)) for _, numbers in self.owners.series(kinds))
 
-    def _groups(self, owners: Owners) -> Iterator[graph.TaskGroup]:
+    def _groups(self, owners: Owners, skip: Collection[Cell]) -> Iterator[graph.TaskGroup]:
         return graph.task_groups(
             self._plan,
             self._steps,
             done=self._done,
             owners=owners,
-            skip=self._skip,
+            skip=skip,
             rows_per_task=self.rows,
         )
 
@@ -168,35 +174,36 @@ def submit_within_limits(
     result = SubmissionResult(
         already_queued=groups.queued(), blocked=blocked, continuation_job=continuation_job
     )
-    room = limits.room if continuation_job or len(tasks) <= limits.room else limits.room - 1
+    all_fit = len(tasks) <= limits.room
+    room = limits.room if continuation_job or all_fit else limits.room - 1
     if tasks and room < 1 and not continuation_job:
         raise QueueFull(
             f"the queue has no room: {limits.why}, {max(0, limits.room)} of them free",
             next="run the same command again when some of your jobs have ended",
         )
     sizes: dict[str, int] = {}
-    for group, group_tasks in _parts(groups, limits.array):
-        part = group_tasks[: max(0, room)]
-        after = _dependency(group, sizes)
+    for group, group_tasks in _parts(groups if all_fit else groups.by_checkpoint(), limits.array):
+        if room < 1:
+            break
+        part, after = group_tasks[:room], _dependency(group, sizes)
         try:
-            job_id = send(group.step, part, after) if part else ""
+            job_id = send(group.step, part, after)
         except QueueFull:  # by a limit that accounting does not report
             if not result.jobs:
                 raise
-            job_id, room = "", 0
+            break
         except SlurmError as error:
             raise _with_submitted_jobs(error, sizes) from None
-        if job_id:
-            room -= len(part)
-            sizes[job_id] = len(part)
-            for index, task in enumerate(part):
-                groups.owners.take(task, f"{job_id}_{index}")
-            cells = sum(map(len, part))
-            result.jobs.append(SubmittedJob(group.step, job_id, len(part), cells, after))
+        room -= len(part)
+        sizes[job_id] = len(part)
+        for index, task in enumerate(part):
+            groups.owners.take(task, f"{job_id}_{index}")
+        cells = sum(map(len, part))
+        result.jobs.append(SubmittedJob(group.step, job_id, len(part), cells, after))
     result.deferred_cells = sum(map(len, tasks)) - sum(line.cells for line in result.jobs)
     if result.deferred_cells and not continuation_job:
         try:
-            result.continuation_job = send(CONTINUATION, (), f"afterany:{':'.join(sizes)}")
+            result.continuation_job = send(CONTINUATION, (), _first_half(sizes))
         except QueueFull:
             pass  # reported as deferred cells without a job
         except SlurmError as error:
@@ -210,7 +217,7 @@ def _with_submitted_jobs(error: SlurmError, submitted: Collection[str]) -> Slurm
 
 
 def _parts(
-    groups: PendingGroups, most: int
+    groups: Iterable[graph.TaskGroup], most: int
 ) -> Iterator[tuple[graph.TaskGroup, tuple[graph.Task, ...]]]:
     """The groups that can run, cut into pieces of at most so many tasks."""
     for group in groups:
@@ -247,6 +254,12 @@ def _dependency(group: graph.TaskGroup, sizes: Mapping[str, int]) -> str:
     return ",".join(
         f"{kind}:{':'.join(_job_names(names, sizes))}" for kind, names in kinds.items() if names
     )
+
+
+def _first_half(sizes: Mapping[str, int]) -> str:
+    """Beginning then, a continuation job keeps the queue full whatever the last task takes."""
+    tasks = [f"{job}_{index}" for job, size in sizes.items() for index in range(size)]
+    return f"afterany:{':'.join(_job_names(tasks[: -(-len(tasks) // 2)], sizes))}"
 
 
 def _job_names(tasks: Collection[str], sizes: Mapping[str, int]) -> Iterator[str]:
