@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_plan import PLAN, plans
 
-from trak_dist.cell_map import CellMap, Owners
+from trak_dist.cell_map import CellMap, Owners, others_by_checkpoint
 from trak_dist.cells import KINDS, Cell, FeaturizeCell, of_run
 from trak_dist.cells.series import Blocks
 from trak_dist.coordinates import Rows
 from trak_dist.plan import Plan
 
 
+@settings(max_examples=20, deadline=None)
 @given(plans())
 def test_series_hold_the_cells_of_their_kind_in_order(plan: Plan) -> None:
     for kind in KINDS:
@@ -29,6 +30,7 @@ def test_series_hold_the_cells_of_their_kind_in_order(plan: Plan) -> None:
                 assert len({c.dependency_group for c in one}) == 1
 
 
+@settings(max_examples=20, deadline=None)
 @given(plans(), st.data())
 def test_a_map_holds_what_was_put_in(plan: Plan, data: st.DataObject) -> None:
     cells = list(of_run(plan))
@@ -70,3 +72,17 @@ def test_owners_are_named_by_the_task_that_took_the_cell_last() -> None:
     copied.drop([FeaturizeCell])
     assert not copied
     assert copied.name(first) == ""
+
+
+@settings(max_examples=20, deadline=None)
+@given(plans())
+def test_checkpoint_by_checkpoint_each_cell_comes_once_after_what_it_needs(plan: Plan) -> None:
+    seen: list[Cell] = []
+    for others in others_by_checkpoint(plan):
+        part = [*others.where(0)]
+        before = {*seen, *part}
+        assert all(needed in before for c in part for needed in c.dependencies(plan, ()))
+        assert len({c.checkpoint(plan) for c in part}) == 1
+        seen += part
+    assert len(seen) == len(set(seen))
+    assert set(seen) == {*of_run(plan)}
