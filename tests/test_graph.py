@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from test_plan import PLAN, plans
 
 from trak_dist import graph
+from trak_dist.cell_map import Owners
 from trak_dist.cells import (
     STEPS,
     Cell,
     FeaturizeCell,
+    GramCell,
     PreconditionCell,
     ScoreCell,
     of_step,
@@ -34,13 +36,13 @@ def everything(plan: Plan) -> list[Cell]:
 
 def submit(plan: Plan, done: Collection[Cell], **changed: object) -> list[graph.TaskGroup]:
     """The arrays of all steps, each task owned under the name `step.array.task` once it is seen."""
-    owners: dict[Cell, str] = {}
+    owners = Owners(plan)
     seen = []
     settings = {"done": done, "owners": owners, "skip": (), "rows_per_task": 8, **changed}
     for array in graph.task_groups(plan, list(STEPS), **settings):  # type: ignore[arg-type]
         seen.append(array)
         for index, task in enumerate(() if array.missing_inputs else array.tasks):
-            owners.update(dict.fromkeys(task, f"{array.step}.{len(seen)}.{index}"))
+            owners.take(task, f"{array.step}.{len(seen)}.{index}")
     return seen
 
 
@@ -131,7 +133,7 @@ def test_a_cell_revoked_is_made_again_and_what_reads_it_waits() -> None:
     scored = [c for c in everything(PLAN) if isinstance(c, ScoreCell)]
     done = set(everything(PLAN)) - {cell, *scored}
     features, *scores = submit(PLAN, done)
-    assert features.tasks == ((cell,),)
+    assert [*map(list, features.tasks)] == [[cell]]
     assert all(array.after == {"featurize.1.0"} for array in scores)
 
 
@@ -150,7 +152,9 @@ def test_what_lacks_an_input_that_nobody_makes_says_so() -> None:
 def test_a_task_that_begins_with_a_kernel_waits_beside_the_one_that_makes_its_gram() -> None:
     """As it is where the members of a sweep differ in λ: another run's job makes the Gram."""
     done = {c for c in everything(PLAN) if c.kind in ("train", "featurize")}
-    owners = {parse_cell("gram/0"): "7_0", parse_cell("gram/1"): "7_1"}
+    owners = Owners(PLAN)
+    for model_id in (0, 1):
+        owners.take([GramCell(model_id)], f"7_{model_id}")
     steps = ("kernel",)
     arrays = list(
         graph.task_groups(PLAN, steps, done=done, owners=owners, skip=(), rows_per_task=1)

@@ -9,6 +9,7 @@ from test_graph import everything, ids, made_by, submit
 from test_plan import PLAN, cells
 
 from trak_dist import graph, plan_file
+from trak_dist.cell_map import Owners
 from trak_dist.cells import (
     CounterfactualCell,
     EvaluateCell,
@@ -182,19 +183,22 @@ def test_a_subsets_task_whose_later_cell_needs_a_model_that_another_makes_waits_
     todo = {MarginsCell("1", 0, "test"), MarginsCell("1", 1, "test")}
     elsewhere = TrainCell("1", 1)
     done = set(everything(plan)) - todo - {elsewhere}
+    owners = Owners(plan)
+    owners.take([elsewhere], "7_0")
     arrays = list(
-        graph.task_groups(
-            plan, ["train"], done=done, owners={elsewhere: "7_0"}, skip=(), rows_per_task=1
-        )
+        graph.task_groups(plan, ["train"], done=done, owners=owners, skip=(), rows_per_task=1)
     )
     (array,) = arrays
     assert set(array.tasks[0]) == todo
     assert (array.after | array.after_any, array.missing_inputs) == ({"7_0"}, ())
+    none = Owners(plan)
     nobody = list(
-        graph.task_groups(plan, ["train"], done=done, owners={}, skip={elsewhere}, rows_per_task=1)
+        graph.task_groups(
+            plan, ["train"], done=done, owners=none, skip={elsewhere}, rows_per_task=1
+        )
     )
     assert [a.missing_inputs for a in nobody] == [(elsewhere,)]
-    own = list(graph.task_groups(plan, ["train"], done=done, owners={}, skip=(), rows_per_task=1))
+    own = list(graph.task_groups(plan, ["train"], done=done, owners=none, skip=(), rows_per_task=1))
     assert [(set(a.tasks[0]), a.after, a.after_any, a.missing_inputs) for a in own] == [
         ({*todo, elsewhere}, frozenset(), frozenset(), ())
     ]

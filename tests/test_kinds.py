@@ -102,7 +102,7 @@ def made(**changes: Any) -> type[Cell]:
         "if_too_long": "nothing",
         "work_unit": "products",
         "__annotations__": {"model_id": int},
-        **{name: getattr(GramCell, name) for name in ("identity", "dependencies", "work")},
+        **{name: getattr(GramCell, name) for name in ("identity", "needs", "work")},
         **{n: classmethod(lambda cls, plan: 0) for n in ("of", "count", "memory")},
     }
     body = {name: value for name, value in {**body, **changes}.items() if value is not None}
@@ -127,12 +127,13 @@ def test_two_kinds_of_one_name_are_refused() -> None:
         *(({name: None}, f"leaves out {name}") for name in ("memory_is_bound", "threads_from")),
         *(({name: None}, f"leaves out {name}") for name in ("of", "count", "memory", "work")),
         *(({name: None}, f"leaves out {name}") for name in ("if_too_long", "work_unit")),
-        *(({name: None}, f"leaves out {name}") for name in ("identity", "dependencies")),
+        *(({name: None}, f"leaves out {name}") for name in ("identity", "needs")),
         *(({name: None}, f"leaves out {name}") for name in ("receipt_group", "per_member")),
         ({"kind": None, "memory": None}, "leaves out kind, memory"),
         ({"step": "featurise"}, "belongs to step 'featurise', which no stage has"),
         ({"step": "train"}, "made_up cells depend on gram, which come later"),
         ({"arrays": GramCell.arrays}, "one of arrays and one_per_array without the other"),
+        ({"shard": FeaturizeCell.shard}, "one of shard and series without the other"),
         (
             {"__annotations__": {"model_id": float}},
             "MadeUp.model_id is no str, int, Rows or Selection",

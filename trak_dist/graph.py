@@ -6,13 +6,18 @@ its tasks from here.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
-from trak_dist.cells import STEPS, Cell, of_step
+import numpy as np
+from numpy.typing import NDArray
+
+from trak_dist.cell_map import CellMap, Owners
+from trak_dist.cells import STEPS, Cell
+from trak_dist.cells.series import Blocks, Series
 from trak_dist.plan import Plan
 
-Task = tuple[Cell, ...]
+Task = Sequence[Cell]
 
 
 def tasks(
@@ -21,36 +26,51 @@ def tasks(
     """The tasks of one step, without the cells to `skip`.
 
     A task is a chain of cells, or a data shard: neighbouring cells with at most `rows_per_task`
-    rows, or one cell.
+    rows, or one cell; it is a slice of their series.
     """
     chains: dict[Hashable, list[Cell]] = {}
-    shards: list[list[Cell]] = []
-    for cell in of_step(plan, step):
-        if cell in skip:
-            continue
-        if cell.shard is None:
-            chains.setdefault(cell.chain, []).append(cell)
-        elif shards and _continues(shards[-1], cell, rows_per_task):
-            shards[-1].append(cell)
+    shards: list[Task] = []
+    for series, skipped in CellMap.of(plan, skip).series(STEPS[step]):
+        if isinstance(series, Blocks):
+            shards += _shards(series, skipped, rows_per_task)
         else:
-            shards.append([cell])
+            for place in np.flatnonzero(skipped == 0).tolist():
+                chains.setdefault(series[place].chain, []).append(series[place])
     in_order = (sorted(chain, key=lambda cell: cell.chain_order) for chain in chains.values())
-    return [tuple(cells) for cells in (*shards, *in_order)]
+    return [*shards, *map(tuple, in_order)]
 
 
-def share(task: Task, part: int, parts: int) -> Task:
+def _shards(
+    series: Blocks[Cell], skipped: NDArray[np.uint8], rows_per_task: int
+) -> Iterator[Blocks[Cell]]:
+    most = max(1, rows_per_task // series.split.cell_rows)
+    edges = np.flatnonzero(np.diff(skipped == 0, prepend=False, append=False))
+    for begin, end in edges.reshape(-1, 2).tolist():
+        start = begin
+        while start < end:
+            stop = min(start + most, end)
+            if stop == len(series) - 1 < end and series[start:].rows <= rows_per_task:
+                stop = end  # the last cell has fewer rows than the others
+            yield series[start:stop]
+            start = stop
+
+
+def ids(task: Task) -> list[str]:
+    """The ids of a task's cells."""
+    return task.ids() if isinstance(task, Series) else [cell.id for cell in task]
+
+
+def chains(task: Task) -> int:
+    """How many processes can share a task."""
+    return len(task) if isinstance(task, Blocks) else len({cell.chain for cell in task})
+
+
+def share(task: Task, part: int, parts: int) -> tuple[Cell, ...]:
     """What one of several processes runs of a task that they share: whole chains, neighbours."""
     chains = list(dict.fromkeys(cell.chain for cell in task))
     start, stop = (-(-at * len(chains) // parts) for at in (part, part + 1))
     own = {*chains[start:stop]}
     return tuple(cell for cell in task if cell.chain in own)
-
-
-def _continues(shard: list[Cell], cell: Cell, rows_per_task: int) -> bool:
-    first, last, new = shard[0].shard, shard[-1].shard, cell.shard
-    assert first and last and new
-    neighbours = new[0] == last[0] and new[1].start == last[1].stop
-    return neighbours and new[1].stop - first[1].start <= rows_per_task
 
 
 def upstream(plan: Plan, cells: Collection[Cell], done: Collection[Cell]) -> set[Cell]:
@@ -84,7 +104,7 @@ def task_groups(
     steps: Sequence[str],
     *,
     done: Collection[Cell],
-    owners: Mapping[Cell, str],
+    owners: Owners,
     skip: Collection[Cell],
     rows_per_task: int,
 ) -> Iterator[TaskGroup]:
@@ -92,28 +112,53 @@ def task_groups(
 
     Parameters
     ----------
-    owners : mapping
-        The name of the task that makes a cell. The caller adds the tasks of each group before
-        asking for the next.
+    owners : Owners
+        Which task makes a cell. The caller adds the tasks of each group before asking for the next.
     """
+    finished = CellMap.of(plan, done)
     for step in steps:
-        waiting = tasks(plan, step, skip={*done, *owners, *skip}, rows_per_task=rows_per_task)
+        taken = CellMap.of(plan, finished, owners, skip)
         groups: dict[frozenset[Hashable], list[Task]] = {}
-        for task in waiting:
-            groups.setdefault(frozenset(cell.dependency_group for cell in task), []).append(task)
-        by_dependencies: dict[
-            tuple[frozenset[str], frozenset[str], tuple[Cell, ...]], list[Task]
-        ] = {}
+        for task in tasks(plan, step, skip=taken, rows_per_task=rows_per_task):
+            groups.setdefault(frozenset(_by_dependencies(task)), []).append(task)
+        by_inputs: dict[_Inputs, list[Task]] = {}
         for group in groups.values():
-            representatives = {c.dependency_group: c for c in reversed(group[0])}.values()
-            needed = dict.fromkeys(
-                c for cell in representatives for c in cell.dependencies(plan, done)
-            )
-            missing = [c for c in needed if c not in done and c not in group[0]]
-            owned = [c for c in missing if c in owners]
-            after_any = frozenset(owners[c] for c in owned if type(c) in STEPS[step])
-            after = frozenset(owners[c] for c in owned) - after_any
-            missing_inputs = tuple(c for c in missing if c not in owners)
-            by_dependencies.setdefault((after, after_any, missing_inputs), []).extend(group)
-        for (after, after_any, missing_inputs), grouped in by_dependencies.items():
-            yield TaskGroup(step, tuple(grouped), after, after_any, missing_inputs)
+            waits = inputs(plan, step, group[0], finished, owners)
+            by_inputs.setdefault(waits, []).extend(group)
+        for waits, grouped in by_inputs.items():
+            yield TaskGroup(step, tuple(grouped), *waits)
+
+
+_Inputs = tuple[frozenset[str], frozenset[str], tuple[Cell, ...]]
+
+
+def inputs(plan: Plan, step: str, task: Task, done: CellMap, owners: Owners) -> _Inputs:
+    """What a task waits for: `after`, `after_any` and `missing_inputs` of its group."""
+    after, after_any, missing = set[str](), set[str](), dict[Cell, None]()
+    for cell in _by_dependencies(task).values():
+        for needed in cell.needs(plan, done):
+            owned, lacking = _made_by(needed, done, owners)
+            first = needed[0] if isinstance(needed, Series) else needed
+            (after_any if type(first) in STEPS[step] else after).update(owned)
+            missing.update(dict.fromkeys(c for c in lacking if c not in task))
+    return frozenset(after - after_any), frozenset(after_any), tuple(missing)
+
+
+def _by_dependencies(task: Task) -> dict[Hashable, Cell]:
+    """The first cell for each set of dependencies that there is in a task."""
+    cells = task[:1] if isinstance(task, Blocks) else task
+    return {cell.dependency_group: cell for cell in reversed(cells)}
+
+
+def _made_by(
+    needed: Cell | Series[Cell], done: CellMap, owners: Owners
+) -> tuple[set[str], Sequence[Cell]]:
+    """The tasks that make what of `needed` is not done, and the cells that none makes."""
+    if isinstance(needed, Blocks):
+        missing = np.flatnonzero(done.view(needed) == 0)
+        numbers = owners.view(needed)[missing]
+        return owners.names(numbers), [needed[place] for place in missing[numbers == 0].tolist()]
+    cells = needed if isinstance(needed, Series) else [needed]
+    missing_cells = [cell for cell in cells if cell not in done]
+    names = {cell: owners.name(cell) for cell in missing_cells}
+    return {n for n in names.values() if n}, [c for c, name in names.items() if not name]

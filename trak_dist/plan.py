@@ -7,7 +7,6 @@ each, where two plans differ, and how much memory and disk the cells need.
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -22,7 +21,7 @@ from trak_dist.configuration.config import (
 )
 from trak_dist.configuration.dotted import non_default_settings
 from trak_dist.coordinates import TRAIN
-from trak_dist.hashing import digest_of
+from trak_dist.hashing import canonical, digest_of
 from trak_dist.plan_inputs import Checkpoint, ImportedTruth, Source, Split, planned_cell_rows
 
 SCHEMA = 1
@@ -346,5 +345,4 @@ def cached_on_plan(compute: Callable[Concatenate[Plan, P], T]) -> Callable[Conca
 
 def digest(value: Any) -> str:
     """Digest of a JSON-able value, independent of the order of its keys."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return digest_of(text.encode())
+    return digest_of(canonical(value))

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from trak_dist import graph, machine
-from trak_dist.cells import Cell, FeaturizeCell, FisherCell, of_run, parse_cell
+from trak_dist.cells import Cell, FeaturizeCell, FisherCell, parse_cell
 from trak_dist.errors import (
     DatasetError,
     DeviceError,
@@ -141,7 +141,7 @@ def _run_when_inputs_visible(
 def _has_failed_dependency(run: Run, cell: Cell) -> bool:
     """Whether a dependency of `cell`, direct or not, has a recorded failure."""
     plan = run.plan
-    done = run.receipts.done(of_run(plan))
+    done = run.progress().done
     return bool(run.receipts.failures(graph.upstream(plan, [cell], done).difference(done)))
 
 

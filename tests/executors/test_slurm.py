@@ -63,6 +63,7 @@ WHOLE_GRAPH = [
     ("report", "6", 1, 1, "afterok:5_0"),
     ("report", "7", 1, 1, "afterok:5_1"),
 ]
+FIRST_CHECKPOINT = [("featurize", "1", 3, 9, ""), ("kernel", "2", 1, 4, "afterok:1")]
 Launch = Callable[..., SimpleNamespace]
 
 
@@ -335,15 +336,15 @@ def test_what_has_no_room_is_submitted_by_a_last_job(
 ) -> None:
     fake_slurm.limit(5)
     ended = launch(*slurm_run)
-    assert table(ended) == [("featurize", "1", 4, 16, "")]
-    assert told(ended) == ["no room in the queue for 27 cells: job 2 submits them"]
+    assert table(ended) == FIRST_CHECKPOINT
+    assert told(ended) == ["no room in the queue for 30 cells: job 3 submits them"]
     assert len(fake_slurm.queue) == 5
-    options = fake_slurm.options(2)
-    assert options["dependency"] == "afterany:1"
-    assert options["job-name"] == f"trak-submit-2-{JobRecords(opened(tmp_path)).run_id}"
+    options = fake_slurm.options(3)
+    assert options["dependency"] == "afterany:1_0:1_1"
+    assert options["job-name"] == f"trak-submit-3-{JobRecords(opened(tmp_path)).run_id}"
     assert options["array"] == "0-0%1"
     assert "gpus-per-node" not in options
-    assert f"-m trak_dist.task {tmp_path / 'run'} 2\n" in fake_slurm.script(2)
+    assert f"-m trak_dist.task {tmp_path / 'run'} 3\n" in fake_slurm.script(3)
 
 
 def test_a_limit_that_is_just_met_needs_no_last_job(launch, slurm_run, fake_slurm) -> None:
@@ -372,13 +373,13 @@ def test_jobs_of_other_qoses_and_other_users_do_not_count(launch, slurm_run, fak
         *(Queued(f"{80 + i}", "train-gpt", qos="high") for i in range(5)),
         *(Queued(f"{90 + i}", "train-gpt", user="bob") for i in range(5)),
     ]
-    assert table(launch(*slurm_run)) == [("featurize", "1", 4, 16, "")]
+    assert table(launch(*slurm_run)) == FIRST_CHECKPOINT
 
 
 def test_the_qos_that_is_asked_for_sets_the_limit(launch, slurm_run, fake_slurm) -> None:
     fake_slurm.answer(qos="normal|1\nhigh|6\n")
     ended = launch(*slurm_run, "cluster.qos=high")
-    assert table(ended) == [("featurize", "1", 5, 17, "")]
+    assert table(ended) == [*FIRST_CHECKPOINT, ("featurize", "3", 1, 7, "")]
 
 
 def test_an_accounts_limit(launch, slurm_run, fake_slurm) -> None:
@@ -424,7 +425,7 @@ def test_a_limit_that_accounting_does_not_tell_leaves_room_for_a_last_job(
     ended = launch(*slurm_run)
     assert [row[:2] for row in table(ended)] == [("featurize", "1")]
     assert told(ended) == ["no room in the queue for 16 cells: job 3 submits them"]
-    assert fake_slurm.options(3)["dependency"] == "afterany:1"
+    assert fake_slurm.options(3)["dependency"] == "afterany:1_0:1_1:1_2:1_3:1_4"
 
 
 # The same command again ---------------------------------------------------------------------------
@@ -488,16 +489,17 @@ def test_while_a_job_waits_to_submit_the_rest_no_second_one_is_made(
     assert launch(*slurm_run).code == 0
     ended = launch(*slurm_run)
     assert table(ended) == []
-    left = "no room in the queue for 27 cells: job 2_0 submits them"
-    assert told(ended) == ["already in the queue: 16 cells", left]
-    finish(opened(tmp_path), cells_of(tmp_path, 1))
-    fake_slurm.end("1")
+    left = "no room in the queue for 30 cells: job 3_0 submits them"
+    assert told(ended) == ["already in the queue: 13 cells", left]
+    finish(opened(tmp_path), [*cells_of(tmp_path, 1), *cells_of(tmp_path, 2)])
+    fake_slurm.end("1", "2")
     ended = launch(*slurm_run)
     assert table(ended) == [
-        ("featurize", "3", 4, 10, ""),
+        ("featurize", "4", 3, 9, ""),
+        ("kernel", "5", 1, 4, "afterok:4"),
     ]
-    assert told(ended) == ["no room in the queue for 17 cells: job 2_0 submits them"]
-    assert [row.job_id for row in fake_slurm.queue] == ["2_0", "3_0", "3_1", "3_2", "3_3"]
+    assert told(ended) == ["no room in the queue for 17 cells: job 3_0 submits them"]
+    assert [row.job_id for row in fake_slurm.queue] == ["3_0", "4_0", "4_1", "4_2", "5_0"]
 
 
 def test_a_job_that_waits_to_submit_other_stages_does_not_count(
@@ -547,12 +549,12 @@ def test_a_job_to_submit_the_rest_that_would_never_run_is_made_anew(
 ) -> None:
     fake_slurm.limit(5)
     assert launch(*slurm_run).code == 0
-    fake_slurm.set(lambda row: row.job_id == "2_0", reason="(DependencyNeverSatisfied)")
+    fake_slurm.set(lambda row: row.job_id == "3_0", reason="(DependencyNeverSatisfied)")
     fake_slurm.limit(7)
     ended = launch(*slurm_run)
-    assert fake_slurm.calls("scancel") == [["--quiet", "2_0"]]
-    assert table(ended) == [("featurize", "3", 1, 1, "")]
-    assert told(ended)[-1] == "no room in the queue for 26 cells: job 4 submits them"
+    assert fake_slurm.calls("scancel") == [["--quiet", "3_0"]]
+    assert table(ended) == [("featurize", "4", 1, 7, "")]
+    assert told(ended)[-1] == "no room in the queue for 23 cells: job 5 submits them"
 
 
 # The job that submits the rest --------------------------------------------------------------------
@@ -560,12 +562,12 @@ def test_a_job_to_submit_the_rest_that_would_never_run_is_made_anew(
 
 @pytest.fixture
 def limited(launch, slurm_run, fake_slurm, tmp_path: Path, monkeypatch) -> FakeSlurm:
-    """Four tasks were submitted and have ended; job 2, which submits the rest, runs."""
+    """The tasks of the first checkpoint have ended; job 3, which submits the rest, runs."""
     fake_slurm.limit(5)
     assert launch(*slurm_run).code == 0
-    fake_slurm.end("1")
-    fake_slurm.set(lambda row: row.job_id == "2_0", state="RUNNING", reason="None", node="n1")
-    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "2")
+    fake_slurm.end("1", "2")
+    fake_slurm.set(lambda row: row.job_id == "3_0", state="RUNNING", reason="None", node="n1")
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "3")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
     monkeypatch.setattr(task, "TerminationNotice", lambda: SimpleNamespace(grace_seconds=30.0))
     return fake_slurm
@@ -584,22 +586,27 @@ def runs(tmp_path: Path, capfd) -> Callable[[int], SimpleNamespace]:
     return run
 
 
+def first_wave(path: Path) -> list[str]:
+    """The cells that were submitted at once."""
+    return [*cells_of(path, 1), *cells_of(path, 2)]
+
+
 def test_the_rest_is_submitted_in_its_turn(limited, runs, tmp_path: Path) -> None:
-    finish(opened(tmp_path), cells_of(tmp_path, 1))
-    ended = runs(2)
-    assert table(ended) == [("featurize", "3", 3, 9, "")]
-    assert told(ended) == ["no room in the queue for 18 cells: job 4 submits them"]
-    assert limited.options(4)["dependency"] == "afterany:3"
+    finish(opened(tmp_path), first_wave(tmp_path))
+    ended = runs(3)
+    assert table(ended) == [("featurize", "4", 3, 9, "")]
+    assert told(ended) == ["no room in the queue for 21 cells: job 5 submits them"]
+    assert limited.options(5)["dependency"] == "afterany:4_0:4_1"
     limited.limit(100)
-    finish(opened(tmp_path), cells_of(tmp_path, 3))
+    finish(opened(tmp_path), cells_of(tmp_path, 4))
     limited.queue = []
-    assert [row[:4] for row in table(runs(4))] == [
-        ("featurize", "5", 2, 2),
-        ("kernel", "6", 2, 8),
+    assert [row[:4] for row in table(runs(5))] == [
+        ("featurize", "6", 3, 9),
         ("kernel", "7", 1, 4),
-        ("score", "8", 2, 2),
-        ("report", "9", 1, 1),
+        ("kernel", "8", 1, 4),
+        ("score", "9", 2, 2),
         ("report", "10", 1, 1),
+        ("report", "11", 1, 1),
     ]
 
 
@@ -611,32 +618,32 @@ def test_what_its_own_launch_submitted_before_is_not_submitted_again(
     finish(run, (cell for cell in cells_of(tmp_path, 1) if cell != lost))
     fail(run, lost)
     limited.limit(100)
-    ended = runs(2)
+    ended = runs(3)
     assert ended.code == 1
     assert [line.split()[:4] for line in ended.out.splitlines()[1:4]] == [
-        ["featurize", "3", "5", "11"],
-        ["kernel", "4", "1", "4"],
+        ["featurize", "4", "6", "18"],
         ["kernel", "5", "1", "4"],
+        ["kernel", "6", "1", "4"],
     ]
     assert ended.out.splitlines()[4] == (
-        "not submitted, since a dependency failed or is missing: 8 cells, gram/0 first"
+        "not submitted, since a dependency failed or is missing: 4 cells, score/val/0-50 first"
     )
-    assert lost not in [cell for number in (3, 4, 5) for cell in cells_of(tmp_path, number)]
+    assert lost not in [cell for number in (4, 5, 6) for cell in cells_of(tmp_path, number)]
 
 
 def test_what_another_launch_submitted_before_is_submitted_again(
     limited, runs, tmp_path: Path
 ) -> None:
     run = opened(tmp_path)
-    finish(run, cells_of(tmp_path, 1))
+    finish(run, first_wave(tmp_path))
     publish(run, ["featurize/1/val/0-7"])
     limited.limit(100)
-    assert runs(2).code == 0
-    assert "featurize/1/val/0-7" in cells_of(tmp_path, 4)
+    assert runs(3).code == 0
+    assert "featurize/1/val/0-7" in cells_of(tmp_path, 5)
 
 
 def test_it_waits_for_room(limited, runs, tmp_path: Path, monkeypatch) -> None:
-    finish(opened(tmp_path), cells_of(tmp_path, 1))
+    finish(opened(tmp_path), first_wave(tmp_path))
     limited.queue = [*limited.queue, *(Queued(f"{90 + i}", "train-gpt") for i in range(4))]
     waited = []
 
@@ -647,7 +654,7 @@ def test_it_waits_for_room(limited, runs, tmp_path: Path, monkeypatch) -> None:
             limited.end(job_id)
 
     monkeypatch.setattr(executor, "time", SimpleNamespace(sleep=sleep))
-    assert table(runs(2)) == [("featurize", "3", 3, 9, "")]
+    assert table(runs(3)) == [("featurize", "4", 3, 9, "")]
     assert waited == [executor.RETRY_SECONDS]
 
 
@@ -655,7 +662,7 @@ def test_where_there_is_room_for_one_task_beside_it_it_stays_and_submits_one_by_
     limited, runs, tmp_path: Path, monkeypatch
 ) -> None:
     run = opened(tmp_path)
-    finish(run, cells_of(tmp_path, 1))
+    finish(run, first_wave(tmp_path))
     limited.limit(2)
     jobs = []
 
@@ -666,16 +673,40 @@ def test_where_there_is_room_for_one_task_beside_it_it_stays_and_submits_one_by_
         limited.end(str(jobs[-1]))
 
     monkeypatch.setattr(executor, "time", SimpleNamespace(sleep=sleep))
-    assert runs(2).code == 0
-    assert jobs == list(range(3, 3 + len(jobs)))
-    submitted = [c for number in (1, *jobs, jobs[-1] + 1) for c in cells_of(tmp_path, number)]
+    assert runs(3).code == 0
+    assert jobs == list(range(4, 4 + len(jobs)))
+    submitted = [c for number in (1, 2, *jobs, jobs[-1] + 1) for c in cells_of(tmp_path, number)]
+    assert sorted(submitted) == sorted(c.id for s in STEPS for c in of_step(run.plan, s))
+
+
+def test_where_there_is_room_for_tasks_but_for_no_other_such_job_it_stays(
+    limited, runs, tmp_path: Path, monkeypatch
+) -> None:
+    """By a limit that accounting does not tell: sbatch refuses what follows the first array."""
+    run = opened(tmp_path)
+    finish(run, first_wave(tmp_path))
+    limited.limit(100)
+    limited.refuse("QOSMaxSubmitJobPerUserLimit", [5, 6])
+    waited = []
+
+    def sleep(seconds: float) -> None:
+        assert not waited
+        waited.append(seconds)
+        finish(run, cells_of(tmp_path, 4))
+        limited.end("4")
+
+    monkeypatch.setattr(executor, "time", SimpleNamespace(sleep=sleep))
+    ended = runs(3)
+    assert [row[0] for row in table(ended)] == ["kernel", "score", "report", "report"]
+    jobs = JobRecords(run)
+    submitted = [c for n in jobs.numbers() for task in jobs.read(n).tasks for c in task]
     assert sorted(submitted) == sorted(c.id for s in STEPS for c in of_step(run.plan, s))
 
 
 def test_killed_again_and_again_it_gives_up_and_status_tells(
     limited, runs, status, tmp_path: Path, monkeypatch, caplog
 ) -> None:
-    finish(opened(tmp_path), cells_of(tmp_path, 1))
+    finish(opened(tmp_path), first_wave(tmp_path))
 
     def killed(*_: object) -> None:
         raise Killed
@@ -683,20 +714,20 @@ def test_killed_again_and_again_it_gives_up_and_status_tells(
     monkeypatch.setattr(executor, "continue_submission", killed)
     for _ in range(SlurmConfig().max_attempts):
         with pytest.raises(Killed):
-            runs(2)
+            runs(3)
     assert "lost " not in status().out, "it is in the queue"
-    ended = runs(2)
+    ended = runs(3)
     assert ended.code == 1
     assert (
         "5 attempts in a row to submit the rest ended silently\n"
-        "  where: job 2\n"
+        "  where: job 3\n"
         "  next:  see the log's end, then run the launch command again"
     ) in caplog.text
     limited.queue = []
     ended = status()
     assert ended.code == 1
     assert ended.out.split("\nlost   ")[1].startswith(
-        "the job that was to submit featurize/1/val/0-7 and 26 more cells on "
+        "the job that was to submit featurize/1/train/0-8 and 29 more cells on "
     )
     assert "\n  the task ended silently\n" in ended.out
 
@@ -705,7 +736,7 @@ def test_killed_again_and_again_it_gives_up_and_status_tells(
 def test_ended_by_slurm_while_it_waits_for_room_it_may_wait_on(
     limited, runs, status, tmp_path: Path, monkeypatch, sent: signal.Signals
 ) -> None:
-    finish(opened(tmp_path), cells_of(tmp_path, 1))
+    finish(opened(tmp_path), first_wave(tmp_path))
     limited.queue = [*limited.queue, *(Queued(f"{90 + i}", "train-gpt") for i in range(4))]
     before = signal.getsignal(sent)
 
@@ -716,7 +747,7 @@ def test_ended_by_slurm_while_it_waits_for_room_it_may_wait_on(
 
     monkeypatch.setattr(executor, "time", SimpleNamespace(sleep=sleep))
     for _ in range(SlurmConfig().max_attempts + 1):
-        assert runs(2).code == 85
+        assert runs(3).code == 85
     assert signal.getsignal(sent) == before
     limited.queue = []
     assert "lost " not in status().out

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from trak_dist import cells, graph, plan_file, worker
+from trak_dist.cell_map import Owners
 from trak_dist.cells import KINDS, STAGE_STEPS, Cell, of_run, of_stage, of_step, parse_cell
 from trak_dist.cells.score import halves_targets
 from trak_dist.executors import batch
@@ -144,11 +145,13 @@ def graph_arrays(
 
     Arrays that lack a cell are not submitted.
     """
-    owned = {cell: f"other.{cell.id}" for cell in owners}
+    owned = Owners(run.plan)
+    for cell in owners:
+        owned.take([cell], f"other.{cell.id}")
     asked = {"done": done, "owners": owned, "skip": skip, "rows_per_task": 16}
     for number, array in enumerate(graph.task_groups(run.plan, list(STEPS), **asked)):
         for index, task in enumerate(() if array.missing_inputs else array.tasks):
-            owned.update(dict.fromkeys(task, f"{array.step}.{number}.{index}"))
+            owned.take(task, f"{array.step}.{number}.{index}")
         yield {
             "step": array.step,
             "tasks": ["+".join(c.id for c in task) for task in array.tasks],

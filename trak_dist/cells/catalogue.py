@@ -37,6 +37,8 @@ def check_kind(kind: type[Cell]) -> None:
         raise TypeError(f"{name} belongs to step {kind.step!r}, which no stage has")
     if ("arrays" in vars(kind)) != ("one_per_array" in vars(kind)):
         raise TypeError(f"{name} defines one of arrays and one_per_array without the other")
+    if ("shard" in vars(kind)) != ("series" in vars(kind)):
+        raise TypeError(f"{name} defines one of shard and series without the other")
     for coordinate, hint in _coordinates(kind).items():
         if hint not in _READERS:
             raise TypeError(f"{name}.{coordinate} is no str, int, Rows or Selection")

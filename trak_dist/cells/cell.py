@@ -10,9 +10,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import fields
+from itertools import groupby
 from typing import ClassVar, Literal, Self
 
 from trak_dist.cells.ownership import OwnedFile, OwnedRows
+from trak_dist.cells.series import Listed, Series
 from trak_dist.coordinates import Rows
 from trak_dist.hashing import digest_of
 from trak_dist.plan import Plan
@@ -84,6 +86,15 @@ class Cell(ABC):
     def count(cls, plan: Plan) -> int:
         """How many there are, without listing them."""
 
+    @classmethod
+    def series(cls, plan: Plan) -> Iterator[Series[Cell]]:
+        """The same cells in the same order: neighbours whose receipts lie in one directory.
+
+        A kind with a `shard` makes them of blocks, without an object for each cell.
+        """
+        for _, cells in groupby(cls.of(plan), lambda c: (c.per_member, c.receipt_group(plan))):
+            yield Listed(tuple(cells))
+
     # What makes one done --------------------------------------------------------------------
 
     @abstractmethod
@@ -109,11 +120,21 @@ class Cell(ABC):
     # The job graph --------------------------------------------------------------------------
 
     @abstractmethod
-    def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
-        """The cells whose outputs it reads, done or not.
+    def needs(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell | Series[Cell]]:
+        """The cells whose outputs it reads, done or not; of many that are alike, their series.
 
         Dependencies of a dependency may be left out until that one is done.
         """
+
+    def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
+        """The same, cell by cell."""
+        for needed in self.needs(plan, done):
+            yield from needed if isinstance(needed, Series) else (needed,)
+
+    def checkpoint(self, plan: Plan) -> int | None:
+        """The number of the one checkpoint that it is of; None if there is no such one."""
+        model_id = getattr(self, "model_id", None)
+        return None if model_id is None else plan.train_seed(model_id)
 
     @property
     def dependency_group(self) -> Hashable:

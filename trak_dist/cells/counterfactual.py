@@ -8,6 +8,7 @@ from typing import Self
 
 from trak_dist.cells.cell import Cell
 from trak_dist.cells.score import ScoreCell, scores_identity
+from trak_dist.cells.series import Series
 from trak_dist.cells.top import TopCell, scored_by
 from trak_dist.cells.train import training, training_bytes
 from trak_dist.coordinates import AtRandom, HelpfulTo, Selection
@@ -78,7 +79,7 @@ class CounterfactualCell(Cell):
     def receipt_group(self, plan: Plan) -> tuple[str, ...]:
         return ()
 
-    def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
+    def needs(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell | Series[Cell]]:
         if self.needs_scores:
             yield from scored_by(plan, self.targets)
 

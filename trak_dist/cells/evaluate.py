@@ -15,6 +15,7 @@ from trak_dist.cells.kernel import KernelCell
 from trak_dist.cells.margins import MarginsCell
 from trak_dist.cells.ownership import OwnedFile
 from trak_dist.cells.score import ScoreCell, scores_identity
+from trak_dist.cells.series import Series
 from trak_dist.cells.top import TopCell, scored_by
 from trak_dist.cells.train import retrained, training_on_subsets
 from trak_dist.configuration.config import SCALE_ROWS
@@ -61,12 +62,12 @@ class EvaluateCell(Cell):
     def receipt_group(self, plan: Plan) -> tuple[str, ...]:
         return ()
 
-    def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
+    def needs(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell | Series[Cell]]:
         scores = list(scored_by(plan, self.targets))
         yield from scores
         if self.targets == TRAIN:
             for model_id in plan.model_ids if scores[0] in done else ():
-                yield from FeaturizeCell.of_split(plan, model_id, TRAIN)
+                yield FeaturizeCell.blocks(plan, model_id, TRAIN)
             return
         yield from CounterfactualCell.of_targets(plan, self.targets)
         yield from (MarginsCell(*model, self.targets) for model in retrained(plan))
@@ -76,9 +77,9 @@ class EvaluateCell(Cell):
             yield kernel
             if kernel in done:
                 yield GramCell(model_id)
-                yield from FisherCell.of_checkpoint(plan, model_id)
-                yield from FeaturizeCell.of_split(plan, model_id, TRAIN)
-                yield from FeaturizeCell.of_split(plan, model_id, self.targets)
+                yield from FisherCell.blocks(plan, model_id)
+                yield FeaturizeCell.blocks(plan, model_id, TRAIN)
+                yield FeaturizeCell.blocks(plan, model_id, self.targets)
 
     def files(self) -> Mapping[str, OwnedFile]:
         return {"figures": OwnedFile(f"report/{self.targets}.json")}

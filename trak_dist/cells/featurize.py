@@ -8,6 +8,7 @@ from typing import Self
 
 from trak_dist.cells.cell import Cell
 from trak_dist.cells.ownership import ArraySpec, OwnedRows
+from trak_dist.cells.series import Blocks, Series
 from trak_dist.cells.train import TrainCell
 from trak_dist.configuration.config import CACHE_BYTES
 from trak_dist.coordinates import FULL, Rows
@@ -40,14 +41,23 @@ class FeaturizeCell(Cell):
 
     @classmethod
     def of(cls, plan: Plan) -> Iterator[Self]:
-        for model_id in plan.model_ids:
-            for split in plan.splits:
-                yield from cls.of_split(plan, model_id, split.name)
+        for series in cls.series(plan):
+            yield from series
 
     @classmethod
     def of_split(cls, plan: Plan, model_id: int, split: str) -> Iterator[Self]:
         """Those of one checkpoint and split, in order of rows."""
-        return (cls(model_id, split, rows) for rows in plan.split(split).blocks())
+        return iter(cls.blocks(plan, model_id, split))
+
+    @classmethod
+    def blocks(cls, plan: Plan, model_id: int, split: str) -> Blocks[Self]:
+        """The same, as a series."""
+        return Blocks.of(cls, model_id, split, split=plan.split(split))
+
+    @classmethod
+    def series(cls, plan: Plan) -> Iterator[Blocks[Self]]:
+        for model_id in plan.model_ids:
+            yield from (cls.blocks(plan, model_id, split.name) for split in plan.splits)
 
     @classmethod
     def count(cls, plan: Plan) -> int:
@@ -59,7 +69,7 @@ class FeaturizeCell(Cell):
     def receipt_group(self, plan: Plan) -> tuple[str, ...]:
         return plan.projection_id, str(self.model_id)
 
-    def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
+    def needs(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell | Series[Cell]]:
         yield from trained_by(plan, self.model_id)
 
     @property

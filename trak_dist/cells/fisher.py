@@ -9,6 +9,7 @@ from typing import Self
 from trak_dist.cells.cell import Cell
 from trak_dist.cells.featurize import FeaturizeCell, of_checkpoint, rows_of_array, trained_by
 from trak_dist.cells.ownership import OwnedRows
+from trak_dist.cells.series import Blocks, Series
 from trak_dist.cells.train import TrainCell
 from trak_dist.coordinates import Rows
 from trak_dist.plan import Plan, cached_on_plan, digest
@@ -41,14 +42,25 @@ class FisherCell(Cell):
 
     @classmethod
     def of(cls, plan: Plan) -> Iterator[Self]:
-        for model_id in plan.model_ids:
-            yield from cls.of_checkpoint(plan, model_id)
+        for series in cls.series(plan):
+            yield from series
 
     @classmethod
     def of_checkpoint(cls, plan: Plan, model_id: int) -> Iterator[Self]:
         """Those of one checkpoint, by draw and rows."""
-        for draw in range(_draws(plan)):
-            yield from (cls(model_id, draw, rows) for rows in fisher_sample(plan).blocks())
+        for series in cls.blocks(plan, model_id):
+            yield from series
+
+    @classmethod
+    def blocks(cls, plan: Plan, model_id: int) -> Iterator[Blocks[Self]]:
+        """The same, as a series for each draw."""
+        sample = fisher_sample(plan)
+        yield from (Blocks.of(cls, model_id, draw, split=sample) for draw in range(_draws(plan)))
+
+    @classmethod
+    def series(cls, plan: Plan) -> Iterator[Blocks[Self]]:
+        for model_id in plan.model_ids:
+            yield from cls.blocks(plan, model_id)
 
     @classmethod
     def count(cls, plan: Plan) -> int:
@@ -60,7 +72,7 @@ class FisherCell(Cell):
     def receipt_group(self, plan: Plan) -> tuple[str, ...]:
         return plan.projection_id, str(self.model_id), str(plan.fisher_rows)
 
-    def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
+    def needs(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell | Series[Cell]]:
         yield from trained_by(plan, self.model_id)
 
     @property

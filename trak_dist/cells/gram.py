@@ -11,6 +11,7 @@ from trak_dist.cells.featurize import FeaturizeCell, largest_cell, of_checkpoint
 from trak_dist.cells.fisher import FisherCell
 from trak_dist.cells.gram_part import GramPartCell, gram_identity, square
 from trak_dist.cells.ownership import OwnedRows
+from trak_dist.cells.series import Series
 from trak_dist.plan import Plan
 
 
@@ -50,7 +51,7 @@ class GramCell(Cell):
     def receipt_group(self, plan: Plan) -> tuple[str, ...]:
         return plan.projection_id, plan.gram_id
 
-    def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
+    def needs(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell | Series[Cell]]:
         yield from GramPartCell.of_checkpoint(plan, self.model_id)
         yield from all_grads(plan, self.model_id)
 
@@ -85,11 +86,11 @@ class GramCell(Cell):
         return 2 * matrix if plan.gram_parts else matrix + blocks
 
 
-def all_grads(plan: Plan, model_id: int) -> Iterator[FeaturizeCell | FisherCell]:
+def all_grads(plan: Plan, model_id: int) -> Iterator[Series[Cell]]:
     """The grads of all splits, for which the tasks that reduce a checkpoint wait."""
     for split in plan.splits:
-        yield from FeaturizeCell.of_split(plan, model_id, split.name)
-    yield from FisherCell.of_checkpoint(plan, model_id)
+        yield FeaturizeCell.blocks(plan, model_id, split.name)
+    yield from FisherCell.blocks(plan, model_id)
 
 
 def kernel_dim(plan: Plan) -> int:

@@ -10,6 +10,7 @@ from trak_dist.cells.cell import Cell
 from trak_dist.cells.featurize import FeaturizeCell, largest_cell, of_checkpoint
 from trak_dist.cells.fisher import FisherCell
 from trak_dist.cells.ownership import ArraySpec, OwnedRows
+from trak_dist.cells.series import Blocks, Series
 from trak_dist.coordinates import TRAIN
 from trak_dist.plan import Plan, cached_on_plan, digest
 from trak_dist.plan_inputs import CHUNK_BYTES
@@ -61,9 +62,9 @@ class GramPartCell(Cell):
     def receipt_group(self, plan: Plan) -> tuple[str, ...]:
         return plan.projection_id, plan.gram_id
 
-    def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
+    def needs(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell | Series[Cell]]:
         """Those of the whole checkpoint, so that its parts are one job array."""
-        yield from curvature_cells(plan, self.model_id)
+        yield from curvature_series(plan, self.model_id)
 
     @property
     def dependency_group(self) -> Hashable:
@@ -95,9 +96,17 @@ class GramPartCell(Cell):
 @cached_on_plan
 def curvature_cells(plan: Plan, model_id: int) -> list[FeaturizeCell | FisherCell]:
     """The cells whose rows a checkpoint's U is made of, in order."""
+    return [cell for series in curvature_series(plan, model_id) for cell in series]
+
+
+def curvature_series(
+    plan: Plan, model_id: int
+) -> Iterator[Blocks[FeaturizeCell] | Blocks[FisherCell]]:
+    """The same, as series."""
     if plan.curvature == "fisher":
-        return list(FisherCell.of_checkpoint(plan, model_id))
-    return list(FeaturizeCell.of_split(plan, model_id, TRAIN))
+        yield from FisherCell.blocks(plan, model_id)
+    else:
+        yield FeaturizeCell.blocks(plan, model_id, TRAIN)
 
 
 def square(d: int) -> ArraySpec:

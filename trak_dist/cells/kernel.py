@@ -12,6 +12,7 @@ from trak_dist.cells.fisher import FisherCell
 from trak_dist.cells.gram import GramCell, all_grads, kernel_dim
 from trak_dist.cells.gram_part import gram_identity, square
 from trak_dist.cells.ownership import OwnedRows
+from trak_dist.cells.series import Series
 from trak_dist.configuration.config import EXACT_SCALE_DIM, SCALE_ROWS
 from trak_dist.plan import Plan, cached_on_plan, digest
 
@@ -51,7 +52,7 @@ class KernelCell(Cell):
     def receipt_group(self, plan: Plan) -> tuple[str, ...]:
         return plan.projection_id, plan.kernel_id
 
-    def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
+    def needs(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell | Series[Cell]]:
         yield GramCell(self.model_id)
         yield from all_grads(plan, self.model_id)
 

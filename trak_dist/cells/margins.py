@@ -8,6 +8,7 @@ from typing import Self
 
 from trak_dist.cells.cell import Cell
 from trak_dist.cells.ownership import ArraySpec, OwnedRows
+from trak_dist.cells.series import Series
 from trak_dist.cells.train import TrainCell, retrained, training_on_subsets
 from trak_dist.plan import Plan, cached_on_plan, digest
 
@@ -47,7 +48,7 @@ class MarginsCell(Cell):
     def receipt_group(self, plan: Plan) -> tuple[str, ...]:
         return ()
 
-    def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
+    def needs(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell | Series[Cell]]:
         yield TrainCell(self.subset, self.seed)
 
     @property

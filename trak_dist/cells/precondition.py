@@ -12,6 +12,7 @@ from trak_dist.cells.fisher import FisherCell
 from trak_dist.cells.gram import all_grads, kernel_dim
 from trak_dist.cells.kernel import KernelCell, kernel_identity, of_kernel
 from trak_dist.cells.ownership import ArraySpec, OwnedRows
+from trak_dist.cells.series import Series
 from trak_dist.coordinates import Rows
 from trak_dist.plan import Plan, cached_on_plan, digest
 from trak_dist.plan_inputs import CHUNK_BYTES
@@ -54,7 +55,7 @@ class PreconditionCell(Cell):
     def receipt_group(self, plan: Plan) -> tuple[str, ...]:
         return plan.projection_id, plan.kernel_id
 
-    def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
+    def needs(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell | Series[Cell]]:
         yield KernelCell(self.model_id)
         yield from all_grads(plan, self.model_id)
 

@@ -10,6 +10,7 @@ from trak_dist.cells.cell import Cell
 from trak_dist.cells.evaluate import EvaluateCell, evaluated_on
 from trak_dist.cells.ownership import OwnedFile
 from trak_dist.cells.score import ScoreCell
+from trak_dist.cells.series import Series
 from trak_dist.cells.top import TopCell, scored_by
 from trak_dist.plan import Plan, cached_on_plan, digest
 from trak_dist.plan_inputs import CHUNK_BYTES
@@ -50,7 +51,7 @@ class ReportCell(Cell):
     def receipt_group(self, plan: Plan) -> tuple[str, ...]:
         return ()
 
-    def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
+    def needs(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell | Series[Cell]]:
         evaluated = [EvaluateCell(self.targets)] if plan.is_evaluated(self.targets) else []
         yield from evaluated
         if all(cell in done for cell in evaluated):

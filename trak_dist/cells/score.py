@@ -13,6 +13,7 @@ from trak_dist.cells.gram import kernel_dim
 from trak_dist.cells.kernel import KernelCell, kernel_identity
 from trak_dist.cells.ownership import ArraySpec, OwnedRows
 from trak_dist.cells.precondition import PreconditionCell, largest_block
+from trak_dist.cells.series import Series
 from trak_dist.coordinates import TRAIN, Rows
 from trak_dist.plan import Plan, cached_on_plan, digest
 from trak_dist.plan_inputs import CHUNK_BYTES, Split
@@ -65,7 +66,7 @@ class ScoreCell(Cell):
     def receipt_group(self, plan: Plan) -> tuple[str, ...]:
         return ()
 
-    def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
+    def needs(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell | Series[Cell]]:
         yield from made_of(plan, self.targets, done)
 
     @property
@@ -136,16 +137,16 @@ def _with_all_scores(plan: Plan) -> Iterator[str]:
     return (name for name in plan.scored_names() if not keeps_top(plan, name))
 
 
-def made_of(plan: Plan, targets: str, done: Collection[Cell]) -> Iterator[Cell]:
+def made_of(plan: Plan, targets: str, done: Collection[Cell]) -> Iterator[Cell | Series[Cell]]:
     """What scores of a target set are made of; of a checkpoint that is not solved, that only."""
     itself = targets == TRAIN
     for model_id in plan.model_ids:
         solved = KernelCell(model_id) if itself else PreconditionCell(model_id, targets)
         yield solved
         for split in dict.fromkeys((TRAIN, targets)) if solved in done else ():
-            yield from FeaturizeCell.of_split(plan, model_id, split)
+            yield FeaturizeCell.blocks(plan, model_id, split)
         if itself and plan.dual and solved in done:
-            yield from FisherCell.of_checkpoint(plan, model_id)
+            yield from FisherCell.blocks(plan, model_id)
 
 
 def columns(plan: Plan, targets: str) -> int:

@@ -10,6 +10,7 @@ from trak_dist.cells.cell import Cell
 from trak_dist.cells.ownership import ArraySpec, OwnedRows
 from trak_dist.cells.precondition import largest_block, target_blocks
 from trak_dist.cells.score import ScoreCell, keeps_top
+from trak_dist.cells.series import Series
 from trak_dist.cells.top_part import (
     HALVES_COUNT,
     TopPartCell,
@@ -62,7 +63,7 @@ class TopCell(Cell):
     def receipt_group(self, plan: Plan) -> tuple[str, ...]:
         return ()
 
-    def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
+    def needs(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell | Series[Cell]]:
         yield from TopPartCell.of_block(plan, self.targets, self.block)
 
     def arrays(self, plan: Plan) -> Mapping[str, OwnedRows]:

@@ -12,6 +12,7 @@ from trak_dist.cells.kernel import KernelCell
 from trak_dist.cells.ownership import ArraySpec, OwnedRows
 from trak_dist.cells.precondition import PreconditionCell, largest_block, target_blocks
 from trak_dist.cells.score import halves_targets, keeps_top, made_of, scores_identity
+from trak_dist.cells.series import Series
 from trak_dist.coordinates import Rows
 from trak_dist.plan import Plan, cached_on_plan, digest
 from trak_dist.plan_inputs import Split
@@ -64,7 +65,7 @@ class TopPartCell(Cell):
     def receipt_group(self, plan: Plan) -> tuple[str, ...]:
         return ()
 
-    def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
+    def needs(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell | Series[Cell]]:
         yield from made_of(plan, self.targets, done)
 
     @property

@@ -8,6 +8,7 @@ from typing import Self
 
 from trak_dist.cells.cell import Cell
 from trak_dist.cells.ownership import OwnedFile
+from trak_dist.cells.series import Series
 from trak_dist.coordinates import FULL
 from trak_dist.plan import Plan, cached_on_plan, digest
 
@@ -47,8 +48,11 @@ class TrainCell(Cell):
     def receipt_group(self, plan: Plan) -> tuple[str, ...]:
         return ()
 
-    def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
+    def needs(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell | Series[Cell]]:
         yield from ()
+
+    def checkpoint(self, plan: Plan) -> int | None:
+        return self.seed if self.subset == FULL else None
 
     @property
     def dependency_group(self) -> Hashable:

@@ -166,7 +166,7 @@ def processes(cluster: SlurmConfig, step: str, tasks: Sequence[graph.Task]) -> i
     for option in ("ntasks-per-node", "ntasks"):
         if named.get(option, "").isdecimal():
             return max(1, int(named[option]))
-    largest = max((len({cell.chain for cell in task}) for task in tasks), default=1)
+    largest = max(map(graph.chains, tasks), default=1)
     return max(1, min(gpus(cluster, step), largest))
 
 

@@ -12,7 +12,8 @@ import uuid
 from collections.abc import Sequence
 
 from trak_dist import graph, machine, slurm
-from trak_dist.cells import STEPS, Cell, of_run
+from trak_dist.cell_map import CellMap, Owners
+from trak_dist.cells import STEPS
 from trak_dist.configuration.config import SlurmConfig
 from trak_dist.configuration.validation import cluster_from_mapping
 from trak_dist.errors import ConfigError, MissingInputs, QueueFull, SlurmError, SlurmRefused
@@ -59,7 +60,7 @@ def submit(
     slurm.cancel(unsatisfiable)
     if force:
         kinds = {kind for step in request.steps for kind in STEPS[step]}
-        owners = {c: task for c, task in owners.items() if type(c) not in kinds}
+        owners.drop(kinds)
     groups = PendingGroups(jobs, request, owners, rate=rate)
     _, blocked = groups.forecast()
     if blocked:
@@ -76,17 +77,17 @@ def submit(
     )
 
 
-def _owners_and_unsatisfiable(run: Run, queue: Queue) -> tuple[dict[Cell, str], list[str]]:
+def _owners_and_unsatisfiable(run: Run, queue: Queue) -> tuple[Owners, list[str]]:
     """The queued task of each cell; and the waiting tasks whose dependencies no task makes.
 
     Those are cancelled by Slurm a little later, or begin too early: after a failure, or if the run
     has more checkpoints now than when they were submitted.
     """
-    plan, owners = run.plan, dict[Cell, str]()
+    plan, owners = run.plan, Owners(run.plan)
     unsatisfiable = [
         task.job_id for task, job in queue.tasks if task.unsatisfiable and job.step == CONTINUATION
     ]
-    done = run.receipts.done(of_run(plan))
+    done = run.progress().done if queue.tasks else CellMap(plan)
     for step, kinds in STEPS.items():
         blocked: dict[object, bool] = {}
         candidates = [
@@ -96,13 +97,12 @@ def _owners_and_unsatisfiable(run: Run, queue: Queue) -> tuple[dict[Cell, str], 
         for task, job, cells in sorted(candidates, key=lambda one: kinds.index(type(one[2][0]))):
             group = type(cells[0]), cells[0].dependency_group
             if group not in blocked:
-                needed = cells[0].dependencies(plan, done)
-                blocked[group] = any(c not in done and c not in owners for c in needed)
+                blocked[group] = bool(graph.inputs(plan, step, cells[:1], done, owners)[2])
             if task.unsatisfiable or (blocked[group] and not task.has_started):
                 # Tasks of another member are neither cancelled nor waited for.
                 unsatisfiable += [task.job_id] if job.member == run.layout.member else []
             else:
-                owners.update(dict.fromkeys(cells, task.job_id))
+                owners.take(cells, task.job_id)
     return owners, unsatisfiable
 
 
@@ -112,6 +112,7 @@ def continue_submission(jobs: JobRecords, job: JobRecord) -> SubmissionResult:
     A cell that this command submitted before is not submitted again: it failed.
     """
     order = SubmissionRequest(cluster_from_mapping(job.cluster), job.stages, job.launch)
+    own_job = machine.process()["job_id"]
     while True:
         try:
             result = _continue_once(jobs, order)
@@ -122,7 +123,8 @@ def continue_submission(jobs: JobRecords, job: JobRecord) -> SubmissionResult:
         except SlurmError as error:  # Slurm does not answer, for now
             log.warning("%s; trying again in %.0f s", error.what, RETRY_SECONDS)
         else:
-            if not result.deferred_cells or result.continuation_job != machine.process()["job_id"]:
+            # Where there was no room for another continuation job, this one goes on.
+            if not result.deferred_cells or result.continuation_job not in ("", own_job):
                 return result
             log.info(
                 "no room for %d cells; trying again in %.0f s",
@@ -134,7 +136,7 @@ def continue_submission(jobs: JobRecords, job: JobRecord) -> SubmissionResult:
 
 def _continue_once(jobs: JobRecords, order: SubmissionRequest) -> SubmissionResult:
     own_jobs = [j for _, j in jobs.readable(jobs.numbers()) if j.launch == order.launch]
-    attempted = {cell for j in own_jobs for cell in j.all_cells}
+    attempted = CellMap.of(jobs.run.plan, *(j.all_cells for j in own_jobs))
     owners, _ = _owners_and_unsatisfiable(jobs.run, read_queue(jobs))
     arrays = PendingGroups(jobs, order, owners, skip=attempted)
     limits = read_limits(order.cluster)
@@ -160,7 +162,7 @@ def dry_run(
 
     everything = slurm.Limits(slurm.UNLIMITED, slurm.UNLIMITED, "")
     return submit_within_limits(
-        PendingGroups(jobs, request, {}, rate=rate), submit_group, everything
+        PendingGroups(jobs, request, Owners(run.plan), rate=rate), submit_group, everything
     ), scripts
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
+import numpy as np
+
 from trak_dist import graph, slurm
-from trak_dist.cells import STAGE_STEPS, STEPS, Cell, FeaturizeCell, of_run, of_step
+from trak_dist.cell_map import Owners, others_by_checkpoint
+from trak_dist.cells import STAGE_STEPS, STEPS, Cell, FeaturizeCell
 from trak_dist.configuration.config import SlurmConfig
 from trak_dist.errors import QueueFull, SlurmError, SlurmRefused
 from trak_dist.executors import batch
 from trak_dist.store.jobs import CONTINUATION, JobRecord, JobRecords
-from trak_dist.store.receipts import rows_per_second
 
 
 @dataclass(frozen=True)
@@ -65,51 +67,58 @@ class PendingGroups:
         self,
         jobs: JobRecords,
         order: SubmissionRequest,
-        owners: Mapping[Cell, str],
+        owners: Owners,
         *,
         skip: Collection[Cell] = (),
         rate: Rate = lambda: 0.0,
     ) -> None:
         plan = jobs.run.plan
         self.jobs = jobs
-        self.owners = dict(owners)
+        self.owners = owners
         self._plan, self._steps, self._skip = plan, order.steps, skip
-        self._done = jobs.run.receipts.done(of_run(plan))
+        progress = jobs.run.progress()
+        self._done = progress.done
         self.rows = order.cluster.rows_per_task
         if not self.rows and "featurize" in self._steps:
-            receipts = (r for c, r in self._done.items() if isinstance(c, FeaturizeCell))
-            measured = rows_per_second(receipts) or rate()
+            measured = progress.rows_per_second([FeaturizeCell]) or rate()
             workers = max(1, batch.gpus(order.cluster, "featurize"))
             self.rows = int(60 * order.cluster.minutes_per_task * measured * workers)
 
     def __iter__(self) -> Iterator[graph.TaskGroup]:
-        return self._groups(self.owners)
+        return self._groups(self.owners, self._skip)
+
+    def by_checkpoint(self) -> Iterator[graph.TaskGroup]:
+        """All steps of one checkpoint before those of the next, where not all find room at once."""
+        for others in others_by_checkpoint(self._plan):
+            others.mark(self._skip, 1)
+            yield from self._groups(self.owners, others)
 
     def forecast(self) -> tuple[list[graph.Task], list[Cell]]:
         """The tasks to come, and the cells whose dependencies no task makes."""
-        owners = dict(self.owners)
+        owners = self.owners.copy()
         tasks: list[graph.Task] = []
         blocked: list[Cell] = []
-        for group in self._groups(owners):
-            cells = [cell for task in group.tasks for cell in task]
+        for group in self._groups(owners, self._skip):
             if group.missing_inputs:
-                blocked += cells
+                blocked += [cell for task in group.tasks for cell in task]
             else:
                 tasks += group.tasks
-                owners.update(dict.fromkeys(cells, "planned"))
+                for task in group.tasks:
+                    owners.take(task, "planned")
         return tasks, blocked
 
     def queued(self) -> int:
         """How many cells of these steps are in the queue."""
-        return sum(1 for s in self._steps for c in of_step(self._plan, s) if c in self.owners)
+        kinds = [kind for step in self._steps for kind in STEPS[step]]
+        return sum(int(np.count_nonzero(numbers)) for _, numbers in self.owners.series(kinds))
 
-    def _groups(self, owners: dict[Cell, str]) -> Iterator[graph.TaskGroup]:
+    def _groups(self, owners: Owners, skip: Collection[Cell]) -> Iterator[graph.TaskGroup]:
         return graph.task_groups(
             self._plan,
             self._steps,
             done=self._done,
             owners=owners,
-            skip=self._skip,
+            skip=skip,
             rows_per_task=self.rows,
         )
 
@@ -130,7 +139,7 @@ def make_submit(jobs: JobRecords, order: SubmissionRequest, rows: int) -> Submit
             step=step,
             fingerprint=jobs.run.plan.fingerprint,
             device=cluster.device if batch.on_gpu(step) else "cpu",
-            tasks=tuple(tuple(cell.id for cell in task) for task in tasks),
+            tasks=tuple(tuple(graph.ids(task)) for task in tasks),
             cluster=asdict(replace(cluster, rows_per_task=rows)),
             stages=order.stages,
             member=jobs.run.layout.member,
@@ -165,35 +174,36 @@ def submit_within_limits(
     result = SubmissionResult(
         already_queued=groups.queued(), blocked=blocked, continuation_job=continuation_job
     )
-    room = limits.room if continuation_job or len(tasks) <= limits.room else limits.room - 1
+    all_fit = len(tasks) <= limits.room
+    room = limits.room if continuation_job or all_fit else limits.room - 1
     if tasks and room < 1 and not continuation_job:
         raise QueueFull(
             f"the queue has no room: {limits.why}, {max(0, limits.room)} of them free",
             next="run the same command again when some of your jobs have ended",
         )
     sizes: dict[str, int] = {}
-    for group, group_tasks in _parts(groups, limits.array):
-        part = group_tasks[: max(0, room)]
-        after = _dependency(group, sizes)
+    for group, group_tasks in _parts(groups if all_fit else groups.by_checkpoint(), limits.array):
+        if room < 1:
+            break
+        part, after = group_tasks[:room], _dependency(group, sizes)
         try:
-            job_id = send(group.step, part, after) if part else ""
+            job_id = send(group.step, part, after)
         except QueueFull:  # by a limit that accounting does not report
             if not result.jobs:
                 raise
-            job_id, room = "", 0
+            break
         except SlurmError as error:
             raise _with_submitted_jobs(error, sizes) from None
-        if job_id:
-            room -= len(part)
-            sizes[job_id] = len(part)
-            for index, task in enumerate(part):
-                groups.owners.update(dict.fromkeys(task, f"{job_id}_{index}"))
-            cells = sum(map(len, part))
-            result.jobs.append(SubmittedJob(group.step, job_id, len(part), cells, after))
+        room -= len(part)
+        sizes[job_id] = len(part)
+        for index, task in enumerate(part):
+            groups.owners.take(task, f"{job_id}_{index}")
+        cells = sum(map(len, part))
+        result.jobs.append(SubmittedJob(group.step, job_id, len(part), cells, after))
     result.deferred_cells = sum(map(len, tasks)) - sum(line.cells for line in result.jobs)
     if result.deferred_cells and not continuation_job:
         try:
-            result.continuation_job = send(CONTINUATION, (), f"afterany:{':'.join(sizes)}")
+            result.continuation_job = send(CONTINUATION, (), _first_half(sizes))
         except QueueFull:
             pass  # reported as deferred cells without a job
         except SlurmError as error:
@@ -207,7 +217,7 @@ def _with_submitted_jobs(error: SlurmError, submitted: Collection[str]) -> Slurm
 
 
 def _parts(
-    groups: PendingGroups, most: int
+    groups: Iterable[graph.TaskGroup], most: int
 ) -> Iterator[tuple[graph.TaskGroup, tuple[graph.Task, ...]]]:
     """The groups that can run, cut into pieces of at most so many tasks."""
     for group in groups:
@@ -244,6 +254,12 @@ def _dependency(group: graph.TaskGroup, sizes: Mapping[str, int]) -> str:
     return ",".join(
         f"{kind}:{':'.join(_job_names(names, sizes))}" for kind, names in kinds.items() if names
     )
+
+
+def _first_half(sizes: Mapping[str, int]) -> str:
+    """Beginning then, a continuation job keeps the queue full whatever the last task takes."""
+    tasks = [f"{job}_{index}" for job, size in sizes.items() for index in range(size)]
+    return f"afterany:{':'.join(_job_names(tasks[: -(-len(tasks) // 2)], sizes))}"
 
 
 def _job_names(tasks: Collection[str], sizes: Mapping[str, int]) -> Iterator[str]:

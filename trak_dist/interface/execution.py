@@ -19,7 +19,6 @@ from trak_dist.interface.cost import Cost, estimate
 from trak_dist.interface.preparation import Prepared, gpus
 from trak_dist.interface.progress import Counter, OnProgress, Progress
 from trak_dist.status.state import Status, read_status
-from trak_dist.store.receipts import rows_per_second
 from trak_dist.store.record import Failure
 from trak_dist.store.run import Run
 
@@ -236,7 +235,7 @@ def outcome_of(run: Run, stage: str, cells: Sequence[Cell]) -> Outcome:
 def _check_upstream(run: Run, stage: str) -> None:
     if stage == "all":
         return
-    done = run.receipts.done(of_run(run.plan))
+    done = run.progress().done
     own = set(of_stage(run.plan, stage))
     needed = graph.upstream(run.plan, own, done) - own
     for upstream, steps in STAGE_STEPS.items():
@@ -297,6 +296,6 @@ def _progress(status: Status, seconds: float) -> Iterator[Progress]:
                 failed=len(stage.failed),
                 running=len(stage.running),
                 total=len(stage.cells),
-                rows_per_second=rows_per_second(stage.done.values()) or None,
+                rows_per_second=stage.rows_per_second or None,
                 seconds=seconds,
             )

@@ -30,7 +30,6 @@ from trak_dist.runtime.session import Session
 from trak_dist.spacing import evenly_spaced
 from trak_dist.store import atomic
 from trak_dist.store.kept_tops import Top
-from trak_dist.store.receipts import audit_summary
 from trak_dist.store.results import Results
 
 SHOWN_TARGETS = 12
@@ -88,7 +87,7 @@ def report(session: Session, cell: ReportCell) -> CellResult:
         evaluation=evaluation,
         stability=stability,
         lambda_from=run.plan.lambda_from,
-        audited=audit_summary(run.receipts.done(FeaturizeCell.of(run.plan)).values()),
+        audited=run.progress([FeaturizeCell]).audit_summary(),
     )
     written = {name: picture for name, picture in pictures.items() if picture}
     written["page"] = page.encode()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 from trak_dist import slurm
 from trak_dist.cells import Cell
@@ -30,20 +29,6 @@ class Queue:
             ):
                 return task.job_id
         return ""
-
-    @cached_property
-    def running(self) -> frozenset[Cell]:
-        """The cells of the tasks that have begun."""
-        return frozenset(
-            c for task, job in self.tasks if task.has_started for c in cells_of(task, job)
-        )
-
-    @cached_property
-    def waiting(self) -> frozenset[Cell]:
-        """The cells of the tasks that have not."""
-        return frozenset(
-            c for task, job in self.tasks if not task.has_started for c in cells_of(task, job)
-        )
 
     def workers(self, cells: Collection[Cell]) -> int:
         """How many processes of running tasks are for some of `cells`."""

@@ -9,41 +9,60 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trak_dist import graph, slurm
-from trak_dist.cells import STAGE_STEPS, Cell, of_stage
+from trak_dist.cell_map import CellMap, Chosen, Kinds
+from trak_dist.cells import STAGE_STEPS, STEPS, Cell
 from trak_dist.errors import SlurmError
-from trak_dist.status.queue import Queue, read_queue
+from trak_dist.status.queue import Queue, cells_of, read_queue
 from trak_dist.store.jobs import CONTINUATION, JobRecords
-from trak_dist.store.record import Failure, Receipt
+from trak_dist.store.progress import with_failure
+from trak_dist.store.record import Failure
 from trak_dist.store.run import Run
 
 SHOWN = 10  # kinds of failures, and vanished tasks, that are shown in full
 LOG_BYTES, LOG_LINES = 4096, 4  # of the end of a log
 # By falling urgency: a mark of the grid that stands for several cells shows the first that applies.
 MARKS = {"failed": "!", "missing": "·", "queued": "-", "running": ">", "done": "█"}
+FAILED, MISSING, QUEUED, RUNNING, DONE = STATES = range(1, 1 + len(MARKS))
 
 
 @dataclass(frozen=True)
 class StageStatus:
-    """The cells of one stage, each in one of these states."""
+    """The cells of one stage by their state, one of `STATES`; missing ones did not fail.
 
-    cells: tuple[Cell, ...]
-    done: dict[Cell, Receipt]
-    failed: dict[Cell, Failure]
-    running: frozenset[Cell]
-    queued: frozenset[Cell]
+    `rows_per_second` is that of one worker (0 where none was measured), `audit_summary` what the
+    audits of its cells found.
+    """
+
+    states: CellMap
+    kinds: Kinds
+    failed: Mapping[Cell, Failure]
+    rows_per_second: float
+    audit_summary: str
 
     @property
-    def missing(self) -> list[Cell]:
-        """Cells that are not done, not queued, and did not fail."""
-        known = {*self.done, *self.failed, *self.running, *self.queued}
-        return [c for c in self.cells if c not in known]
+    def cells(self) -> Chosen:
+        """All of them."""
+        return self.states.where(*STATES, kinds=self.kinds)
 
-    def state(self, cell: Cell) -> str:
-        """One of `MARKS`."""
-        for name in ("done", "running", "queued", "failed"):
-            if cell in getattr(self, name):
-                return name
-        return "missing"
+    @property
+    def done(self) -> Chosen:
+        """Those with a receipt of this plan."""
+        return self.states.where(DONE, kinds=self.kinds)
+
+    @property
+    def running(self) -> Chosen:
+        """Those of tasks that have begun."""
+        return self.states.where(RUNNING, kinds=self.kinds)
+
+    @property
+    def queued(self) -> Chosen:
+        """Those of tasks that have not."""
+        return self.states.where(QUEUED, kinds=self.kinds)
+
+    @property
+    def missing(self) -> Chosen:
+        """Those that are not done, not queued, and did not fail."""
+        return self.states.where(MISSING, kinds=self.kinds)
 
 
 @dataclass(frozen=True)
@@ -129,18 +148,25 @@ def read_status(run: Run, *, previous: Status | None = None) -> Status:
             queue = read_queue(jobs)
         except SlurmError as error:
             note = f"what is running or queued is unknown: {' '.join(error.what.split())}"
+    progress, states = run.progress(), CellMap(run.plan, fill=MISSING)
+    for task, job in sorted(queue.tasks, key=lambda queued: queued[0].has_started):
+        states.mark(cells_of(task, job), RUNNING if task.has_started else QUEUED)
+    states.mark(progress.done, DONE)
+    recorded = with_failure(run.layout, run.plan)
+    failed = run.receipts.failures(cell for cell in recorded if states[cell] == MISSING)
+    states.mark(failed, FAILED)
     stages = {}
-    for name in STAGE_STEPS:
-        cells = tuple(of_stage(run.plan, name))
-        done = run.receipts.done(cells)
-        unfinished = {c for c in cells if c not in done}
-        running = unfinished & queue.running
-        queued = unfinished & queue.waiting - running
-        idle = unfinished - running - queued
-        failed = run.receipts.failures(c for c in cells if c in idle)
-        stages[name] = StageStatus(cells, done, failed, frozenset(running), frozenset(queued))
+    for name, steps in STAGE_STEPS.items():
+        kinds = tuple(kind for step in steps for kind in STEPS[step])
+        stages[name] = StageStatus(
+            states,
+            kinds,
+            {cell: failure for cell, failure in failed.items() if type(cell) in kinds},
+            progress.rows_per_second(kinds),
+            progress.audit_summary(kinds),
+        )
     # Where the queue does not answer, they may run.
-    vanished = [] if note else _lost(jobs, stages, queue)
+    vanished = [] if note else _lost(jobs, states, queue)
     audit_failures = {i: why for i in run.plan.model_ids if (why := run.receipts.audit_failure(i))}
     return Status(
         run=run,
@@ -156,20 +182,21 @@ def read_status(run: Run, *, previous: Status | None = None) -> Status:
     )
 
 
-def _lost(jobs: JobRecords, stages: Mapping[str, StageStatus], queue: Queue) -> list[VanishedTask]:
+def _lost(jobs: JobRecords, states: CellMap, queue: Queue) -> list[VanishedTask]:
     """The last tasks that started on missing cells, or were to submit them, newest first."""
-    missing = {c for s in stages.values() for c in s.missing}
-    failed = {c for s in stages.values() for c in s.failed}
-    found = []
+    plan, found = jobs.run.plan, list[VanishedTask]()
+    missing = CellMap(plan)
+    for own, numbers in zip(missing.arrays, states.arrays, strict=True):
+        own[:] = numbers == MISSING
     records = list(jobs.readable(jobs.numbers())) if missing else []
     for number, job in records:
         logs = jobs.run.layout.task_logs(number)
         attempt = jobs.attempt(str(number), 0) if job.step == CONTINUATION else None
         if attempt and attempt.fruitless and job not in [j for _, j in queue.tasks]:
-            taken = {c for _, j in records if j.launch == job.launch for c in j.all_cells}
-            left = (c for name in job.stages for c in stages[name].missing)
-            cells = tuple(c for c in left if c in missing and c not in taken)
-            missing.difference_update(cells)
+            taken = CellMap.of(plan, *(j.all_cells for _, j in records if j.launch == job.launch))
+            steps = [step for name in job.stages for step in STAGE_STEPS[name]]
+            cells = tuple(c for c in missing if c.step in steps and c not in taken)
+            missing.mark(cells, 0)
             if cells:
                 host, log = str(attempt.job.get("host", "?")), logs.get((0, 0))
                 found.append(VanishedTask(cells, True, host, log, submits=True))
@@ -180,8 +207,8 @@ def _lost(jobs: JobRecords, stages: Mapping[str, StageStatus], queue: Queue) -> 
             attempt = jobs.attempt(str(number), index, process) if cells else None
             log = logs.get((index, process)) if cells else None
             if attempt or log:
-                missing.difference_update(cells)
-                if any(c in failed for c in made):
+                missing.mark(cells, 0)
+                if any(states[c] == FAILED for c in made):
                     continue  # its other cells were skipped because of that failure
                 host = str(attempt.job.get("host", "?")) if attempt else "?"
                 found.append(VanishedTask(cells, attempt is not None, host, log))

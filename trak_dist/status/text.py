@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from trak_dist.cells import Cell, FeaturizeCell, FisherCell
+import numpy as np
+from numpy.typing import NDArray
+
+from trak_dist.cells import Cell, FeaturizeCell
 from trak_dist.listing import first_few
-from trak_dist.plan_inputs import Split
-from trak_dist.status.state import MARKS, SHOWN, StageStatus, Status
-from trak_dist.store.receipts import audit_summary, rows_per_second
+from trak_dist.status.state import MARKS, QUEUED, RUNNING, SHOWN, STATES, StageStatus, Status
 from trak_dist.store.record import Failure
-from trak_dist.store.run import Run
 
 GRID_COLUMNS = 40
 TRACEBACK_LINES = 12
@@ -33,7 +33,7 @@ def lines(status: Status) -> list[str]:
     found_lines += ["", f"{'stage':<10}" + "".join(f"{head:>9}" for head in heads)]
     for name, stage in status.stages.items():
         counts = (stage.done, stage.cells, stage.running, stage.queued, stage.failed, stage.missing)
-        rate = rows_per_second(stage.done.values())
+        rate = stage.rows_per_second
         shown = [
             *(str(len(c)) for c in counts),
             f"{rate:,.0f}" if rate else "",
@@ -52,7 +52,7 @@ def lines(status: Status) -> list[str]:
 
 
 def _audits(status: Status) -> Iterator[str]:
-    summary = audit_summary(status.stages["featurize"].done.values())
+    summary = status.stages["featurize"].audit_summary
     if summary:
         yield f"audit  {summary}"
     for model_id, why in status.audit_failures.items():
@@ -61,8 +61,8 @@ def _audits(status: Status) -> Iterator[str]:
 
 def _time_left(status: Status, stage: StageStatus, rate: float) -> str:
     """Time until what is running and queued is done, if as many tasks keep running as now."""
-    cells = {*stage.running, *stage.queued}
-    rows = sum(len(c.rows) for c in cells if isinstance(c, FeaturizeCell | FisherCell))
+    cells = stage.states.where(RUNNING, QUEUED, kinds=stage.kinds)
+    rows = cells.rows
     workers = status.queue.workers(cells)
     if not rate or not rows or not workers:
         return ""
@@ -79,18 +79,15 @@ def _grid(status: Status) -> Iterator[str]:
     legend = "  ".join(f"{mark} {name}" for name, mark in reversed(MARKS.items()))
     yield "checkpoint  " + "  ".join(f"{s.name:<{widths[s.name]}}" for s in splits) + f"   {legend}"
     for model_id in plan.model_ids:
-        rows = (f"{_marks(stage, model_id, s, status.run):<{widths[s.name]}}" for s in splits)
+        series = (FeaturizeCell.blocks(plan, model_id, s.name) for s in splits)
+        rows = (f"{_marks(stage.states.view(s)):<{widths[s.split.name]}}" for s in series)
         yield f"{plan.named_model(model_id):<12}" + "  ".join(rows).rstrip()
 
 
-def _marks(stage: StageStatus, model_id: int, split: Split, run: Run) -> str:
-    states = [stage.state(c) for c in FeaturizeCell.of_split(run.plan, model_id, split.name)]
-    columns = min(GRID_COLUMNS, len(states))
-    parts = (
-        states[i * len(states) // columns : (i + 1) * len(states) // columns]
-        for i in range(columns)
-    )
-    return "".join(next(mark for name, mark in MARKS.items() if name in part) for part in parts)
+def _marks(states: NDArray[np.uint8]) -> str:
+    columns, marks = min(GRID_COLUMNS, len(states)), dict(zip(STATES, MARKS.values(), strict=True))
+    starts = [i * len(states) // columns for i in range(columns)]
+    return "".join(marks[state] for state in np.minimum.reduceat(states, starts).tolist())
 
 
 def _waiting(status: Status) -> Iterator[str]:

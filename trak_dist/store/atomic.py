@@ -78,8 +78,11 @@ def read(path: Path) -> bytes:
     StoreError
         If the file system refuses to read it.
     """
-    with read_errors(path):
-        return retry_stale(path.read_bytes)
+    try:
+        return path.read_bytes()  # what follows would take as long again
+    except OSError:
+        with read_errors(path):
+            return retry_stale(path.read_bytes)
 
 
 def read_some(path: Path, read: Callable[[BinaryIO], Found]) -> Found:

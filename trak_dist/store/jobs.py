@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from trak_dist import decoding
-from trak_dist.cells import STAGE_STEPS, STEPS, Cell, of_run, parse_cell
+from trak_dist.cell_map import CellMap
+from trak_dist.cells import STAGE_STEPS, STEPS, Cell, parse_cell
 from trak_dist.configuration.config import DEVICES
 from trak_dist.configuration.structuring import structure, unstructure
 from trak_dist.coordinates import check_name
@@ -200,14 +201,14 @@ class JobRecords:
         """Whether `cell` of `other` is a cell of this run too, done by the same receipt."""
         run = self.run
         return (
-            cell in self._cells
+            cell in self._all
             and cell.key(run.plan) == cell.key(other.plan)
             and run.layout.receipt(run.plan, cell) == other.layout.receipt(other.plan, cell)
         )
 
     @cached_property
-    def _cells(self) -> frozenset[Cell]:
-        return frozenset(of_run(self.run.plan))
+    def _all(self) -> CellMap:
+        return CellMap(self.run.plan, fill=1)
 
     @cached_property
     def _others(self) -> dict[str, Run]:

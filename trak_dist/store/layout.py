@@ -117,8 +117,7 @@ class Layout:
 
     def receipt(self, plan: Plan, cell: Cell) -> Path:
         """The cell's own receipt."""
-        name = cell.id.replace("/", "_")
-        return self.receipts(plan, cell) / f"{name}.json"
+        return self.receipts(plan, cell) / receipt_name(cell.id)
 
     def consolidated(self, plan: Plan, cell: FeaturizeCell) -> Path:
         """The file of columns of one checkpoint's featurize receipts."""
@@ -145,6 +144,11 @@ class Layout:
     def masks(self) -> Path:
         """Which train rows each subset of the ground truth has."""
         return self.base / "ground_truth" / "masks.npy"
+
+
+def receipt_name(cell_id: str) -> str:
+    """The name of a cell's receipt, in its directory."""
+    return f"{cell_id.replace('/', '_')}.json"
 
 
 def _numbers(directory: Path, pattern: str) -> list[int]:

@@ -10,9 +10,8 @@ from __future__ import annotations
 import io
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from statistics import median
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
@@ -23,7 +22,7 @@ from trak_dist.errors import StoreError
 from trak_dist.plan import Plan, digest
 from trak_dist.store import atomic, columns, record
 from trak_dist.store.columns import Columns
-from trak_dist.store.layout import CONSOLIDATED, Layout
+from trak_dist.store.layout import CONSOLIDATED, Layout, receipt_name
 from trak_dist.store.record import Failure, Receipt
 
 Found = TypeVar("Found")
@@ -100,25 +99,17 @@ class Receipts:
         return {cell: found[cell] for cell in cells if cell in found}
 
     def _done_in(self, directory: Path, cells: Iterable[Cell]) -> Iterator[tuple[Cell, Receipt]]:
-        by_name = {self._layout.receipt(self._plan, cell).name: cell for cell in cells}
-        existing = sorted(name for name in atomic.names(directory) if name in by_name)
-        singles = (record.read(directory / name, Receipt) for name in existing)
-        single = {receipt.cell: receipt for receipt in singles if receipt is not None}
-        keys = {cell.id: cell.key(self._plan) for cell in by_name.values()}
-        in_columns = _read_columns(directory / CONSOLIDATED) if len(single) < len(keys) else None
-        for cell in by_name.values():
-            receipt = single.get(cell.id)
-            if receipt and receipt.key == keys[cell.id]:
+        by_id = {cell.id: cell for cell in cells}
+        keys = {name: cell.key(self._plan) for name, cell in by_id.items()}
+        read = (record.read(path, Receipt) for path in singles(directory, keys))
+        single = {receipt.cell: receipt for receipt in read if receipt is not None}
+        for name, cell in by_id.items():
+            receipt = single.get(name)
+            if receipt and receipt.key == keys[name]:
                 yield cell, receipt
+        in_columns = read_columns(directory) if len(single) < len(keys) else None
         if in_columns:
-            keys_there = zip(in_columns.column("cell"), in_columns.column("key"), strict=True)
-            rows = [
-                row
-                for row, (cell, key) in enumerate(keys_there)
-                if cell not in single and keys.get(cell) == key
-            ]
-            by_id = {cell.id: cell for cell in by_name.values()}
-            for found in in_columns.records(rows):
+            for found in in_columns.records(rows_done(in_columns, keys, single)):
                 yield by_id[found["cell"]], Receipt(**found)
 
     def failure(self, cell: Cell) -> Failure | None:
@@ -149,7 +140,7 @@ class Receipts:
             if receipts.keys() >= set(cells)
         }
         path = self._layout.consolidated(plan, by_split[0][0])
-        there = _read_columns(path)
+        there = read_columns(path.parent)
         before = there.records(range(len(there))) if there else ()
         by_cell = {r["cell"]: r for r in (*before, *map(vars, receipts.values()))}
         atomic.write(path, columns.dump(list(by_cell.values()), notes=inputs))
@@ -178,39 +169,25 @@ class Receipts:
         return inputs if isinstance(inputs, str) else None
 
 
-def rows_per_second(receipts: Iterable[Receipt]) -> float:
-    """Rows per second of one worker, the median of the cells; 0 if no receipt has them.
-
-    A task's first cell also pays for what is imported and drawn once.
-    """
-    measured = ((r.facts.get("rows"), r.job.get("seconds")) for r in receipts)
-    rates = [
-        rows / seconds
-        for rows, seconds in measured
-        if isinstance(rows, int) and isinstance(seconds, int | float) and rows > 0 and seconds > 0
-    ]
-    return float(median(rates or [0.0]))
+def singles(directory: Path, cell_ids: Collection[str]) -> list[Path]:
+    """The single receipts of some cells in their directory, which is listed once."""
+    listed = atomic.names(directory)
+    own = {name for name in map(receipt_name, cell_ids) if name in listed} if listed else ()
+    return [directory / name for name in sorted(own)]
 
 
-def audit_summary(receipts: Iterable[Receipt]) -> str:
-    """What the audits of featurize cells found, in a sentence; empty if there were none."""
-    facts = [r.facts for r in receipts if "audited_rows" in r.facts]
-    if not facts:
-        return ""
-    rows, batches, slower = (
-        sum(f[name] for f in facts)
-        for name in ("audited_rows", "audited_batches", "slower_batches")
-    )
-    parts = [
-        f"{rows:,} rows and {batches:,} batches computed again by autograd",
-        f"largest difference {max(f['largest_difference'] for f in facts):.1e}",
-    ]
-    parts += [f"{slower:,} batches computed one by one"] if slower else []
-    return ", ".join(parts)
-
-
-def _read_columns(path: Path) -> Columns | None:
+def read_columns(directory: Path) -> Columns | None:
+    """The consolidated receipts in a directory, if there are any, and they are whole."""
+    path = directory / CONSOLIDATED
     return _whole(path, lambda: _columns_of(io.BytesIO(atomic.read(path))))
+
+
+def rows_done(columns: Columns, keys: Mapping[str, str], single: Collection[str]) -> list[int]:
+    """The rows of the cells that are done by the columns: those without a single receipt."""
+    cells = zip(columns.column("cell"), columns.column("key"), strict=True)
+    return [
+        row for row, (cell, key) in enumerate(cells) if keys.get(cell) == key and cell not in single
+    ]
 
 
 def _columns_of(content: BinaryIO) -> Columns:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from trak_dist import decoding
 from trak_dist.configuration.structuring import structure, unstructure
 from trak_dist.errors import CorruptChunk
+from trak_dist.hashing import canonical, digest_of
 from trak_dist.plan import digest
 from trak_dist.store import atomic
 
@@ -70,13 +71,38 @@ class Failure:
     error_class: str = ""
 
 
-def dump(value: Receipt | Failure) -> bytes:
-    """Its text, with a digest of it."""
-    content = json.loads(json.dumps(unstructure(value)))
-    return json.dumps({**content, "digest": digest(content)}).encode()
-
-
+_FORM = {
+    **dict.fromkeys(("cell", "key", "fingerprint", "digest"), str),
+    **dict.fromkeys(("digests", "facts", "job"), dict),
+}
+_DIGEST = b',"digest":"'
 Kind = TypeVar("Kind", Receipt, Failure)
+
+
+def dump(value: Receipt | Failure) -> bytes:
+    """Its text, with a digest of it at the end."""
+    text = canonical(json.loads(json.dumps(unstructure(value))))
+    return text[:-1] + _DIGEST + digest_of(text).encode() + b'"}'
+
+
+def _is_whole(text: bytes) -> bool:
+    """Whether it is a text of `dump`, as it was written."""
+    content, _, end = text.rpartition(_DIGEST)
+    return end == digest_of(content + b"}").encode() + b'"}'
+
+
+def read_fields(path: Path) -> Mapping[str, Any] | None:
+    """The fields of the receipt at `path`, as `read` gives them, in less time."""
+    try:
+        text = atomic.read(path)
+    except FileNotFoundError:
+        return None
+    if _is_whole(text):
+        fields: dict[str, Any] = json.loads(text.decode())
+        if {name: type(value) for name, value in fields.items()} == _FORM:
+            return fields
+    receipt = read(path, Receipt)
+    return None if receipt is None else vars(receipt)
 
 
 def read(path: Path, kind: type[Kind]) -> Kind | None:

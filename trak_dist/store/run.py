@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from trak_dist import commands, plan_file
-from trak_dist.cells import Cell
+from trak_dist.cell_map import Kinds
+from trak_dist.cells import KINDS, Cell
 from trak_dist.errors import PlanMismatch, RunNotFound
 from trak_dist.hashing import digest_of
 from trak_dist.plan import Plan
 from trak_dist.store import atomic
 from trak_dist.store.layout import Layout
+from trak_dist.store.progress import Progress, read_progress
 from trak_dist.store.receipts import Receipts
 from trak_dist.store.record import Receipt
 
@@ -121,6 +123,10 @@ class Run:
             job=job,
         )
         self.receipts.publish(cell, receipt)
+
+    def progress(self, kinds: Kinds = KINDS) -> Progress:
+        """What is done of the cells of some kinds, now."""
+        return read_progress(self.layout, self.plan, kinds)
 
     @cached_property
     def receipts(self) -> Receipts:

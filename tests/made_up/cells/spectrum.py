@@ -11,6 +11,7 @@ from trak_dist.cells.featurize import of_checkpoint
 from trak_dist.cells.gram import GramCell
 from trak_dist.cells.gram_part import gram_identity
 from trak_dist.cells.ownership import ArraySpec, OwnedRows
+from trak_dist.cells.series import Series
 from trak_dist.plan import Plan, digest
 
 
@@ -47,7 +48,7 @@ class SpectrumCell(Cell):
     def receipt_group(self, plan: Plan) -> tuple[str, ...]:
         return plan.projection_id, str(plan.proj_dim)
 
-    def dependencies(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell]:
+    def needs(self, plan: Plan, done: Collection[Cell]) -> Iterator[Cell | Series[Cell]]:
         yield GramCell(self.model_id)
 
     @property
