@@ -102,7 +102,7 @@ def test_the_script_of_a_featurize_array(script: Script, run: Run) -> None:
 #SBATCH --job-name=trak-featurize-3-0123456789ab
 #SBATCH --kill-on-invalid-dep=yes
 #SBATCH --mail-type=FAIL
-#SBATCH --mem=5120M
+#SBATCH --mem=9216M
 #SBATCH --nodes=1
 #SBATCH --open-mode=append
 #SBATCH --output={logs}/%A_%a_0_log.out
@@ -219,7 +219,7 @@ def test_a_task_has_a_process_for_each_gpu_that_has_a_cell(script: Script) -> No
     assert count("kernel", chain, sbatch={"ntasks_per_node": 2}) == 2
     assert count("featurize", cells, gpus_per_node=8, sbatch={"ntasks": "1"}) == 1
     asked = options(script("featurize", processes=3, gpus_per_node=3))
-    assert {"ntasks-per-node=3", "gpus-per-node=3", f"mem={3 * 5120}M"} <= {*asked}
+    assert {"ntasks-per-node=3", "gpus-per-node=3", f"mem={3 * 9216}M"} <= {*asked}
 
 
 def test_memory_is_what_cells_the_users_data_and_libraries_take(run: Run) -> None:

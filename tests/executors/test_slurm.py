@@ -884,7 +884,7 @@ def test_the_profiles_compose_where_no_slurm_is(
     }
     for text in expected[profile]:
         assert text in first
-    assert "--mem=5120M" in first
+    assert "--mem=9216M" in first
     assert "--gpus-per-node=1" in first
     assert "--gpus-per-node" not in kernel
     elsewhere = {"generic": "cpu", "apptainer": "gpu", "preemptible": "cpu"}[profile]

@@ -31,7 +31,7 @@ from trak_dist.store.run import Run
 
 # What a task holds besides its cells and the user's data: 0.25 to 0.35 GiB of resident memory by
 # benchmarks/memory_of_tasks.py; a torch for CUDA has larger libraries. CUDA's own is not measured.
-BASE_GB, CUDA_GB = 1, 3
+BASE_GB, CUDA_GB = 1, 7
 UNMEASURED_GB = 7  # the user's data, in plans of earlier versions and of streamed rows
 CELL_RECORD_BYTES = 5 * 2**10  # of what submits the rest
 TRIES, PAUSE_SECONDS = 4, 5.0
