@@ -230,9 +230,9 @@ def test_memory_is_what_cells_the_users_data_and_libraries_take(run: Run) -> Non
 
     assert 0 < run.plan.problem_bytes < 2**29
     plan = replace(run.plan, problem_bytes=3 * 2**30)
-    # Libraries 1, CUDA 3, twice the user's 3, and what is begun of another.
-    assert asked("featurize", plan) == 1 + 3 + 7
-    assert asked("featurize", plan, processes=2) == 2 * 11
+    # Libraries 1, CUDA 7, twice the user's 3, and what is begun of another.
+    assert asked("featurize", plan) == 1 + 7 + 7
+    assert asked("featurize", plan, processes=2) == 2 * 15
     assert asked("featurize", plan, gpus_per_node=0) == 1 + 7
     assert asked("report", plan) == 1 + 7
     assert asked("kernel", plan) == asked("score", plan) == asked("submit", plan) == 1 + 1
