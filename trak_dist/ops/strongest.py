@@ -20,8 +20,8 @@ class Strongest:
 
     def add(self, scores: NDArray[Any], rows: NDArray[Any]) -> None:
         """Scores (columns, n), of these rows, that come after those of before."""
-        n, first = scores.shape[1], FIRST + self.count
-        if self.scores.shape[1] < self.count and n > first:  # by which most others are left out
+        n, first = scores.shape[1], FIRST + 8 * self.count
+        if self.scores.shape[1] < self.count and n > 2 * first:  # by which most are left out
             self.add(scores[:, :first], rows[:, :first])
             scores, rows = scores[:, first:], rows[:, first:]
         if self.scores.shape[1] == self.count:
@@ -68,10 +68,11 @@ def strongest(scores: NDArray[Any], count: int) -> NDArray[np.intp]:
         return np.argsort(keys, axis=1, kind="stable")[:, :count]
     # All that are stronger than the last one, and of those that tie with it the first ones.
     last = np.partition(keys, count - 1, axis=1)[:, count - 1, None]
-    stronger = keys < last
-    tied = keys == last
-    room = count - stronger.sum(axis=1, keepdims=True)
-    chosen = stronger | (tied & (tied.cumsum(axis=1, dtype=np.int32) <= room))
+    chosen = keys <= last
+    several = np.flatnonzero(chosen.sum(axis=1) > count)  # tie for the last place
+    tied = keys[several] == last[several]
+    room = count - (keys[several] < last[several]).sum(axis=1, keepdims=True)
+    chosen[several] &= ~tied | (tied.cumsum(axis=1, dtype=np.int32) <= room)
     places = np.nonzero(chosen)[1].reshape(len(keys), count)
     order = np.argsort(np.take_along_axis(keys, places, axis=1), axis=1, kind="stable")
     return np.take_along_axis(places, order, axis=1)
