@@ -30,6 +30,7 @@ BUILTINS: dict[str, set[type[Exception]]] = {
     "NotCovered": {NotImplementedError},
     "WrongGradient": {ArithmeticError},
     "NonFiniteGram": {FloatingPointError},
+    "NonFiniteScore": {FloatingPointError},
     "SingularGram": {ArithmeticError},
     "ModelIDException": {LookupError},
     "CellsFailed": {RuntimeError},

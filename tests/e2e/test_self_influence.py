@@ -333,7 +333,7 @@ def test_the_report_says_how_many_top_rows_the_halves_share(
     assert ended.code == 0, ended.err
     halves = open_run(fork).halves("val")
     stability = open_run(fork).receipts("report")["report/val"].facts["stability"]
-    assert list(stability) == ["3", "15"], "not more than half of the rows"
+    assert stability.keys() == {"3", "15"}, "not more than half of the rows"
     for count in (3, 15):
         tops = np.argsort(-halves, axis=0, kind="stable")[:count]
         shares = [len({*tops[:, 0, t]} & {*tops[:, 1, t]}) / count for t in range(TARGETS)]

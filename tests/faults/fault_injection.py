@@ -172,11 +172,14 @@ class Layer:
         ours = self.ours(file)
         if not ours:
             return REAL.file(file, mode, *args, **kwargs)
+        unbuffered = kwargs.get("buffering", *args[:1] or (-1,)) == 0
         with self._lock:
             if set(mode) & set("wax+"):
                 self.meet("open to write", ours)
                 make = lambda: Raw(self, ours, mode.replace("b", "").replace("t", ""))  # noqa: E731
                 raw = make() if _is_file(ours) else self._changing("create", ours, make)
+                if unbuffered:
+                    return raw
                 buffered: Any = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
             else:
                 self.meet("open to read", ours)

@@ -44,7 +44,7 @@ def _lds_line(name: str, found: Mapping[str, Any], chosen_here: str) -> Iterator
 
 
 def _half_agreement_lines(name: str, found: Mapping[str, Any]) -> Iterator[str]:
-    for count, share in found.get("stability", {}).items():
+    for count, share in sorted(found.get("stability", {}).items(), key=lambda one: int(one[0])):
         yield (
             f"halves: {name} share {_interval(share)} of the {count} most helpful rows, by "
             f"chance {share['chance']:.2g}"

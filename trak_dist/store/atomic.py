@@ -80,6 +80,8 @@ def read(path: Path) -> bytes:
     """
     try:
         return path.read_bytes()  # what follows would take as long again
+    except FileNotFoundError:
+        raise
     except OSError:
         with read_errors(path):
             return retry_stale(path.read_bytes)
