@@ -13,8 +13,8 @@ import tiny
 # Small chunks, so that few rows already fill one; the rest is the command line as it is.
 SCRIPT = """
 import pathlib
-import trak_dist.plan
-trak_dist.plan.CHUNK_BYTES = 2**22
+import trak_dist.plan_inputs
+trak_dist.plan_inputs.CHUNK_BYTES = 2**22
 from trak_dist.launch import main
 main()
 # Not getrusage: its peak may be that of the process this one was forked from.
