@@ -93,6 +93,8 @@ def test_what_is_not_kept_is_refused_with_the_setting_that_keeps_it(
     found = open_run(run_dir)
     with pytest.raises(ConfigError, match=r"only the 3 highest and lowest(.|\n)*scores.keep=all"):
         found.scores("val")
+    with pytest.raises(ConfigError, match="no target set 'other'"):
+        open_run(run_dir).top("other", [0])
     with pytest.raises(ConfigError, match=r"4 of each target were asked for, 3 are kept(.|\n)*=4"):
         found.top("val", [0], 4)
     more = launch(f"run_dir={run_dir}", "cluster=debug", "stage=reduce", "scores.count=4")

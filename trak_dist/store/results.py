@@ -144,7 +144,7 @@ class Results:
                 f"{width - 1}",
                 next="name columns that there are, and a count of at least 1",
             )
-        if keeps_top(self.plan, targets):
+        if targets in self._names() and keeps_top(self.plan, targets):
             return kept_tops.read(self._run, targets, columns, count)
         best = Strongest(len(columns), count)
         worst = Strongest(len(columns), count)
@@ -198,7 +198,7 @@ class Results:
             As `halves` does.
         """
         self._check_has_halves(targets)
-        if keeps_top(self.plan, targets):
+        if targets in self._names() and keeps_top(self.plan, targets):
             return kept_tops.read_halves(self._run, targets, count)
         columns = len(halves_targets(self.plan, targets))
         best = Strongest(2 * columns, count)
