@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from trak_dist.configuration.config import (
+    CURVATURES,
     GRADIENTS,
     PROJECTION_VERSION,
     Counterfactuals,
@@ -47,10 +48,9 @@ class Plan:
     many models are made of each checkpoint by dropout masks (0: it is one itself); `use` names the
     models of the ensemble (empty: all); `self_influence` tells whether the train rows are
     scored against themselves; `lambda_from` is how λ was selected, if not by the user;
-    `mislabelled` digests which train labels are known to be wrong, if any are; `gradients` is the
-    gradient method, resolved from that of the spec; `activations` are the bytes that the forward
-    pass of an example keeps for the backward pass; `curvatures` are those that the model output
-    offers, the best first; `problem_bytes` are those that planning grew by, 0 if not measured.
+    `mislabelled` digests which train labels are known to be wrong; `gradients` is the resolved
+    gradient method; `activations` are the bytes that an example's forward pass keeps; `curvatures`
+    those that the output offers, best first; `problem_bytes` what planning grew by (0: unknown).
     """
 
     spec: Spec
@@ -314,6 +314,8 @@ class Plan:
             yield f"checkpoints: a model_id is there twice: {list(ids)}"
         if len(set(self.use)) < len(self.use) or not set(self.use) <= set(ids):
             yield f"use: {list(self.use)} are not some of the model_ids {list(ids)}"
+        if not set(self.curvatures) <= set(CURVATURES):  # they name directories
+            yield f"curvatures: {list(self.curvatures)} are not some of {', '.join(CURVATURES)}"
         if self.has_problem and any(c.path is None for c in self.checkpoints):
             yield "checkpoints: one has no path"
         if self.dropout_seeds and not self.has_problem:

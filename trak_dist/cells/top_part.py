@@ -17,7 +17,7 @@ from trak_dist.coordinates import Rows
 from trak_dist.plan import Plan, cached_on_plan, digest
 from trak_dist.plan_inputs import Split
 
-HALVES_COUNT = 100  # strongest rows by either half of the ensemble
+HALVES_COUNT = 100  # strongest rows by either half of the ensemble: what a report compares
 ROWS_PER_KEPT = 32  # a part keeps 2 · count of at least 32 · count scores, with their rows
 MAX_ROWS = 2**24  # row numbers within a part are exact in float32
 BLOCK_SCORES = 2**25  # scores of a block that are summed over the ensemble, 256 MiB in float64

@@ -82,9 +82,8 @@ class ReduceConfig:
     threads: int = field(default=1, metadata={"min": 1})
 
 
-UNLIMITED = (
-    2**63 - 1
-)  # a number that plans of earlier versions do not say, where there was no limit
+# A number that plans of earlier versions do not say, where there was no limit.
+UNLIMITED = 2**63 - 1
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,8 +89,8 @@ def block_scores(
                 half.add(products[:, chosen], out_to_loss)
     of_halves = [half.scores() for half, _ in halves] if chosen else [torch.empty(len(rows), 0)] * 2
     where = f"rows {rows} for {targets} {block}"
-    found = whole.scores(), torch.stack(of_halves, dim=1)
-    return _finite(found[0], where=where), _finite(found[1], where=where)
+    both = torch.stack(of_halves, dim=1)
+    return _finite(whole.scores(), where=where), _finite(both, where=where)
 
 
 def _self_influence(session: Session, cell: ScoreCell) -> NDArray[np.float32]:
