@@ -343,3 +343,10 @@ def test_what_names_a_member_of_a_sweep(other: dict[str, Any]) -> None:
     assert replace(PLAN, **other).reduce_id != PLAN.reduce_id
     grown = replace(PLAN, checkpoints=PLAN.checkpoints[:1], targets=PLAN.targets[:1])
     assert grown.reduce_id == PLAN.reduce_id
+
+
+def test_curvatures_name_directories_so_only_known_ones_are_taken() -> None:
+    for name in ("../elsewhere", "a\0b"):
+        (found,) = replace(PLAN, curvatures=(name,)).inconsistencies()
+        assert found.startswith("curvatures: ")
+    assert not list(replace(PLAN, curvatures=("output", "fisher")).inconsistencies())
